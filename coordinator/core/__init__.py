@@ -1,0 +1,1 @@
+"""What a coordinator decides: pure, no clock, no IO, no luck of its own."""

@@ -1,0 +1,453 @@
+"""What the coordinator decides: who is rostered, who trains on what, and how far the log goes.
+
+It follows the log and never leads it: rounds are decided by the members alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from coordinator.core import leases as data
+from coordinator.core.leases import Leases
+from coordinator.core.rosters import next_members
+from protocol.errors import Refused
+from protocol.log import check_ranges, check_record_shape, next_head, ranges_of
+from protocol.state import Consumed
+from protocol.types import (
+    Digest,
+    Epoch,
+    Head,
+    Lease,
+    LogEntry,
+    Member,
+    NodeId,
+    Part,
+    PeerId,
+    Role,
+    Roster,
+    RoundNumber,
+    RunId,
+    SignedRoster,
+)
+
+TAKES_PART = frozenset({"training", "waiting", "finishing"})  # activities of a node that can be rostered
+BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it holds nobody up
+EVENTS_KEPT = 200  # lines of history on the page
+
+
+@dataclass(frozen=True)
+class Rules:
+    run: RunId
+    parameters: int
+    min_nodes: int
+    rounds_goal: int  # 0: endless
+    absent_seconds: float  # a node unheard of for so long is dropped from the roster
+    lease_seconds: float
+    lease_sequences_max: int
+    lease_sequences_node_max: int  # most data that one node may hold
+    weight_cap: int
+    evaluate_every: int
+    base_every: int
+    entry_is_certified: Callable[[LogEntry, Roster], bool]
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is known of an admitted node."""
+
+    node: NodeId
+    peer: PeerId
+    name: str
+    addresses: tuple[str, ...] = ()
+    role: Role = Role.PEER
+    activity: str = "joining"
+    head_round: int = -1
+    epoch: int = -1
+    seen: float = 0.0
+    tokens_per_second: float = 0.0
+    train_loss: float | None = None
+    busy_share: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    credit_tokens: int = 0
+
+    def present(self, now: float, rules: Rules) -> bool:
+        return now - self.seen < rules.absent_seconds
+
+
+@dataclass(frozen=True)
+class State:
+    head: Head  # newest certified record known
+    replica: Head  # newest record folded here
+    replica_digest: Digest
+    consumed: Consumed
+    leases: Leases
+    nodes: Mapping[NodeId, Node] = field(default_factory=dict)
+    rosters: tuple[SignedRoster, ...] = ()  # open ones: a record may still be decided under them
+    history: Mapping[Epoch, SignedRoster] = field(default_factory=dict)  # all ever issued
+    next_epoch: Epoch = Epoch(0)
+    issuing: Epoch | None = None
+    unfolded: tuple[LogEntry, ...] = ()  # certified, not yet folded here
+    waiting: Mapping[RoundNumber, LogEntry] = field(default_factory=dict)  # certified, but records before them lack
+    have: frozenset[Digest] = frozenset()  # archived parts of unfolded records
+    folding: bool = False
+    tokens: int = 0
+    events: tuple[tuple[float, str], ...] = ()
+
+    @property
+    def roster(self) -> SignedRoster | None:
+        return self.rosters[-1] if self.rosters else None
+
+    @property
+    def wanted(self) -> tuple[Part, ...]:
+        """Parts that the archive lacks."""
+        return tuple(p for entry in self.unfolded for p in entry.record.parts if p.digest not in self.have)
+
+
+# events
+
+
+@dataclass(frozen=True)
+class NodeOpened:
+    node: NodeId
+    peer: PeerId
+    name: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeartbeatArrived:
+    node: NodeId
+    activity: str
+    head_round: int
+    epoch: int
+    addresses: tuple[str, ...]
+    tokens_per_second: float = 0.0
+    train_loss: float | None = None
+    busy_share: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    lease_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NodeLeft:
+    node: NodeId
+    why: str
+
+
+@dataclass(frozen=True)
+class LeasesAsked:
+    node: NodeId
+    sequences: int
+
+
+@dataclass(frozen=True)
+class EntryArrived:
+    entry: LogEntry
+
+
+@dataclass(frozen=True)
+class PartStored:
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class Folded:
+    round: RoundNumber
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class RosterSigned:
+    signed: SignedRoster
+
+
+@dataclass(frozen=True)
+class Ticked:
+    pass
+
+
+Event = (
+    NodeOpened | HeartbeatArrived | NodeLeft | LeasesAsked | EntryArrived | PartStored | Folded | RosterSigned | Ticked
+)
+
+
+# effects
+
+
+@dataclass(frozen=True)
+class SignRoster:
+    """Sign, save, and answer with RosterSigned; every node hears of it with its next heartbeat."""
+
+    roster: Roster
+
+
+@dataclass(frozen=True)
+class GrantLeases:
+    node: NodeId
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True)
+class SaveLeases:
+    """Make the leases durable as they now stand, before anything that follows is sent."""
+
+
+@dataclass(frozen=True)
+class SaveEntry:
+    """Append to the log, and credit its contributors, in one transaction."""
+
+    entry: LogEntry
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Fold this record into the coordinator's replica; ends as Folded."""
+
+    entry: LogEntry
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    round: RoundNumber
+
+
+@dataclass(frozen=True)
+class ArchiveBase:
+    round: RoundNumber
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Something changed that pages and waiting heartbeats should hear of."""
+
+
+Effect = SignRoster | GrantLeases | SaveLeases | SaveEntry | Fold | Evaluate | ArchiveBase | Announce
+Outcome = tuple[State, tuple[Effect, ...]]
+
+
+def run_is_over(state: State, rules: Rules) -> bool:
+    return bool(rules.rounds_goal) and state.head.round >= rules.rounds_goal
+
+
+def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
+    """Take one event; return the new state and what must be done, in order."""
+    state, effects = _apply(state, event, now, rules)
+    state, more = _settle(state, now, rules)
+    return state, effects + more
+
+
+def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
+    match event:
+        case NodeOpened(node, peer, name, addresses):
+            known = state.nodes.get(node) or Node(node, peer, name)
+            fresh = replace(known, peer=peer, name=name, addresses=addresses, seen=now, activity="joining")
+            return _say(_with_node(state, fresh), now, f"{name} connected"), (Announce(),)
+        case HeartbeatArrived():
+            return _heartbeat(state, event, now, rules)
+        case NodeLeft(node, why):
+            return _left(state, node, why, now)
+        case LeasesAsked(node, sequences):
+            return _lease(state, node, sequences, now, rules)
+        case EntryArrived(entry):
+            return _entry(state, entry, now, rules)
+        case PartStored(digest):
+            return replace(state, have=state.have | {digest}), ()
+        case Folded(round_number, digest):
+            return _folded(state, round_number, digest, now, rules)
+        case RosterSigned(signed):
+            return _roster_signed(state, signed, now)
+        case Ticked():
+            return state, ()
+
+
+def _with_node(state: State, node: Node) -> State:
+    return replace(state, nodes={**state.nodes, node.node: node})
+
+
+def _say(state: State, now: float, text: str) -> State:
+    return replace(state, events=(*state.events[-(EVENTS_KEPT - 1) :], (now, text)))
+
+
+def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -> Outcome:
+    known = state.nodes.get(beat.node)
+    if known is None:
+        return state, ()
+    if known.activity != beat.activity:
+        state = _say(state, now, f"{known.name} is {beat.activity}")
+    state = _with_node(
+        state,
+        replace(
+            known,
+            activity=beat.activity,
+            head_round=beat.head_round,
+            epoch=beat.epoch,
+            addresses=beat.addresses,
+            seen=now,
+            tokens_per_second=beat.tokens_per_second,
+            train_loss=beat.train_loss if beat.train_loss is not None else known.train_loss,
+            busy_share=beat.busy_share,
+            bytes_sent=beat.bytes_sent,
+            bytes_received=beat.bytes_received,
+        ),
+    )
+    until_ms = int((now + rules.lease_seconds) * 1000)
+    renewed, _ = data.renew(state.leases, beat.node, beat.lease_ids, until_ms)
+    return replace(state, leases=renewed), (Announce(),)
+
+
+def _left(state: State, node: NodeId, why: str, now: float) -> Outcome:
+    known = state.nodes.get(node)
+    if known is None:
+        return state, ()
+    state = _with_node(state, replace(known, activity="left", seen=-1e9))
+    lease_ids = tuple(lease.lease_id for lease in state.leases.of(node))
+    state = replace(state, leases=data.give_back(state.leases, lease_ids))
+    return _say(state, now, f"{known.name} left ({why})"), (SaveLeases(), Announce())
+
+
+def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules) -> Outcome:
+    held = sum(lease.range.stop - lease.range.start for lease in state.leases.of(node))
+    wanted = min(sequences, rules.lease_sequences_node_max - held)
+    if node not in state.nodes or wanted <= 0 or run_is_over(state, rules):
+        return state, (GrantLeases(node, ()),)
+    leases, granted = data.grant(
+        state.leases,
+        node,
+        sequences=wanted,
+        largest=rules.lease_sequences_max,
+        until_ms=int((now + rules.lease_seconds) * 1000),
+    )
+    return replace(state, leases=leases), (SaveLeases(), GrantLeases(node, granted))
+
+
+def _entry(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
+    """Append a record that follows the head; keep one that is ahead of it until those between arrive."""
+    if entry.record.run != rules.run or entry.record.round < state.head.round:
+        return state, ()
+    if entry.record.round > state.head.round:
+        return replace(state, waiting={**state.waiting, entry.record.round: entry}), ()
+    signed = state.history.get(entry.certificate.ballot.epoch)
+    if signed is None or entry.record.previous != state.head.hash:
+        return state, ()
+    if not rules.entry_is_certified(entry, signed.roster):
+        return state, ()
+    try:
+        check_record_shape(entry.record, rules.parameters)
+        check_ranges(entry.record, state.consumed)
+    except Refused as refusal:
+        return _say(state, now, f"refused record {entry.record.round}: {refusal.what}"), ()
+    return _append(state, entry, now, rules)
+
+
+def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
+    record = entry.record
+    ranges = ranges_of(record)
+    nodes = dict(state.nodes)
+    for contribution in record.contributions:
+        if contribution.node in nodes:
+            known = nodes[contribution.node]
+            nodes[contribution.node] = replace(known, credit_tokens=known.credit_tokens + contribution.tokens)
+    tokens = sum(contribution.tokens for contribution in record.contributions)
+    state = replace(
+        state,
+        head=next_head(record),
+        consumed=state.consumed.with_ranges(ranges),
+        leases=data.consume(state.leases, ranges),
+        nodes=nodes,
+        rosters=tuple(s for s in state.rosters if s.roster.epoch >= entry.certificate.ballot.epoch),
+        unfolded=(*state.unfolded, entry),
+        tokens=state.tokens + tokens,
+    )
+    names = len(record.contributions)
+    state = _say(state, now, f"round {record.round} certified: {names} nodes, {tokens:,} tokens")
+    if run_is_over(state, rules):
+        state = _say(state, now, f"the run has reached its {rules.rounds_goal} rounds")
+    effects: tuple[Effect, ...] = (SaveEntry(entry), SaveLeases(), Announce())
+    following = state.waiting.get(state.head.round)
+    state = replace(state, waiting={n: e for n, e in state.waiting.items() if n > state.head.round})
+    if following is None:
+        return state, effects
+    state, more = _entry(state, following, now, rules)
+    return state, effects + more
+
+
+def _folded(state: State, round_number: RoundNumber, digest: Digest, now: float, rules: Rules) -> Outcome:
+    entry, rest = state.unfolded[0], state.unfolded[1:]
+    assert entry.record.round == round_number
+    after = RoundNumber(round_number + 1)
+    still = {part.digest for later in rest for part in later.record.parts}
+    state = replace(
+        state,
+        replica=next_head(entry.record),
+        replica_digest=digest,
+        unfolded=rest,
+        folding=False,
+        have=frozenset(d for d in state.have if d in still),
+    )
+    effects: list[Effect] = []
+    over = bool(rules.rounds_goal) and after >= rules.rounds_goal
+    if after % rules.evaluate_every == 0 or over:
+        effects.append(Evaluate(after))
+    if after % rules.base_every == 0 or over:
+        effects.append(ArchiveBase(after))
+    if rest and rest[0].record.state != digest:
+        state = _say(state, now, f"record {after} starts from another state than this replica's: the archive is held")
+    return state, (*effects, Announce())
+
+
+def _roster_signed(state: State, signed: SignedRoster, now: float) -> Outcome:
+    roster = signed.roster
+    names = ", ".join(state.nodes[n].name if n in state.nodes else n[:8] for n in roster.nodes)
+    state = replace(
+        state,
+        rosters=(*state.rosters, signed),
+        history={**state.history, roster.epoch: signed},
+        issuing=None,
+    )
+    return _say(state, now, f"roster {roster.epoch}: {names}"), (Announce(),)
+
+
+def _settle(state: State, now: float, rules: Rules) -> Outcome:
+    """Whatever follows from the state and the time, whichever event led to it."""
+    effects: tuple[Effect, ...] = ()
+    for node in state.nodes.values():
+        if node.activity != "left" and node.seen > 0 and not node.present(now, rules):
+            state, more = _left(state, node.node, f"not heard of for {rules.absent_seconds:.0f} s", now)
+            effects += more
+    gone = data.expired(state.leases, int(now * 1000))
+    if gone:
+        state = replace(state, leases=data.give_back(state.leases, gone))
+        effects += (SaveLeases(),)
+    if state.issuing is None and not run_is_over(state, rules):
+        state, more = _roster(state, now, rules)
+        effects += more
+    if state.unfolded and not state.folding:
+        entry = state.unfolded[0]
+        ready = all(part.digest in state.have for part in entry.record.parts)
+        if ready and entry.record.state == state.replica_digest:
+            state = replace(state, folding=True)
+            effects += (Fold(entry),)
+    return state, effects
+
+
+def _roster(state: State, now: float, rules: Rules) -> Outcome:
+    """Issue a new roster when the active nodes are no longer those of the last one."""
+    rostered = set(state.roster.roster.nodes) if state.roster else set()
+    desired = tuple(
+        Member(n.node, n.peer, n.addresses, rules.weight_cap, n.role)
+        for n in state.nodes.values()
+        if n.activity in TAKES_PART
+        and n.present(now, rules)
+        and (n.node in rostered or n.head_round >= state.head.round - BEHIND_MAX)
+    )
+    if not state.rosters and len(desired) < rules.min_nodes:
+        return state, ()
+    members = next_members([signed.roster for signed in state.rosters], desired)
+    if members is None:
+        return state, ()
+    roster = Roster(rules.run, state.next_epoch, members, int(now * 1000))
+    state = replace(state, next_epoch=Epoch(state.next_epoch + 1), issuing=roster.epoch)
+    return state, (SignRoster(roster),)

@@ -1,0 +1,904 @@
+"""One round after another: propose, vote, repair, commit. Knows no socket, clock, tensor or disk.
+
+Each round is decided by single-decree Paxos among the members of a signed roster (Lamport, "Paxos Made
+Simple", 2001): `Ready` is the promise, `Propose` the request to accept, `Vote` the acceptance, and the
+certificate is the proof that a strict majority accepted. What is decided is a record; the averaging in
+between only produces the parts that the leader's record names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from protocol.errors import Refused
+from protocol.limits import RANGES_MAX
+from protocol.log import check_members, check_ranges, check_record_shape, next_head, ranges_of, record_hash
+from protocol.messages import (
+    Accepted,
+    Begin,
+    Claim,
+    Commit,
+    LogRequest,
+    Message,
+    Propose,
+    Ready,
+    SignedReady,
+    Vote,
+)
+from protocol.state import Consumed
+from protocol.types import (
+    Ballot,
+    Certificate,
+    Contribution,
+    DataRange,
+    Digest,
+    Epoch,
+    Head,
+    LogEntry,
+    NodeId,
+    Part,
+    Record,
+    Roster,
+    RoundNumber,
+    RunId,
+    Signature,
+    SignedRoster,
+    VoteBody,
+)
+
+ROSTERS_KEPT = 64  # rosters that late certificates may still name
+ATTEMPT_JUMP_MAX = 16  # how far ahead of ours a peer's attempt may pull us
+RESEND_SECONDS = 2.0  # a lost promise costs a round this much, not a timeout
+LOG_ASK_SECONDS = 1.0  # between two questions for records that we miss
+
+
+class Phase(Enum):
+    TRAINING = "training"  # no promise made in this round yet
+    GATHERING = "gathering"  # promised; waiting for the leader to begin
+    AVERAGING = "averaging"
+    DECIDING = "deciding"  # averaged; waiting for a proposal, or for its certificate
+    FOLDING = "folding"  # certified; the parts are being fetched and folded
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What does not change while the machine runs. The callables are pure: same arguments, same answer."""
+
+    me: NodeId
+    run: RunId
+    parameters: int
+    context: int
+    inner_steps: Callable[[RoundNumber], int]
+    round_seconds_max: float
+    gather_seconds: float
+    attempt_seconds_min: float
+    attempt_seconds_max: float
+    sign: Callable[[VoteBody], str]
+    vote_is_valid: Callable[[NodeId, VoteBody, str], bool]
+    entry_is_certified: Callable[[LogEntry, Roster], bool]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Where this node stands in the log and in the round being decided."""
+
+    head: Head
+    digest: Digest  # of state(head.round)
+    consumed: Consumed
+    rosters: Mapping[Epoch, SignedRoster] = field(default_factory=dict)
+    last: LogEntry | None = None
+    phase: Phase = Phase.TRAINING
+    ballot: Ballot = Ballot(Epoch(-1), 0)
+    accepted: Accepted | None = None
+    contribution: Contribution | None = None  # the snapshot made for this round
+    carried: Contribution | None = None  # what earlier rounds did not take
+    snapshot_asked: bool = False
+    steps: int = 0  # inner steps since the last snapshot
+    active: bool = False  # may take part: synced, not paused
+    finishing: bool = False
+    round_started: float = 0.0
+    readies: Mapping[NodeId, SignedReady] = field(default_factory=dict)
+    majority_since: float | None = None  # when a majority of promises was first seen
+    begin: Begin | None = None
+    have: frozenset[Digest] = frozenset()  # parts of this round that are on disk here
+    fetching: frozenset[Digest] = frozenset()
+    fetch_at: float = 0.0  # not again before
+    claims: Mapping[NodeId, Part | None] = field(default_factory=dict)
+    averaged: bool = False
+    proposal: Propose | None = None
+    votes: Mapping[NodeId, Vote] = field(default_factory=dict)
+    committed: LogEntry | None = None
+    backlog: tuple[LogEntry, ...] = ()
+    deadline: float = 0.0
+    resend_at: float = 0.0
+    log_asked_at: float = -1e9
+    began_at: float = 0.0
+    decide_seconds: float | None = None  # smoothed time from the leader's call to the fold
+    last_failure: str = ""
+
+    @property
+    def signed_roster(self) -> SignedRoster | None:
+        """The roster this node goes by: the one its promise names, else the newest."""
+        if self.ballot.epoch in self.rosters:
+            return self.rosters[self.ballot.epoch]
+        return self.rosters[max(self.rosters)] if self.rosters else None
+
+    @property
+    def roster(self) -> Roster | None:
+        signed = self.signed_roster
+        return signed.roster if signed else None
+
+    @property
+    def pending(self) -> bool:
+        """Whether trained work still waits for a round."""
+        brought = self.contribution is not None and self.contribution.tokens > 0
+        return brought or self.snapshot_asked or self.steps > 0 or self.carried is not None
+
+
+# events
+
+
+@dataclass(frozen=True)
+class RosterArrived:
+    signed: SignedRoster
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """The trainer made inner steps since the last snapshot."""
+
+    steps: int
+
+
+@dataclass(frozen=True)
+class SnapshotTaken:
+    """The data trained on since the last snapshot."""
+
+    ranges: tuple[DataRange, ...]
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message whose sender and signatures the edge has checked."""
+
+    message: Message
+    signature: str = ""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The averaging of a ballot ended: the part reduced here, and the hashes of all parts held."""
+
+    ballot: Ballot
+    part: Part | None
+    held: Mapping[int, Digest]
+
+
+@dataclass(frozen=True)
+class PartsArrived:
+    digests: frozenset[Digest]
+
+
+@dataclass(frozen=True)
+class PartsLost:
+    """Nobody that was asked has these parts."""
+
+    digests: frozenset[Digest]
+
+
+@dataclass(frozen=True)
+class Folded:
+    round: RoundNumber
+    digest: Digest
+
+
+@dataclass(frozen=True)
+class LogArrived:
+    entries: tuple[LogEntry, ...]
+    rosters: tuple[SignedRoster, ...] = ()
+
+
+@dataclass(frozen=True)
+class ActivityChanged:
+    """Whether this node takes part in rounds: it is synced and not paused."""
+
+    active: bool
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """End the round with what has been trained, as soon as the others can."""
+
+
+@dataclass(frozen=True)
+class Ticked:
+    pass
+
+
+Event = (
+    RosterArrived
+    | Progressed
+    | SnapshotTaken
+    | Received
+    | Averaged
+    | PartsArrived
+    | PartsLost
+    | Folded
+    | LogArrived
+    | ActivityChanged
+    | Finishing
+    | Ticked
+)
+
+
+# effects
+
+
+@dataclass(frozen=True)
+class TakeSnapshot:
+    """Snapshot the local parameters and encode pseudo-gradient plus residual; ends as SnapshotTaken."""
+
+    round: RoundNumber
+
+
+@dataclass(frozen=True)
+class SaveVote:
+    """Make the promise and the accepted record durable before anything that follows is sent."""
+
+    round: RoundNumber
+    ballot: Ballot
+    accepted: Accepted | None
+
+
+@dataclass(frozen=True)
+class Send:
+    """Sign and send to these nodes; to oneself it is delivered as an event."""
+
+    to: tuple[NodeId, ...]
+    message: Message
+
+
+@dataclass(frozen=True)
+class Average:
+    """Reduce with this group; ends as Averaged, whatever happens."""
+
+    begin: Begin
+    roster: Roster
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StopAveraging:
+    pass
+
+
+@dataclass(frozen=True)
+class FetchParts:
+    """Get these parts by hash from whoever has them; ends as PartsArrived or PartsLost."""
+
+    parts: tuple[Part, ...]
+    sources: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Save the entry, apply its parts to the shared state, merge into local progress; ends as Folded.
+
+    Steps made since a pending snapshot are kept."""
+
+    entry: LogEntry
+
+
+Effect = TakeSnapshot | SaveVote | Send | Average | StopAveraging | FetchParts | Fold
+Outcome = tuple[Rounds, tuple[Effect, ...]]
+
+
+def leader(roster: Roster, ballot: Ballot, round_number: RoundNumber) -> NodeId:
+    """Rotates by round and attempt, so that a dead leader costs one attempt."""
+    return roster.members[(round_number + ballot.attempt) % len(roster.members)].node
+
+
+def group(begin: Begin, roster: Roster) -> tuple[tuple[NodeId, int], ...]:
+    """The members of an averaging in the roster's order, each with its weight in tokens, capped."""
+    tokens = {signed.ready.sender: signed.ready.contribution.tokens for signed in begin.readies}
+    return tuple((m.node, min(tokens[m.node], m.weight_cap)) for m in roster.members if m.node in tokens)
+
+
+def step(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
+    """Take one event; return the new state and what must be done, in order."""
+    state, effects = _apply(state, event, now, rules)
+    while True:
+        following, more = _advance(state, now, rules)
+        effects += more
+        if following is state:
+            return state, effects
+        state = following
+
+
+def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
+    match event:
+        case RosterArrived(signed):
+            return _learn_rosters(state, (signed,), rules), ()
+        case Progressed(steps):
+            return replace(state, steps=steps), ()
+        case SnapshotTaken(ranges):
+            return _snapshot_taken(state, ranges, rules), ()
+        case Received(message, signature):
+            return _received(state, message, signature, now, rules)
+        case Averaged(ballot, part, held):
+            return _averaged(state, ballot, part, held, now, rules)
+        case PartsArrived(digests):
+            return replace(state, have=state.have | digests, fetching=state.fetching - digests), ()
+        case PartsLost(digests):
+            return replace(state, fetching=state.fetching - digests, fetch_at=now + RESEND_SECONDS), ()
+        case Folded(round_number, digest):
+            return _folded(state, round_number, digest, now), ()
+        case LogArrived(entries, rosters):
+            return _log_arrived(state, entries, rosters, rules), ()
+        case ActivityChanged(active):
+            return replace(state, active=active, round_started=now), ()
+        case Finishing():
+            return replace(state, finishing=True), ()
+        case Ticked():
+            return state, ()
+
+
+def _advance(state: Rounds, now: float, rules: Rules) -> Outcome:
+    """Whatever the state allows next, one move at a time; the same state means that nothing does."""
+    if state.phase is Phase.FOLDING:
+        return state, ()
+    if state.committed is not None:
+        missing = _missing(state, state.committed.record)
+        return _fetch(state, state.committed.record, missing, now, rules) if missing else _fold(state)
+    if state.backlog:
+        return _take_backlog(state, rules)
+    roster = state.roster
+    if roster is None:
+        return state, ()
+    match state.phase:
+        case Phase.TRAINING:
+            return _train(state, roster, now, rules)
+        case Phase.GATHERING:
+            return _gather(state, roster, now, rules)
+        case Phase.AVERAGING:
+            return (
+                _next_attempt(state, now, rules, "the averaging took too long")
+                if now >= state.deadline
+                else (state, ())
+            )
+        case Phase.DECIDING:
+            return _decide(state, roster, now, rules)
+    raise AssertionError(state.phase)
+
+
+# training and promising
+
+
+def _train(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
+    newest = max(state.rosters)
+    if newest > state.ballot.epoch:
+        state = replace(state, ballot=Ballot(newest, 0), readies=_current(state.readies, state))
+        roster = state.rosters[newest].roster
+    if not state.active or roster.member(rules.me) is None:
+        return state, ()
+    if state.contribution is not None:
+        return _promise(state, roster, state.ballot, now, rules)
+    if state.snapshot_asked:
+        return state, ()
+    if not _round_is_over(state, roster, now, rules):
+        return state, ()
+    if state.steps == 0 and state.carried is None:
+        return replace(state, contribution=Contribution(rules.me, 0, ())), ()
+    return replace(state, snapshot_asked=True), (TakeSnapshot(state.head.round),)
+
+
+def _round_is_over(state: Rounds, roster: Roster, now: float, rules: Rules) -> bool:
+    """Enough steps, or enough time, or a majority that waits only for this node."""
+    if state.steps >= rules.inner_steps(state.head.round):
+        return True
+    if state.steps and (state.finishing or now - state.round_started >= rules.round_seconds_max):
+        return True
+    others = len(_promises(state, roster).keys() - {rules.me})
+    return others > 0 and others + 1 >= roster.quorum
+
+
+def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:
+    contribution = _combine(state.carried, ranges, state.consumed, rules)
+    return replace(state, contribution=contribution, carried=None, snapshot_asked=False, steps=0)
+
+
+def _combine(
+    carried: Contribution | None, ranges: tuple[DataRange, ...], consumed: Consumed, rules: Rules
+) -> Contribution:
+    """What was left over and what is new, without ranges that count elsewhere or twice."""
+    free = _unused((carried.ranges if carried else ()) + ranges, consumed)[-RANGES_MAX:]
+    return Contribution(rules.me, sum(r.stop - r.start for r in free) * rules.context, free)
+
+
+def _unused(ranges: tuple[DataRange, ...], consumed: Consumed) -> tuple[DataRange, ...]:
+    """Those ranges that overlap neither what is consumed nor one before them."""
+    free: list[DataRange] = []
+    for data in ranges:
+        if not consumed.overlaps(data):
+            free.append(data)
+            consumed = consumed.with_ranges((data,))
+    return tuple(free)
+
+
+def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: Rules) -> Outcome:
+    """Promise a ballot to everyone: sign nothing lower from here on."""
+    assert state.contribution is not None and ballot >= state.ballot
+    ready = _own_ready(state, ballot, rules)
+    state = replace(
+        state,
+        phase=Phase.GATHERING,
+        ballot=ballot,
+        begin=None,
+        claims={},
+        averaged=False,
+        proposal=None,
+        votes={},
+        majority_since=None,
+        resend_at=now + RESEND_SECONDS,
+    )
+    return state, (SaveVote(state.head.round, ballot, state.accepted), Send(roster.nodes, ready))
+
+
+def _own_ready(state: Rounds, ballot: Ballot, rules: Rules) -> Ready:
+    assert state.contribution is not None
+    return Ready(rules.run, state.head.round, state.head.hash, ballot, rules.me, state.contribution, state.accepted)
+
+
+# gathering
+
+
+def _promises(state: Rounds, roster: Roster) -> dict[NodeId, SignedReady]:
+    """The promises of rostered members for exactly this round, head and ballot."""
+    return {
+        node: signed
+        for node, signed in state.readies.items()
+        if signed.ready.round == state.head.round
+        and signed.ready.previous == state.head.hash
+        and signed.ready.ballot == state.ballot
+        and roster.member(node) is not None
+    }
+
+
+def _current(readies: Mapping[NodeId, SignedReady], state: Rounds) -> dict[NodeId, SignedReady]:
+    return {node: signed for node, signed in readies.items() if signed.ready.round >= state.head.round}
+
+
+def _gather(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
+    highest = max(
+        (
+            s.ready.ballot
+            for s in state.readies.values()
+            if s.ready.round == state.head.round and s.ready.ballot.epoch in state.rosters
+        ),
+        default=state.ballot,
+    )
+    newest = max(state.rosters)
+    if newest > state.ballot.epoch:
+        highest = max(highest, Ballot(newest, 0))
+    if highest > state.ballot:
+        return _move_to(state, highest, now, rules)
+    promises = _promises(state, roster)
+    if len(promises) >= roster.quorum and state.majority_since is None:
+        state = replace(state, majority_since=now)
+    if now >= state.resend_at:
+        deaf = {node for node in roster.nodes if node not in promises}
+        deaf |= {leader(roster, state.ballot, state.head.round)} - {rules.me}
+        again = Send(tuple(n for n in roster.nodes if n in deaf), _own_ready(state, state.ballot, rules))
+        return replace(state, resend_at=now + RESEND_SECONDS), (again,) if deaf else ()
+    if state.majority_since is None:
+        return state, ()
+    waited = now - state.majority_since
+    if leader(roster, state.ballot, state.head.round) == rules.me:
+        if len(promises) == len(roster.members) or waited >= rules.gather_seconds:
+            return _begin(state, roster, promises, now, rules)
+        return state, ()
+    if waited >= rules.gather_seconds + _attempt_seconds(state, rules):
+        return _next_attempt(state, now, rules, "the leader did not begin")
+    return state, ()
+
+
+def _attempt_seconds(state: Rounds, rules: Rules) -> float:
+    """Four times what rounds have needed, longer with each failed attempt, inside the run's bounds."""
+    measured = 4 * state.decide_seconds if state.decide_seconds is not None else rules.attempt_seconds_max / 4
+    patient = max(measured, rules.attempt_seconds_min) * (1 + min(state.ballot.attempt, 8) / 2)
+    return min(patient, rules.attempt_seconds_max)
+
+
+def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady], now: float, rules: Rules) -> Outcome:
+    """As leader: carry on with the highest record that anyone has voted for, else average afresh."""
+    accepted = [s.ready.accepted for s in promises.values() if s.ready.accepted is not None]
+    if accepted:
+        newest = max(accepted, key=lambda a: a.ballot)
+        record = newest.record
+        proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
+        state = replace(state, phase=Phase.DECIDING, deadline=now + _attempt_seconds(state, rules), began_at=now)
+        return state, (Send(roster.nodes, proposal),)
+    chosen: list[SignedReady] = []
+    taken = state.consumed
+    for node in roster.nodes:
+        signed = promises.get(node)
+        if signed is None:
+            continue
+        ranges = signed.ready.contribution.ranges
+        if _unused(ranges, taken) != ranges:
+            continue  # trained on data that counts elsewhere; it learns so from the log
+        taken = taken.with_ranges(ranges)
+        chosen.append(signed)
+    if not any(s.ready.contribution.tokens for s in chosen):
+        if now - (state.majority_since or now) >= _attempt_seconds(state, rules) + rules.gather_seconds:
+            return _next_attempt(state, now, rules, "nobody had trained")
+        return state, ()
+    begin = Begin(rules.run, state.head.round, state.ballot, rules.me, tuple(chosen))
+    state = replace(
+        state, began_at=now, deadline=now + _attempt_seconds(state, rules), phase=Phase.DECIDING, begin=begin
+    )
+    return state, (Send(roster.nodes, begin),)
+
+
+def _next_attempt(state: Rounds, now: float, rules: Rules, why: str) -> Outcome:
+    """Give up this attempt; nothing is lost, because the contribution and the residual are still there."""
+    seen = max(
+        (
+            s.ready.ballot
+            for s in state.readies.values()
+            if s.ready.round == state.head.round and s.ready.ballot.epoch in state.rosters
+        ),
+        default=state.ballot,
+    )
+    following = Ballot(state.ballot.epoch, state.ballot.attempt + 1)
+    newest = max(state.rosters)
+    if newest > state.ballot.epoch:
+        following = Ballot(newest, 0)
+    return _move_to(replace(state, last_failure=why), max(seen, following), now, rules)
+
+
+def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome:
+    roster = state.rosters[ballot.epoch].roster
+    stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
+    empty = state.contribution is None or not state.contribution.tokens
+    if roster.member(rules.me) is None or not state.active or empty:
+        state = replace(state, phase=Phase.TRAINING, ballot=ballot, proposal=None, begin=None)
+        if empty:
+            state = replace(state, contribution=None)
+        return state, (*stop, SaveVote(state.head.round, ballot, state.accepted))
+    state, effects = _promise(state, roster, ballot, now, rules)
+    return state, stop + effects
+
+
+# messages
+
+
+def _received(state: Rounds, message: Message, signature: str, now: float, rules: Rules) -> Outcome:
+    if message.run != rules.run:
+        return state, ()
+    if message.round > state.head.round and not isinstance(message, LogRequest):
+        if isinstance(message, Ready):
+            state = replace(state, readies={**state.readies, message.sender: SignedReady(message, signature)})
+        return _ask_log(state, message.sender, now, rules)
+    match message:
+        case Ready():
+            return _ready(state, message, signature, now, rules)
+        case Begin():
+            return _begun(state, message, now, rules)
+        case Claim():
+            return _claimed(state, message), ()
+        case Propose():
+            return _proposed(state, message, now, rules)
+        case Vote():
+            return _voted(state, message, rules), ()
+        case Commit():
+            return _commit(state, LogEntry(message.record, message.certificate), message.sender, now, rules)
+    return state, ()
+
+
+def _ask_log(state: Rounds, peer: NodeId, now: float, rules: Rules) -> Outcome:
+    if now - state.log_asked_at < LOG_ASK_SECONDS or state.committed is not None or state.backlog:
+        return state, ()
+    return replace(state, log_asked_at=now), (Send((peer,), LogRequest(rules.run, state.head.round, rules.me)),)
+
+
+def _ready(state: Rounds, ready: Ready, signature: str, now: float, rules: Rules) -> Outcome:
+    if ready.round < state.head.round:
+        if state.last is None or ready.sender == rules.me or ready.round != state.head.round - 1:
+            return state, ()
+        commit = Commit(rules.run, state.last.record.round, rules.me, state.last.record, state.last.certificate)
+        return state, (Send((ready.sender,), commit),)
+    if ready.ballot.epoch not in state.rosters:
+        return _ask_log(state, ready.sender, now, rules)
+    if ready.ballot.attempt > state.ballot.attempt + ATTEMPT_JUMP_MAX and ready.ballot.epoch == state.ballot.epoch:
+        return state, ()
+    known = state.readies.get(ready.sender)
+    if known is not None and known.ready.round == ready.round and known.ready.ballot > ready.ballot:
+        return state, ()
+    return replace(state, readies={**state.readies, ready.sender: SignedReady(ready, signature)}), ()
+
+
+def _begun(state: Rounds, begin: Begin, now: float, rules: Rules) -> Outcome:
+    if begin.round != state.head.round or begin.ballot != state.ballot or state.committed is not None:
+        return state, ()
+    roster = state.roster
+    if roster is None or begin.sender != leader(roster, begin.ballot, begin.round):
+        return state, ()
+    if state.phase not in (Phase.GATHERING, Phase.DECIDING) or state.averaged or state.proposal is not None:
+        return state, ()
+    readies = [signed.ready for signed in begin.readies]
+    fit = all(
+        ready.round == begin.round
+        and ready.ballot == begin.ballot
+        and ready.previous == state.head.hash
+        and roster.member(ready.sender) is not None
+        for ready in readies
+    )
+    if not fit or len({ready.sender for ready in readies}) != len(readies):
+        return state, ()
+    seconds = _attempt_seconds(state, rules)
+    state = replace(state, begin=begin, began_at=now, deadline=now + seconds)
+    if rules.me not in {ready.sender for ready in readies}:
+        return replace(state, phase=Phase.DECIDING, averaged=True), ()
+    return replace(state, phase=Phase.AVERAGING), (Average(begin, roster, seconds * 0.6),)
+
+
+def _averaged(
+    state: Rounds, ballot: Ballot, part: Part | None, held: Mapping[int, Digest], now: float, rules: Rules
+) -> Outcome:
+    if state.phase is not Phase.AVERAGING or ballot != state.ballot or state.begin is None:
+        return state, ()
+    roster = state.roster
+    assert roster is not None
+    claim = Claim(rules.run, state.head.round, ballot, rules.me, part)
+    state = replace(state, phase=Phase.DECIDING, have=state.have | frozenset(held.values()), averaged=True)
+    return state, (Send((leader(roster, ballot, state.head.round),), claim),)
+
+
+def _claimed(state: Rounds, claim: Claim) -> Rounds:
+    if claim.round != state.head.round or claim.ballot != state.ballot or state.begin is None:
+        return state
+    if claim.part is not None and claim.part.reducer != claim.sender:
+        return state
+    return replace(state, claims={**state.claims, claim.sender: claim.part})
+
+
+# deciding
+
+
+def _decide(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
+    if now >= state.deadline:
+        return _next_attempt(state, now, rules, "no majority signed in time")
+    if leader(roster, state.ballot, state.head.round) == rules.me:
+        if state.proposal is None and state.begin is not None:
+            return _propose(state, roster, now, rules)
+        if state.proposal is not None and len(state.votes) >= roster.quorum:
+            return _certify(state, roster, rules)
+    if state.proposal is None:
+        return state, ()
+    missing = _missing(state, state.proposal.record)
+    if missing:
+        return _fetch(state, state.proposal.record, missing, now, rules)
+    accepted = Accepted(state.ballot, state.proposal.record)
+    if state.accepted == accepted:
+        return state, ()
+    return _vote(replace(state, accepted=accepted), state.proposal, rules)
+
+
+def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
+    """As leader: name the parts that were reduced, once every reducer has spoken or has had its time."""
+    assert state.begin is not None
+    members = [node for node, _ in group(state.begin, roster)]
+    all_spoke = set(members) <= state.claims.keys() and state.averaged
+    patience = state.began_at + 0.75 * (state.deadline - state.began_at)
+    if not all_spoke and now < patience:
+        return state, ()
+    parts = tuple(
+        sorted(
+            (
+                p
+                for node, p in state.claims.items()
+                if p is not None and node in members and set(p.included) <= set(members)
+            ),
+            key=lambda p: p.index,
+        )
+    )
+    if not parts:
+        if not all_spoke:
+            return state, ()
+        return _next_attempt(state, now, rules, "no part was reduced")
+    inside = {node for part in parts for node in part.included}
+    contributions = tuple(signed.ready.contribution for signed in state.begin.readies if signed.ready.sender in inside)
+    record = Record(
+        run=rules.run,
+        round=state.head.round,
+        previous=state.head.hash,
+        epoch=roster.epoch,
+        leader=rules.me,
+        contributions=contributions,
+        parts=parts,
+        state=state.digest,
+    )
+    proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
+    return replace(state, begin=None), (Send(roster.nodes, proposal),)
+
+
+def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Outcome:
+    if proposal.round != state.head.round or state.committed is not None or proposal.ballot < state.ballot:
+        return state, ()
+    signed = state.rosters.get(proposal.ballot.epoch)
+    if signed is None:
+        return _ask_log(state, proposal.sender, now, rules)
+    roster = signed.roster
+    if proposal.sender != leader(roster, proposal.ballot, proposal.round) or roster.member(rules.me) is None:
+        return state, ()
+    if state.proposal is not None and state.proposal.ballot == proposal.ballot:
+        return state, ()
+    record = proposal.record
+    if not _record_is_sound(state, record, rules):
+        return state, ()
+    stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
+    state = replace(
+        state,
+        phase=Phase.DECIDING,
+        ballot=proposal.ballot,
+        proposal=proposal,
+        votes={} if proposal.ballot > state.ballot else state.votes,
+        deadline=max(state.deadline, now + _attempt_seconds(state, rules)),
+        began_at=state.began_at or now,
+    )
+    return state, stop
+
+
+def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
+    """Whether this node could sign the record: it follows its head, from its state, with data not yet used."""
+    if record.run != rules.run or record.round != state.head.round or record.previous != state.head.hash:
+        return False
+    signed = state.rosters.get(record.epoch)
+    if record.state != state.digest or signed is None:
+        return False
+    for contribution in record.contributions:
+        if contribution.tokens != sum(r.stop - r.start for r in contribution.ranges) * rules.context:
+            return False
+    try:
+        check_members(record, signed.roster)
+        check_record_shape(record, rules.parameters)
+        check_ranges(record, state.consumed)
+    except Refused:
+        return False
+    return True
+
+
+def _vote(state: Rounds, proposal: Propose, rules: Rules) -> Outcome:
+    hashed = record_hash(proposal.record)
+    body = VoteBody(rules.run, proposal.round, proposal.ballot, hashed)
+    vote = Vote(rules.run, proposal.round, proposal.ballot, rules.me, hashed, rules.sign(body))
+    return state, (SaveVote(state.head.round, state.ballot, state.accepted), Send((proposal.sender,), vote))
+
+
+def _voted(state: Rounds, vote: Vote, rules: Rules) -> Rounds:
+    roster = state.roster
+    if roster is None or vote.round != state.head.round or vote.ballot != state.ballot:
+        return state
+    if roster.member(vote.sender) is None or state.proposal is None:
+        return state
+    if vote.record != record_hash(state.proposal.record):
+        return state
+    if not rules.vote_is_valid(vote.sender, VoteBody(vote.run, vote.round, vote.ballot, vote.record), vote.signature):
+        return state
+    return replace(state, votes={**state.votes, vote.sender: vote})
+
+
+def _certify(state: Rounds, roster: Roster, rules: Rules) -> Outcome:
+    assert state.proposal is not None
+    votes = [state.votes[node] for node in roster.nodes if node in state.votes]
+    record = state.proposal.record
+    certificate = Certificate(
+        record_hash(record), state.ballot, tuple(Signature(vote.sender, vote.signature) for vote in votes)
+    )
+    entry = LogEntry(record, certificate)
+    others = tuple(node for node in roster.nodes if node != rules.me)
+    commit = Commit(rules.run, record.round, rules.me, record, certificate)
+    return replace(state, committed=entry), (Send(others, commit),)
+
+
+def _commit(state: Rounds, entry: LogEntry, sender: NodeId, now: float, rules: Rules) -> Outcome:
+    if entry.record.round != state.head.round or state.committed is not None:
+        return state, ()
+    signed = state.rosters.get(entry.certificate.ballot.epoch)
+    if signed is None:
+        return _ask_log(state, sender, now, rules)
+    if not _entry_fits(state, entry, signed.roster, rules):
+        return state, ()
+    stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
+    return replace(state, committed=entry), stop
+
+
+def _entry_fits(state: Rounds, entry: LogEntry, roster: Roster, rules: Rules) -> bool:
+    return entry.record.previous == state.head.hash and rules.entry_is_certified(entry, roster)
+
+
+def _missing(state: Rounds, record: Record) -> tuple[Part, ...]:
+    return tuple(part for part in record.parts if part.digest not in state.have)
+
+
+def _fetch(state: Rounds, record: Record, missing: tuple[Part, ...], now: float, rules: Rules) -> Outcome:
+    """Ask for what is not already on its way: the reducers first, then everyone who took part."""
+    wanted = tuple(part for part in missing if part.digest not in state.fetching)
+    if not wanted or now < state.fetch_at:
+        return state, ()
+    roster = state.roster
+    sources = [part.reducer for part in wanted] + [c.node for c in record.contributions] + [record.leader]
+    sources += roster.nodes if roster else ()
+    nodes = tuple(dict.fromkeys(node for node in sources if node != rules.me))
+    return replace(state, fetching=state.fetching | {p.digest for p in wanted}), (FetchParts(wanted, nodes),)
+
+
+# the log
+
+
+def _fold(state: Rounds) -> Outcome:
+    assert state.committed is not None
+    return replace(state, phase=Phase.FOLDING), (Fold(state.committed),)
+
+
+def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float) -> Rounds:
+    entry = state.committed
+    assert entry is not None and entry.record.round == round_number
+    consumed = state.consumed.with_ranges(ranges_of(entry.record))
+    mine = state.contribution
+    left = mine
+    if mine is not None and any(mine.node in part.included for part in entry.record.parts):
+        left = None
+    decide = state.decide_seconds
+    if state.began_at:
+        took = now - state.began_at
+        decide = took if decide is None else 0.7 * decide + 0.3 * took
+    head = next_head(entry.record)
+    newest = max(state.rosters)
+    fresh = Rounds(
+        head=head,
+        digest=digest,
+        consumed=consumed,
+        rosters=state.rosters,
+        last=entry,
+        ballot=Ballot(newest, 0),
+        carried=left if left is not None and (left.tokens or left.ranges) else state.carried,
+        snapshot_asked=state.snapshot_asked,
+        steps=state.steps,
+        active=state.active,
+        finishing=state.finishing,
+        round_started=now,
+        backlog=tuple(e for e in state.backlog if e.record.round > round_number),
+        decide_seconds=decide,
+        fetching=state.fetching,
+        last_failure=state.last_failure,
+    )
+    return replace(fresh, readies=_current(state.readies, fresh))
+
+
+def _learn_rosters(state: Rounds, arrived: tuple[SignedRoster, ...], rules: Rules) -> Rounds:
+    known = {**state.rosters, **{s.roster.epoch: s for s in arrived if s.roster.run == rules.run}}
+    keep = sorted(known)[-ROSTERS_KEPT:]
+    return replace(state, rosters={epoch: known[epoch] for epoch in keep})
+
+
+def _log_arrived(
+    state: Rounds, entries: tuple[LogEntry, ...], rosters: tuple[SignedRoster, ...], rules: Rules
+) -> Rounds:
+    state = _learn_rosters(state, rosters, rules)
+    waiting = {e.record.round: e for e in (*state.backlog, *entries) if e.record.round >= state.head.round}
+    return replace(state, backlog=tuple(waiting[number] for number in sorted(waiting)))
+
+
+def _take_backlog(state: Rounds, rules: Rules) -> Outcome:
+    """Commit the next record that was read from somebody's log, if it follows our head."""
+    entry, rest = state.backlog[0], state.backlog[1:]
+    state = replace(state, backlog=rest)
+    signed = state.rosters.get(entry.certificate.ballot.epoch)
+    if entry.record.round != state.head.round or signed is None or not _entry_fits(state, entry, signed.roster, rules):
+        return replace(state, backlog=()), ()
+    stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
+    return replace(state, committed=entry), stop

@@ -1,0 +1,289 @@
+"""What a node does next and why: when it trains, takes part in rounds, asks for data, and ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+LEASE_ASK_SECONDS = 2.0  # between two requests for data when none was granted
+RESTART_SECONDS = (1.0, 5.0, 30.0)  # waits before a child process is started again
+RESTARTS_MAX = 5  # in the window below; then the node stops and explains
+RESTART_WINDOW_SECONDS = 600.0
+
+
+class Activity(Enum):
+    """One word for the status line, the heartbeat and the researcher's page."""
+
+    JOINING = "joining"
+    SYNCING = "syncing"
+    TRAINING = "training"
+    WAITING = "waiting"
+    PAUSED = "paused"
+    FINISHING = "finishing"
+
+
+class Part(Enum):
+    """A child process of the daemon."""
+
+    TRAINER = "trainer"
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True)
+class Session:
+    linked: bool = False
+    synced: bool = False
+    trainer_ready: bool = False
+    engine_ready: bool = False
+    paused: bool = False
+    paused_until: float | None = None
+    finishing: bool = False
+    run_over: bool = False
+    sequences_left: int = 0  # leased, not yet trained on
+    sequences_wanted: int = 1  # keep at least this many ahead
+    lease_pending: bool = False
+    lease_at: float = 0.0  # not again before
+    training: bool = False  # what the trainer was last told
+    crashes: tuple[float, ...] = ()
+    restart_at: tuple[tuple[Part, float], ...] = ()
+    trouble: str = ""  # the newest thing that went wrong, for people
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this node may promise, reduce and vote."""
+        return self.synced and self.engine_ready and self.trainer_ready and not self.paused
+
+
+# events
+
+
+@dataclass(frozen=True)
+class LinkOpened:
+    pass
+
+
+@dataclass(frozen=True)
+class LinkLost:
+    why: str
+
+
+@dataclass(frozen=True)
+class CaughtUp:
+    """The replica is folded up to the newest record known."""
+
+
+@dataclass(frozen=True)
+class PartReady:
+    part: Part
+
+
+@dataclass(frozen=True)
+class PartDied:
+    part: Part
+    why: str
+
+
+@dataclass(frozen=True)
+class LeasesArrived:
+    sequences: int
+
+
+@dataclass(frozen=True)
+class DataUsed:
+    sequences_left: int
+    sequences_wanted: int
+
+
+@dataclass(frozen=True)
+class PauseAsked:
+    until: float | None
+
+
+@dataclass(frozen=True)
+class ResumeAsked:
+    pass
+
+
+@dataclass(frozen=True)
+class FinishAsked:
+    pass
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    pass
+
+
+@dataclass(frozen=True)
+class RoundSettled:
+    """A round was folded; `pending` says whether trained work still waits for a round."""
+
+    pending: bool
+
+
+@dataclass(frozen=True)
+class TimePassed:
+    pass
+
+
+Event = (
+    LinkOpened
+    | LinkLost
+    | CaughtUp
+    | PartReady
+    | PartDied
+    | LeasesArrived
+    | DataUsed
+    | PauseAsked
+    | ResumeAsked
+    | FinishAsked
+    | RunEnded
+    | RoundSettled
+    | TimePassed
+)
+
+
+# effects
+
+
+@dataclass(frozen=True)
+class SetTraining:
+    on: bool
+
+
+@dataclass(frozen=True)
+class AcquireLeases:
+    """Ends as LeasesArrived, with 0 when none could be had."""
+
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Restart:
+    part: Part
+
+
+@dataclass(frozen=True)
+class End:
+    """Stop the daemon; `failed` explains a failure, and is empty for a wished end."""
+
+    failed: str = ""
+
+
+Effect = SetTraining | AcquireLeases | Restart | End
+Outcome = tuple[Session, tuple[Effect, ...]]
+
+
+def step(state: Session, event: Event, now: float) -> Outcome:
+    """Take one event; return the new state and what must be done."""
+    state, effects = _apply(state, event, now)
+    state, more = _settle(state, now)
+    return state, effects + more
+
+
+def _apply(state: Session, event: Event, now: float) -> Outcome:
+    match event:
+        case LinkOpened():
+            return replace(state, linked=True, lease_pending=False), ()
+        case LinkLost(why):
+            return replace(state, linked=False, lease_pending=False, trouble=why), ()
+        case CaughtUp():
+            return replace(state, synced=True), ()
+        case PartReady(part):
+            return _part(state, part, True), ()
+        case PartDied(part, why):
+            return _died(state, part, why, now)
+        case LeasesArrived(sequences):
+            wait = 0.0 if sequences else LEASE_ASK_SECONDS
+            left = state.sequences_left + sequences
+            return replace(state, lease_pending=False, sequences_left=left, lease_at=now + wait), ()
+        case DataUsed(left, wanted):
+            return replace(state, sequences_left=left, sequences_wanted=wanted), ()
+        case PauseAsked(until):
+            return replace(state, paused=True, paused_until=until), ()
+        case ResumeAsked():
+            return replace(state, paused=False, paused_until=None), ()
+        case FinishAsked():
+            return replace(state, finishing=True), ()
+        case RunEnded():
+            return replace(state, run_over=True), (End(),)
+        case RoundSettled(pending):
+            return state, (End(),) if state.finishing and not pending else ()
+        case TimePassed():
+            if state.paused and state.paused_until is not None and now >= state.paused_until:
+                return replace(state, paused=False, paused_until=None), ()
+            return state, ()
+
+
+def _part(state: Session, part: Part, ready: bool) -> Session:
+    return replace(state, trainer_ready=ready) if part is Part.TRAINER else replace(state, engine_ready=ready)
+
+
+def _died(state: Session, part: Part, why: str, now: float) -> Outcome:
+    crashes = (*(at for at in state.crashes if now - at < RESTART_WINDOW_SECONDS), now)
+    state = replace(_part(state, part, False), crashes=crashes, trouble=why)
+    if part is Part.TRAINER:
+        state = replace(state, training=False, sequences_left=0)
+    if len(crashes) >= RESTARTS_MAX:
+        return state, (End(f"the {part.value} ended {len(crashes)} times in ten minutes; the last time: {why}"),)
+    wait = RESTART_SECONDS[min(len(crashes) - 1, len(RESTART_SECONDS) - 1)]
+    return replace(state, restart_at=(*state.restart_at, (part, now + wait))), ()
+
+
+def _settle(state: Session, now: float) -> Outcome:
+    """Whatever follows from the state, whichever event led to it."""
+    effects: list[Effect] = [Restart(part) for part, at in state.restart_at if now >= at]
+    state = replace(state, restart_at=tuple((part, at) for part, at in state.restart_at if now < at))
+    train = state.trainer_ready and state.synced and not state.paused and not state.finishing
+    if train != state.training and state.trainer_ready:
+        state = replace(state, training=train)
+        effects.append(SetTraining(train))
+    hungry = state.sequences_left < state.sequences_wanted
+    if state.linked and train and hungry and not state.lease_pending and now >= state.lease_at:
+        state = replace(state, lease_pending=True)
+        effects.append(AcquireLeases(2 * state.sequences_wanted - state.sequences_left))
+    return state, tuple(effects)
+
+
+def activity(state: Session) -> Activity:
+    if state.paused:
+        return Activity.PAUSED
+    if state.finishing:
+        return Activity.FINISHING
+    if not state.linked and not state.synced:
+        return Activity.JOINING
+    if not (state.synced and state.trainer_ready and state.engine_ready):
+        return Activity.SYNCING
+    if state.sequences_left == 0:
+        return Activity.WAITING
+    return Activity.TRAINING
+
+
+def reason(state: Session, now: float) -> str:
+    """One line that says why the node is not training, or that it is."""
+    match activity(state):
+        case Activity.PAUSED:
+            if state.paused_until is None:
+                return "paused by you; barnraise resume goes on"
+            return f"paused by you for another {max(0, round((state.paused_until - now) / 60))} min"
+        case Activity.FINISHING:
+            return "finishing this round, then stopping"
+        case Activity.JOINING:
+            return state.trouble or "talking to the coordinator"
+        case Activity.SYNCING:
+            late = [
+                word
+                for word, ready in (
+                    ("the model", state.synced),
+                    ("the trainer", state.trainer_ready),
+                    ("the swarm", state.engine_ready),
+                )
+                if not ready
+            ]
+            return f"preparing {' and '.join(late)}"
+        case Activity.WAITING:
+            if not state.linked:
+                return f"no data left and the coordinator is away ({state.trouble})"
+            return "waiting for data from the coordinator"
+        case Activity.TRAINING:
+            return "training" if state.linked else f"training; the coordinator is away ({state.trouble})"

@@ -1,0 +1,66 @@
+"""Signed letters between peers: a message, who wrote it, and the proof. Knows nothing of how they travel."""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+
+from protocol import canonical
+from protocol.errors import Code, Refused
+from protocol.identity import Key, verify
+from protocol.messages import (
+    Begin,
+    Claim,
+    Commit,
+    LogReply,
+    LogRequest,
+    Message,
+    Propose,
+    Ready,
+    SignedReady,
+    Vote,
+)
+from protocol.v1 import barnraise_pb2 as wire
+
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (Ready, Begin, Claim, Propose, Vote, Commit, LogRequest, LogReply)
+}
+_PURPOSE = "peer-message"
+
+
+def seal(key: Key, message: Message) -> tuple[bytes, str]:
+    """The letter's bytes, and the signature inside it."""
+    kind, body = type(message).__name__, canonical.to_bytes(message)
+    signature = key.sign(_PURPOSE, _signed(kind, body))
+    envelope = wire.PeerEnvelope(sender=message.sender, kind=kind, body=body, signature=bytes.fromhex(signature))
+    return envelope.SerializeToString(), signature
+
+
+def unseal(letter: bytes) -> tuple[Message, str]:
+    """The message in a letter and its signature, if its sender wrote it and every promise that it quotes is genuine."""
+    try:
+        envelope = wire.PeerEnvelope.FromString(letter)
+    except DecodeError:
+        raise Refused(Code.FIELD, "a letter that is not one") from None
+    kind = _KINDS.get(envelope.kind)
+    if kind is None:
+        raise Refused(Code.FIELD, f"a letter of kind {canonical.shown(envelope.kind)!r}")
+    signature = envelope.signature.hex()
+    verify(envelope.sender, _PURPOSE, _signed(envelope.kind, envelope.body), signature)
+    message: Message = canonical.from_bytes(kind, envelope.body)
+    if message.sender != envelope.sender:
+        raise Refused(Code.SIGNATURE, "a letter whose sender is not its author")
+    if isinstance(message, Begin):
+        for signed in message.readies:
+            _check_promise(signed)
+    return message, signature
+
+
+def _check_promise(signed: SignedReady) -> None:
+    body = canonical.to_bytes(signed.ready)
+    verify(signed.ready.sender, _PURPOSE, _signed(Ready.__name__, body), signed.signature)
+    if signed.ready.contribution.node != signed.ready.sender:
+        raise Refused(Code.FIELD, "a promise that brings somebody else's contribution")
+
+
+def _signed(kind: str, body: bytes) -> bytes:
+    return kind.encode() + b"\0" + body

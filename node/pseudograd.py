@@ -1,0 +1,83 @@
+"""The pseudo-gradient of this node: what compression leaves out is kept, what a round took is settled.
+
+Error feedback (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847): with u = residual + (start - local) the
+node sends D(E(u)); when a round has taken it, u - D(E(u)) stays as the residual. What a round did not take, all
+of it or some slices, simply stays in u.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.codec import Codec
+from protocol.limits import CHUNK_VALUES
+from protocol.types import NodeId, Record
+
+
+class PseudoGradient:
+    """u, and its encoding. `shared` and `snapshot` are the vectors that the trainer also sees."""
+
+    def __init__(
+        self,
+        shared: NDArray[np.float32],
+        snapshot: NDArray[np.float32],
+        codec: Codec,
+        *,
+        residual_decay: float,
+    ) -> None:
+        self._shared = shared
+        self._snapshot = snapshot
+        self._codec = codec
+        self._decay = np.float32(residual_decay)
+        self.residual: NDArray[np.float32] = np.zeros(shared.size, np.float32)
+        self.payload = b""
+        self.pending = False  # a snapshot is inside u, and the trainer has not merged since
+
+    def expect_snapshot(self) -> None:
+        """Before the trainer overwrites a snapshot that no round has taken: take it out of u again."""
+        if self.pending:
+            self._add(-1)
+            self.pending = False
+
+    def take_snapshot(self) -> None:
+        """After the trainer wrote a snapshot: u += start - local, and encode u."""
+        self._add(1)
+        self.payload = self._codec.encode(self.residual)
+        self.pending = True
+
+    def before_fold(self) -> None:
+        """Without a snapshot, the trainer moves by what the fold moves: remember where it started."""
+        if not self.pending:
+            self._snapshot[:] = self._shared
+
+    def settle(self, record: Record, me: NodeId) -> bool:
+        """After a fold: take out of u what the record holds of it. True if it holds any."""
+        mine = [part for part in record.parts if me in part.included]
+        for part in mine:
+            start, stop = self._codec.encoded_bytes(part.start), self._codec.encoded_bytes(part.stop)
+            sent = self._codec.decode(memoryview(self.payload)[start:stop], part.stop - part.start)
+            assert part.start % CHUNK_VALUES == 0
+            self.residual[part.start : part.stop] -= sent
+            if self._decay != 1:
+                self.residual[part.start : part.stop] *= self._decay
+        if mine:
+            self.payload = b""
+        self.pending = False
+        return bool(mine)
+
+    def trainer_restarted(self) -> None:
+        """A new trainer starts from the shared state; what the old one had brought stays in u and in its encoding."""
+        self.pending = False
+
+    def _add(self, sign: int) -> None:
+        """u += sign * (start - local), in pieces: a whole difference would be one more copy of the model."""
+        room = np.empty(min(CHUNK_VALUES, self.residual.size), np.float32)
+        for start in range(0, self.residual.size, CHUNK_VALUES):
+            piece = slice(start, min(start + CHUNK_VALUES, self.residual.size))
+            moved = room[: piece.stop - piece.start]
+            np.subtract(self._shared[piece], self._snapshot[piece], out=moved)
+            if sign > 0:
+                self.residual[piece] += moved
+            else:
+                self.residual[piece] -= moved

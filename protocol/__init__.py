@@ -1,0 +1,1 @@
+"""What a node and a coordinator must agree on. Imports nothing else of ours."""

@@ -1,0 +1,412 @@
+"""Blobs: content addresses, and a folder of verified files. Knows nothing of what the bytes mean.
+
+A blob's digest is the root of a tree of SHA-256 over chunks of BLOB_CHUNK_BYTES. Whoever holds the leaves of
+that tree can check every chunk as it arrives; whoever does not checks at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final
+
+from protocol.canonical import shown
+from protocol.errors import Code, Refused
+from protocol.limits import BLOB_BYTES_MAX, BLOB_CHUNK_BYTES, DISK_FREE_BYTES_MIN
+from protocol.types import BlobRef, Digest
+
+Data = bytes | bytearray | memoryview
+
+LEAF_BYTES: Final = 32
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has neither the flag nor, without rights, the links
+
+
+def digest_of(data: Data) -> Digest:
+    """The content address of these bytes."""
+    tree, view = _Tree(), _bytes_of(data)
+    for start in range(0, len(view), BLOB_CHUNK_BYTES):
+        tree.add(_leaf(view[start : start + BLOB_CHUNK_BYTES]))
+    return tree.root(len(view))
+
+
+def check_digest(text: str) -> Digest:
+    """Refuse what is not 64 lower-case hex digits, before it can become part of a path."""
+    if not _DIGEST.fullmatch(text):
+        raise Refused(Code.FIELD, f"digest {shown(text)!r}, expected 64 hex digits")
+    return Digest(text)
+
+
+def check_leaves(leaves: bytes, digest: Digest, size: int) -> None:
+    """Refuse a list of leaves that is not the one under this digest."""
+    count = -(-size // BLOB_CHUNK_BYTES)
+    if len(leaves) != count * LEAF_BYTES:
+        raise Refused(Code.BLOB_CORRUPT, f"{len(leaves)} bytes of leaf hashes, expected {count * LEAF_BYTES}")
+    tree = _Tree()
+    for start in range(0, len(leaves), LEAF_BYTES):
+        tree.add(leaves[start : start + LEAF_BYTES])
+    if tree.root(size) != digest:
+        raise Refused(Code.BLOB_CORRUPT, f"leaf hashes that do not lead to blob {digest[:12]}")
+
+
+def atomic_write(path: Path, data: Data) -> None:
+    """Replace a file whole: a crash at any point leaves the old bytes or the new, never a mixture."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes its place only when the block ends without an exception."""
+    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)  # 0600, O_EXCL
+    new = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+class BlobStore:
+    """A folder of files named by their content, at most `bytes_max` in all.
+
+    One process writes to it, from one thread at a time; any number read.
+    """
+
+    def __init__(self, folder: Path, bytes_max: int = BLOB_BYTES_MAX) -> None:
+        self.folder = folder
+        self.bytes_max = bytes_max
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        self._partial = folder / "partial"
+        self._partial.mkdir(mode=0o700, exist_ok=True)
+        for orphan in folder.rglob(".new-*"):  # left by a crash in the middle of a write
+            orphan.unlink(missing_ok=True)
+        self.bytes_used = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+        self._writing: set[Digest] = set()
+
+    def path(self, digest: Digest) -> Path:
+        """Where the blob is, or would be. Read it through open or read, which check more."""
+        check_digest(digest)
+        return self.folder / digest[:2] / digest
+
+    def has(self, digest: Digest) -> bool:
+        with suppress(FileNotFoundError):
+            return stat.S_ISREG(self.path(digest).lstat().st_mode)
+        return False
+
+    def digests(self) -> tuple[Digest, ...]:
+        return tuple(Digest(path.name) for path in sorted(self.folder.glob("??/*")) if _DIGEST.fullmatch(path.name))
+
+    def size(self, digest: Digest) -> int:
+        with self.open(digest) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def open(self, digest: Digest) -> BinaryIO:
+        """The blob for reading. A link that somebody planted in its place is refused."""
+        path = self.path(digest)
+        try:
+            handle = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        except FileNotFoundError:
+            raise Refused(Code.BLOB_MISSING, f"blob {digest[:12]} is not here") from None
+        except OSError as error:
+            raise Refused(Code.BLOB_CORRUPT, f"blob {digest[:12]} cannot be opened: {error.strerror}") from None
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(handle)
+            raise Refused(Code.BLOB_CORRUPT, f"blob {digest[:12]} is not a plain file of its own")
+        return os.fdopen(handle, "rb")
+
+    def read(self, digest: Digest) -> bytes:
+        """All bytes, hashed again: for blobs that fit in memory, such as parts."""
+        with self.open(digest) as file:
+            data = file.read()
+        if digest_of(data) != digest:
+            raise Refused(Code.BLOB_CORRUPT, f"blob {digest[:12]} has changed on disk")
+        return data
+
+    def verify(self, digest: Digest) -> None:
+        """Hash the file again; refuse it when its bytes have changed."""
+        tree = _Tree()
+        with self.open(digest) as file:
+            while chunk := file.read(BLOB_CHUNK_BYTES):
+                tree.add(_leaf(chunk))
+            size = file.tell()
+        if tree.root(size) != digest:
+            raise Refused(Code.BLOB_CORRUPT, f"blob {digest[:12]} has changed on disk")
+
+    def leaves(self, digest: Digest) -> bytes:
+        """The hashes of the blob's chunks, one after the other: with them a reader checks each chunk as it comes."""
+        with self.open(digest) as file:
+            return b"".join(_leaf(chunk) for chunk in iter(lambda: file.read(BLOB_CHUNK_BYTES), b""))
+
+    def put_bytes(self, data: Data) -> BlobRef:
+        view = _bytes_of(data)
+        digest = digest_of(view)
+        if not self.has(digest):
+            with self._reserved(len(view)):
+                path = self.path(digest)
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                atomic_write(path, view)
+        return BlobRef(digest, len(view))
+
+    def put_file(self, source: Path) -> BlobRef:
+        """Copy a file in. It is read once, so what is hashed is what is kept."""
+        size = source.stat().st_size
+        with self._reserved(size):
+            handle, name = tempfile.mkstemp(prefix=".new-", dir=self.folder)
+            new = Path(name)
+            try:
+                with os.fdopen(handle, "wb") as copy:
+                    digest = _copy(source, copy, size)
+                if self.has(digest):
+                    self.bytes_used -= size
+                else:
+                    self._move_in(new, digest)
+            finally:
+                new.unlink(missing_ok=True)
+        return BlobRef(digest, size)
+
+    def delete(self, digest: Digest) -> None:
+        path = self.path(digest)
+        with suppress(FileNotFoundError):
+            size = path.lstat().st_size
+            path.unlink()
+            self.bytes_used -= size
+
+    def drop_partial(self) -> None:
+        """Give up all downloads that nobody is writing at the moment."""
+        for path in self._partial.iterdir():
+            if path.name not in self._writing:
+                self.bytes_used -= path.lstat().st_size
+                path.unlink()
+
+    def writer(self, digest: Digest, size: int, leaves: bytes | None = None) -> Writer:
+        """Receive a blob whose address and size are known; goes on where an earlier writer stopped."""
+        check_digest(digest)
+        if leaves is not None:
+            check_leaves(leaves, digest, size)
+        return Writer(self, digest, size, leaves)
+
+    def _reserve(self, size: int) -> None:
+        if not 0 <= size <= min(self.bytes_max, BLOB_BYTES_MAX):
+            raise Refused(Code.BLOB_TOO_LARGE, f"blob of {size:,} bytes, the cap is {self.bytes_max:,}")
+        if self.bytes_used + size > self.bytes_max:
+            what = f"{size:,} bytes more than the {self.bytes_used:,} in use pass the cap of {self.bytes_max:,}"
+            raise Refused(Code.DISK_CAP, what)
+        free = shutil.disk_usage(self.folder).free
+        if free - size < DISK_FREE_BYTES_MIN:
+            what = f"{size:,} bytes of the {free:,} free would leave less than {DISK_FREE_BYTES_MIN:,}"
+            raise Refused(Code.DISK_CAP, what)
+        self.bytes_used += size
+
+    @contextmanager
+    def _reserved(self, size: int) -> Iterator[None]:
+        """Room for a new blob, given back when the block fails."""
+        self._reserve(size)
+        try:
+            yield
+        except BaseException:
+            self.bytes_used -= size
+            raise
+
+    def _move_in(self, new: Path, digest: Digest) -> None:
+        path = self.path(digest)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        new.replace(path)
+        _sync_folder(path.parent)
+
+
+class Writer:
+    """A blob on its way in. Every byte is hashed before it counts; an early end keeps the whole chunks for later."""
+
+    def __init__(self, store: BlobStore, digest: Digest, size: int, leaves: bytes | None) -> None:
+        assert digest not in store._writing, "two writers of one blob would mix their bytes"
+        self.digest = digest
+        self.size = size
+        self._store = store
+        self._leaves = leaves
+        self._path = store._partial / digest
+        self._tree = _Tree()
+        self._written = 0
+        self._buffer = bytearray()
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o600)
+        self._file = os.fdopen(handle, "r+b")
+        store.bytes_used -= os.fstat(handle).st_size
+        try:
+            store._reserve(size)
+        except Refused:
+            store.bytes_used += os.fstat(handle).st_size
+            self._file.close()
+            raise
+        store._writing.add(digest)
+        self._resume()
+
+    @property
+    def position(self) -> int:
+        """Which byte is wanted next."""
+        return self._written + len(self._buffer)
+
+    def write(self, data: Data, offset: int | None = None) -> None:
+        """Append; refuse more than the size, another place than wanted, and chunks that have another hash."""
+        view = _bytes_of(data)
+        if offset is not None and offset != self.position:
+            raise Refused(Code.BLOB_CORRUPT, f"bytes from {offset}, expected from {self.position}")
+        if self.position + len(view) > self.size:
+            self.discard()
+            raise Refused(Code.BLOB_CORRUPT, f"more than the {self.size:,} bytes of blob {self.digest[:12]}")
+        while len(view):
+            taken = BLOB_CHUNK_BYTES - len(self._buffer)
+            self._buffer += view[:taken]
+            view = view[taken:]
+            if len(self._buffer) == BLOB_CHUNK_BYTES:
+                self._take_chunk()
+
+    def finish(self) -> BlobRef:
+        """Verify the whole, and put it into the store."""
+        if self._buffer:
+            self._take_chunk()
+        if self._written != self.size:
+            self.close()
+            raise Refused(Code.BLOB_CORRUPT, f"{self._written:,} bytes, expected {self.size:,}")
+        if self._tree.root(self.size) != self.digest:
+            self.discard()
+            raise Refused(Code.BLOB_CORRUPT, f"bytes that are not those of blob {self.digest[:12]}")
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError:
+            self.discard()  # after a failed fsync nobody knows what is on the disk
+            raise
+        self._file.close()
+        self._store._writing.discard(self.digest)
+        if self._store.has(self.digest):
+            self._path.unlink()
+            self._store.bytes_used -= self.size
+        else:
+            self._store._move_in(self._path, self.digest)
+        return BlobRef(self.digest, self.size)
+
+    def close(self) -> None:
+        """Stop for now; whole chunks stay on disk for the next writer of this blob."""
+        if not self._file.closed:
+            self._file.truncate(self._written)
+            self._file.close()
+            self._end(kept=self._written)
+
+    def discard(self) -> None:
+        """Stop and keep nothing."""
+        if not self._file.closed:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+            self._end(kept=0)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _end(self, *, kept: int) -> None:
+        self._store.bytes_used += kept - self.size
+        self._store._writing.discard(self.digest)
+
+    def _resume(self) -> None:
+        """Hash again what an earlier writer left, up to the first chunk that is not whole or not right."""
+        while self._written < self.size:
+            chunk = self._file.read(min(BLOB_CHUNK_BYTES, self.size - self._written))
+            if len(chunk) < BLOB_CHUNK_BYTES or not self._fits(chunk):
+                break
+            self._tree.add(_leaf(chunk))
+            self._written += len(chunk)
+        self._file.seek(self._written)
+        self._file.truncate()
+
+    def _take_chunk(self) -> None:
+        if not self._fits(self._buffer):
+            self._buffer.clear()  # what came before is right and stays
+            raise Refused(Code.BLOB_CORRUPT, f"wrong bytes at {self._written:,} of blob {self.digest[:12]}")
+        self._tree.add(_leaf(self._buffer))
+        self._file.write(self._buffer)
+        self._written += len(self._buffer)
+        self._buffer.clear()
+
+    def _fits(self, chunk: Data) -> bool:
+        if self._leaves is None:
+            return True
+        start = self._written // BLOB_CHUNK_BYTES * LEAF_BYTES
+        return _leaf(chunk) == self._leaves[start : start + LEAF_BYTES]
+
+
+class _Tree:
+    """A hash tree that grows at its right end; it remembers one hash for each full subtree (RFC 6962's shape)."""
+
+    def __init__(self) -> None:
+        self._subtrees: list[tuple[int, bytes]] = []  # (leaves, hash), largest first
+
+    def add(self, leaf: bytes) -> None:
+        leaves, top = 1, leaf
+        while self._subtrees and self._subtrees[-1][0] == leaves:
+            top = _node(self._subtrees.pop()[1], top)
+            leaves *= 2
+        self._subtrees.append((leaves, top))
+
+    def root(self, size: int) -> Digest:
+        """The top hash mixed with the size, so that no two shapes share a digest."""
+        hashes = [top for _, top in self._subtrees]
+        top = hashes.pop() if hashes else b""
+        while hashes:
+            top = _node(hashes.pop(), top)
+        return Digest(hashlib.sha256(b"\2" + size.to_bytes(8, "little") + top).hexdigest())
+
+
+def _leaf(chunk: Data) -> bytes:
+    hashed = hashlib.sha256(b"\0")
+    hashed.update(chunk)
+    return hashed.digest()
+
+
+def _node(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+def _bytes_of(data: Data) -> memoryview:
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view of another type cannot be cast
+
+
+def _copy(source: Path, copy: BinaryIO, size: int) -> Digest:
+    tree, copied = _Tree(), 0
+    with source.open("rb") as file:
+        while chunk := file.read(BLOB_CHUNK_BYTES):
+            tree.add(_leaf(chunk))
+            copied += copy.write(chunk)
+            if copied > size:
+                break
+    if copied != size:
+        raise Refused(Code.BLOB_CORRUPT, f"{source} changed while it was read")
+    copy.flush()
+    os.fsync(copy.fileno())
+    return tree.root(size)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,326 @@
+"""Codecs: float32 pseudo-gradients as bytes of exactly known size; hostile bytes are refused. Knows nothing of rounds.
+
+Values are cut in chunks of CHUNK_VALUES and each chunk is encoded on its own, so a slice of the bytes at chunk
+boundaries is the encoding of that slice of the values. Encoding what was decoded gives the same bytes again.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import Code, Refused
+from protocol.limits import CHUNK_VALUES, PARAMETERS_MAX
+
+assert sys.byteorder == "little", "encoded bytes are the machine's own words; no big-endian machine trains models today"
+
+Floats = npt.NDArray[np.float32]
+Octets = npt.NDArray[np.uint8]
+Data = bytes | bytearray | memoryview
+
+BLOCK_VALUES: Final = 64  # values that share a scale: 0.25 bits each for the fp16 scale
+_HALF_MAX: Final = np.float32(65504)  # largest finite fp16
+_HALF_INFINITE: Final = 0x7C00  # bits of fp16 infinity; NaNs, and anything negative, are above
+_FLOAT_INFINITE: Final = 0x7F800000  # bits of float32 infinity; NaNs are above
+_HALF_STEP: Final = 2.0**-24  # smallest fp16 above zero
+
+
+class _Room:
+    """Working memory of one call, reused for every chunk: fresh pages cost more than the arithmetic."""
+
+    def __init__(self, values: int) -> None:
+        size = _blocks(min(values, CHUNK_VALUES)) * BLOCK_VALUES
+        self.values: Floats = np.empty(size, np.float32)
+        self.octets: Octets = np.empty(size, np.uint8)
+        self.pairs: npt.NDArray[np.uint16] = np.empty(size // 2, np.uint16)
+
+
+class Codec(ABC):
+    """One way to write float32 values. Sizes depend on the number of values only."""
+
+    name: ClassVar[str]
+    bits: ClassVar[float]  # per value, in whole chunks
+
+    def encoded_bytes(self, values: int) -> int:
+        """Exact size of `values` encoded values; at a chunk boundary also the offset where the next chunk begins."""
+        assert 0 <= values <= PARAMETERS_MAX
+        chunks, rest = divmod(values, CHUNK_VALUES)
+        return chunks * self._chunk_bytes(CHUNK_VALUES) + self._chunk_bytes(rest)
+
+    def encode(self, values: Floats) -> bytes:
+        out = np.empty(self.encoded_bytes(values.size), np.uint8)
+        self.encode_into(values, out)
+        return out.tobytes()
+
+    def encode_into(self, values: Floats, out: Octets) -> None:
+        _assert_vector(values)
+        assert out.size == self.encoded_bytes(values.size)
+        room = _Room(values.size)
+        for start, stop, begin, end in self._chunks(values.size):
+            self._encode_chunk(values[start:stop], out[begin:end], room)
+
+    def decode(self, data: Data, values: int) -> Floats:
+        self._check_size(data, values)
+        out = np.empty(values, np.float32)
+        self.decode_into(data, out)
+        return out
+
+    def decode_into(self, data: Data, out: Floats) -> None:
+        _assert_vector(out)
+        self._check_size(data, out.size)
+        room = _Room(out.size)
+        octets = np.frombuffer(data, np.uint8)
+        for start, stop, begin, end in self._chunks(out.size):
+            self._check_chunk(octets[begin:end], stop - start, room)
+            self._decode_chunk(octets[begin:end], out[start:stop], room)
+
+    def decode_chunks(self, data: Data, values: int) -> Iterator[tuple[int, Floats]]:
+        """Where each chunk starts, and its values. They are only lent: the next chunk overwrites them."""
+        self._check_size(data, values)
+        room, out = _Room(values), np.empty(min(values, CHUNK_VALUES), np.float32)
+        octets = np.frombuffer(data, np.uint8)
+        for start, stop, begin, end in self._chunks(values):
+            self._check_chunk(octets[begin:end], stop - start, room)
+            self._decode_chunk(octets[begin:end], out[: stop - start], room)
+            yield start, out[: stop - start]
+
+    def check(self, data: Data, values: int) -> None:
+        """Refuse what decode would refuse, without decoding."""
+        self._check_size(data, values)
+        room = _Room(values)
+        octets = np.frombuffer(data, np.uint8)
+        for start, stop, begin, end in self._chunks(values):
+            self._check_chunk(octets[begin:end], stop - start, room)
+
+    @abstractmethod
+    def error_max(self, peak: float) -> float:
+        """How far a decoded value may be from the original where the block's largest magnitude is `peak`."""
+
+    @abstractmethod
+    def _chunk_bytes(self, values: int) -> int: ...
+
+    @abstractmethod
+    def _encode_chunk(self, values: Floats, out: Octets, room: _Room) -> None: ...
+
+    @abstractmethod
+    def _check_chunk(self, octets: Octets, values: int, room: _Room) -> None: ...
+
+    @abstractmethod
+    def _decode_chunk(self, octets: Octets, out: Floats, room: _Room) -> None: ...
+
+    def _chunks(self, values: int) -> Iterator[tuple[int, int, int, int]]:
+        """For each chunk: its values [start, stop) and its bytes [begin, end)."""
+        begin = 0
+        for start in range(0, values, CHUNK_VALUES):
+            stop = min(start + CHUNK_VALUES, values)
+            end = begin + self._chunk_bytes(stop - start)
+            yield start, stop, begin, end
+            begin = end
+
+    def _check_size(self, data: Data, values: int) -> None:
+        size, expected = memoryview(data).nbytes, self.encoded_bytes(values)
+        if size != expected:
+            raise Refused(
+                Code.UPDATE_BAD, f"{self.name} update of {size} bytes, expected {expected} for {values} values"
+            )
+
+
+class Half(Codec):
+    """IEEE half precision. Values beyond its range become its largest."""
+
+    name = "fp16"
+    bits = 16.0
+
+    def error_max(self, peak: float) -> float:
+        return peak * 2.0**-11 + _HALF_STEP
+
+    def _chunk_bytes(self, values: int) -> int:
+        return 2 * values
+
+    def _encode_chunk(self, values: Floats, out: Octets, room: _Room) -> None:
+        halves = out.view(np.float16)
+        with np.errstate(over="ignore"):
+            np.copyto(halves, values, casting="same_kind")
+        if self._finite(out):
+            return
+        if not np.isfinite(values).all():
+            raise Refused(Code.UPDATE_BAD, "a value to encode is NaN or infinite")
+        np.copyto(halves, np.clip(values, -_HALF_MAX, _HALF_MAX), casting="same_kind")
+
+    def _check_chunk(self, octets: Octets, values: int, room: _Room) -> None:
+        if not self._finite(octets):
+            raise Refused(Code.UPDATE_BAD, f"fp16 update of {values} values holds NaN or infinity")
+
+    def _decode_chunk(self, octets: Octets, out: Floats, room: _Room) -> None:
+        np.copyto(out, octets.view(np.float16))
+
+    def _finite(self, octets: Octets) -> bool:
+        words = np.bitwise_and(octets.view(np.uint16), 0x7FFF)
+        return bool(words.max(initial=0) < _HALF_INFINITE)
+
+
+class _Blockwise(Codec):
+    """An fp16 scale per block of 64 values, then small integers around zero.
+
+    The scale is absmax / top rounded towards zero, so the largest value always gets the code `top`; that is what
+    makes encoding what was decoded exact. What lies beyond `top` is cut to it.
+    """
+
+    top: ClassVar[int]  # largest code
+
+    def error_max(self, peak: float) -> float:
+        return peak * (0.5 + 2.0**-10) / self.top + self.top * _HALF_STEP
+
+    def _chunk_bytes(self, values: int) -> int:
+        return 2 * _blocks(values) + self._code_bytes(values)
+
+    @abstractmethod
+    def _code_bytes(self, values: int) -> int: ...
+
+    @abstractmethod
+    def _pack(self, quotients: Floats, out: Octets, room: _Room) -> None:
+        """Write the nearest codes of whole blocks of quotients, as many as fit in `out`."""
+
+    @abstractmethod
+    def _check_codes(self, codes: Octets, values: int, room: _Room) -> None: ...
+
+    @abstractmethod
+    def _unpack(self, codes: Octets, out: Floats) -> None: ...
+
+    def _encode_chunk(self, values: Floats, out: Octets, room: _Room) -> None:
+        blocks = _blocks(values.size)
+        table = _whole_blocks(values).reshape(blocks, BLOCK_VALUES)
+        quotients = room.values[: table.size].reshape(table.shape)
+        peaks = _peaks(table, quotients.view(np.int32))
+        scales = self._scales(peaks)
+        inverse = np.zeros(blocks, np.float32)
+        np.divide(np.float32(1), scales, out=inverse, where=scales > 0, dtype=np.float32)
+        np.multiply(table, inverse[:, None], out=quotients)
+        if (peaks * inverse).max() >= self.top + 0.5:  # only where fp16 is too coarse or too short for the scale
+            np.clip(quotients, -self.top, self.top, out=quotients)
+        out[: 2 * blocks].view(np.float16)[:] = scales
+        self._pack(quotients.reshape(-1), out[2 * blocks :], room)
+
+    def _scales(self, peaks: Floats) -> npt.NDArray[np.float16]:
+        scales: npt.NDArray[np.float16] = np.minimum(peaks / np.float32(self.top), _HALF_MAX).astype(np.float16)
+        above = scales.astype(np.float32) * np.float32(self.top) > peaks
+        scales.view(np.uint16)[above] -= 1
+        return scales
+
+    def _check_chunk(self, octets: Octets, values: int, room: _Room) -> None:
+        split = 2 * _blocks(values)
+        if octets[:split].view(np.uint16).max() >= _HALF_INFINITE:
+            raise Refused(Code.UPDATE_BAD, f"{self.name} update holds a scale that is negative, NaN or infinite")
+        self._check_codes(octets[split:], values, room)
+
+    def _decode_chunk(self, octets: Octets, out: Floats, room: _Room) -> None:
+        blocks = _blocks(out.size)
+        table = room.values[: blocks * BLOCK_VALUES].reshape(blocks, BLOCK_VALUES)
+        self._unpack(octets[2 * blocks :], table.reshape(-1))
+        scales = octets[: 2 * blocks].view(np.float16).astype(np.float32)[:, None]
+        if out.size == table.size:
+            np.multiply(table, scales, out=out.reshape(table.shape))
+        else:
+            np.multiply(table, scales, out=table)
+            out[:] = table.reshape(-1)[: out.size]
+
+
+class Int8(_Blockwise):
+    """Codes -127..127, one byte each: 8.25 bits."""
+
+    name = "int8"
+    bits = 8.25
+    top = 127
+
+    def _code_bytes(self, values: int) -> int:
+        return values
+
+    def _pack(self, quotients: Floats, out: Octets, room: _Room) -> None:
+        np.rint(quotients, out=quotients)
+        np.copyto(out.view(np.int8), quotients[: out.size], casting="unsafe")
+
+    def _check_codes(self, codes: Octets, values: int, room: _Room) -> None:
+        if codes.view(np.int8).min() < -self.top:
+            raise Refused(Code.UPDATE_BAD, f"int8 update of {values} values holds a code below -127")
+
+    def _unpack(self, codes: Octets, out: Floats) -> None:
+        np.copyto(out[: codes.size], codes.view(np.int8))
+        out[codes.size :] = 0
+
+
+class Int4(_Blockwise):
+    """Codes 1..15 around 8, the first of two in the low half of a byte: 4.25 bits."""
+
+    name = "int4"
+    bits = 4.25
+    top = 7
+
+    _middle: ClassVar[int] = 8
+    # both values of a byte as one word: half as many look-ups
+    _pairs: ClassVar[npt.NDArray[np.uint64]] = (
+        np.stack([(np.arange(256) & 15) - 8, (np.arange(256) >> 4) - 8], axis=1)
+        .astype(np.float32)
+        .view(np.uint64)
+        .reshape(-1)
+    )
+
+    def _code_bytes(self, values: int) -> int:
+        return (values + 1) // 2
+
+    def _pack(self, quotients: Floats, out: Octets, room: _Room) -> None:
+        codes, shifted = room.octets[: quotients.size], room.pairs[: quotients.size // 2]
+        quotients += np.float32(self._middle + 0.5)
+        np.copyto(codes, quotients, casting="unsafe")  # cuts off the fraction
+        words = codes.view(np.uint16)
+        np.right_shift(words, 4, out=shifted)
+        np.bitwise_or(words, shifted, out=shifted)
+        np.copyto(out, shifted[: out.size], casting="unsafe")  # keeps the low byte
+
+    def _check_codes(self, codes: Octets, values: int, room: _Room) -> None:
+        low = room.octets[: codes.size]
+        np.bitwise_and(codes, 15, out=low)
+        if codes.min() < 16 or low.min() < 1:
+            raise Refused(Code.UPDATE_BAD, "int4 update holds the code 0")
+        if values % 2 and codes[-1] >> 4 != self._middle:
+            raise Refused(Code.UPDATE_BAD, "int4 update holds a value after its last")
+
+    def _unpack(self, codes: Octets, out: Floats) -> None:
+        np.take(self._pairs, codes, out=out.view(np.uint64)[: codes.size], mode="clip")
+        out[2 * codes.size :] = 0
+
+
+_CODECS: Final[dict[str, Codec]] = {each.name: each for each in (Half(), Int8(), Int4())}
+NAMES: Final = tuple(_CODECS)
+
+
+def codec(name: str) -> Codec:
+    """The codec that a run file names; run files are checked against NAMES before."""
+    return _CODECS[name]
+
+
+def _blocks(values: int) -> int:
+    return -(-values // BLOCK_VALUES)
+
+
+def _assert_vector(values: Floats) -> None:
+    assert values.dtype == np.float32 and values.ndim == 1 and values.flags.c_contiguous
+
+
+def _whole_blocks(values: Floats) -> Floats:
+    """The values, with zeros up to the end of their last block."""
+    missing = -values.size % BLOCK_VALUES
+    return np.concatenate([values, np.zeros(missing, np.float32)]) if missing else values
+
+
+def _peaks(table: Floats, magnitudes: npt.NDArray[np.int32]) -> Floats:
+    """The largest magnitude of each row; NaN and infinity refused. As integers, magnitudes sort alike and faster."""
+    np.bitwise_and(table.view(np.int32), 0x7FFFFFFF, out=magnitudes)
+    peaks: npt.NDArray[np.int32] = np.maximum.reduce(magnitudes, axis=1)
+    if peaks.max() >= _FLOAT_INFINITE:
+        raise Refused(Code.UPDATE_BAD, "a value to encode is NaN or infinite")
+    return peaks.view(np.float32)

@@ -1,0 +1,106 @@
+"""Refusals: what went wrong, why, and what to type next. Each has a stable code and an exit code."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Exit(Enum):
+    """Process exit codes; scripts and service managers branch on them."""
+
+    OK = 0
+    USAGE = 2
+    BAD_INPUT = 3
+    INTEGRITY = 4
+    RESOURCE = 5
+    NETWORK = 6
+    REFUSED = 7
+    VERSION = 8
+    INTERNAL = 70
+    INTERRUPTED = 130
+
+
+class Code(Enum):
+    """Every refusal by name: (stable code, exit code, what to do next)."""
+
+    USAGE = ("E-USAGE-001", Exit.USAGE, "Run the command with --help.")
+    INVITE_MALFORMED = ("E-INVITE-001", Exit.BAD_INPUT, "Paste the whole invite; it starts with barnraise:")
+    INVITE_MISTYPED = ("E-INVITE-002", Exit.BAD_INPUT, "Copy the invite again; a character changed on its way.")
+    INVITE_EXPIRED = ("E-INVITE-003", Exit.REFUSED, "Ask the researcher for a new invite.")
+    INVITE_USED = ("E-INVITE-004", Exit.REFUSED, "Ask the researcher for a new invite.")
+    INVITE_UNKNOWN = ("E-INVITE-005", Exit.REFUSED, "Ask the researcher for a new invite.")
+    INVITE_FORGED = ("E-INVITE-006", Exit.INTEGRITY, "Do not use this invite; ask the researcher for a new one.")
+    PIN_MISMATCH = (
+        "E-TLS-001",
+        Exit.INTEGRITY,
+        "This is not the coordinator that issued your invite. Ask the researcher for a new invite.",
+    )
+    SPEC_SYNTAX = ("E-SPEC-001", Exit.BAD_INPUT, "Mend the run file at the place named.")
+    SPEC_UNKNOWN_KEY = ("E-SPEC-002", Exit.BAD_INPUT, "Rename or remove the key.")
+    SPEC_VALUE = ("E-SPEC-003", Exit.BAD_INPUT, "Choose a value in the range named.")
+    KEY_UNUSABLE = ("E-KEY-001", Exit.BAD_INPUT, "Restore the key file from a backup, or move it away to get a new identity.")
+    KEY_READABLE = ("E-KEY-002", Exit.BAD_INPUT, "Run chmod 600 on the key file.")
+    SIGNATURE = ("E-SIGN-001", Exit.INTEGRITY, "Nothing was changed. If it happens again, tell the researcher.")
+    EXPIRED = ("E-SIGN-002", Exit.REFUSED, "Check this machine's clock.")
+    BLOB_CORRUPT = ("E-BLOB-001", Exit.INTEGRITY, "It will be fetched again; nothing was kept.")
+    BLOB_TOO_LARGE = ("E-BLOB-002", Exit.RESOURCE, "Raise --max-disk or choose a smaller run.")
+    BLOB_MISSING = ("E-BLOB-003", Exit.INTEGRITY, "It will be fetched again.")
+    CHECKPOINT_BAD = ("E-BLOB-004", Exit.INTEGRITY, "It was refused; nothing was changed. Fetch another base checkpoint.")
+    DISK_CAP = ("E-DISK-001", Exit.RESOURCE, "Free some space or raise --max-disk.")
+    DATA_BAD = ("E-DATA-001", Exit.BAD_INPUT, "Mend the place named, or go on with --skip-bad.")
+    DATA_EMPTY = ("E-DATA-002", Exit.BAD_INPUT, "Add more text with: barnraise-coordinator data add PATH")
+    DATA_FORMAT = ("E-DATA-003", Exit.BAD_INPUT, "Use txt, md, source files, jsonl, jsonl.gz, jsonl.zst or parquet.")
+    TOKEN_RANGE = ("E-DATA-004", Exit.INTEGRITY, "Ingest the data again with this run's tokenizer.")
+    TOKENIZER_BAD = ("E-DATA-005", Exit.BAD_INPUT, "Give a Hugging Face tokenizer.json.")
+    MODEL_BAD = ("E-MODEL-001", Exit.BAD_INPUT, "Mend [model] in the run file, then run: barnraise-coordinator check")
+    MODEL_TOO_LARGE = ("E-MODEL-002", Exit.RESOURCE, "Choose a run with a smaller model, or a larger machine.")
+    DEVICE_MISSING = ("E-DEVICE-001", Exit.BAD_INPUT, "Use --device auto, or a device that is present.")
+    MEMORY = ("E-DEVICE-002", Exit.RESOURCE, "Use --batch with a smaller number.")
+    UPDATE_BAD = ("E-UPDATE-001", Exit.INTEGRITY, "The part was dropped; the round goes on without it.")
+    RECORD_BAD = ("E-LOG-001", Exit.INTEGRITY, "The record was refused; nothing was changed.")
+    STATE_MISMATCH = ("E-LOG-002", Exit.INTEGRITY, "Run barnraise leave --purge and join again; tell the researcher.")
+    UNREACHABLE = ("E-NET-001", Exit.NETWORK, "Check the connection; the node keeps trying.")
+    PORT_IN_USE = ("E-NET-002", Exit.NETWORK, "Use another port, or stop the program that holds it.")
+    NOT_ADMITTED = ("E-AUTH-001", Exit.REFUSED, "Join with an invite: barnraise join INVITE")
+    SESSION = ("E-AUTH-002", Exit.REFUSED, "The node opens a new session by itself.")
+    LIMIT = ("E-LIMIT-001", Exit.REFUSED, "Send less at a time.")
+    FIELD = ("E-FIELD-001", Exit.REFUSED, "Upgrade this program: pip install --upgrade barnraise")
+    LEASE = ("E-LEASE-001", Exit.REFUSED, "The node asks for other data by itself.")
+    VERSION = ("E-VERSION-001", Exit.VERSION, "Upgrade this program: pip install --upgrade barnraise")
+    HOME_BUSY = ("E-HOME-001", Exit.BAD_INPUT, "Use barnraise status, or another --home for a second node.")
+    HOME_FOREIGN = ("E-HOME-002", Exit.BAD_INPUT, "Choose an empty folder with --home.")
+    NO_DAEMON = ("E-HOME-003", Exit.USAGE, "Start one with: barnraise join INVITE")
+    RUN_MISSING = ("E-RUN-001", Exit.BAD_INPUT, "Make one with: barnraise-coordinator new NAME")
+    RUN_EXISTS = ("E-RUN-002", Exit.BAD_INPUT, "Choose another name or folder.")
+    CHILD_DIED = ("E-PROC-001", Exit.INTERNAL, "See the log named; the node restarts the process by itself.")
+    DIVERGED = ("E-TRAIN-001", Exit.INTERNAL, "The node starts again from the shared state by itself.")
+
+    @property
+    def code(self) -> str:
+        return self.value[0]
+
+    @property
+    def exit(self) -> Exit:
+        return self.value[1]
+
+    @property
+    def fix(self) -> str:
+        return self.value[2]
+
+
+_BY_CODE = {member.code: member for member in Code}
+
+
+class Refused(Exception):
+    """Outside did something wrong, or a limit was met: refused by name, with what came and what was wanted."""
+
+    def __init__(self, reason: Code, what: str, *, fix: str | None = None) -> None:
+        super().__init__(f"{reason.code} · {what}")
+        self.reason = reason
+        self.what = what
+        self.fix = fix if fix is not None else reason.fix
+
+    @classmethod
+    def from_wire(cls, code: str, what: str) -> Refused:
+        """Rebuild a refusal that another machine named; an unknown code becomes a refusal of its own kind."""
+        return cls(_BY_CODE.get(code, Code.FIELD), what)

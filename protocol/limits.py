@@ -1,0 +1,20 @@
+"""Every bound on what crosses a wire or a disk, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1  # raised when an older program could misread a newer one
+CHUNK_VALUES: Final = 65536  # values encoded together: 35 kB of int4, one write of a socket
+CONTROL_BYTES_MAX: Final = 4 << 20  # a gRPC control message; rosters of 10^4 nodes fit
+PEER_MESSAGE_BYTES_MAX: Final = 2 << 20  # a Begin of 64 members with 100 ranges each is under 1 MB
+BLOB_CHUNK_BYTES: Final = 1 << 18  # streamed and hashed piece of a blob: 256 KiB
+BLOB_BYTES_MAX: Final = 1 << 40  # 1 TiB: more than any shard or checkpoint we would serve
+MEMBERS_MAX: Final = 64  # one cell; larger swarms merge cells
+PARAMETERS_MAX: Final = 10**12  # sizes are multiplied with this before anything is allocated
+RANGES_MAX: Final = 256  # data ranges in one contribution
+NAME_CHARACTERS_MAX: Final = 40  # what a status line can show
+ADDRESSES_MAX: Final = 8  # addresses one peer or invite may name
+DISK_FREE_BYTES_MIN: Final = 1 << 30  # room that a blob store leaves to the machine's other programs
+BASE_HEADER_BYTES_MAX: Final = 4 << 20  # of a base checkpoint: 250,000 intervals of consumed data fit
+VALUE_ABS_MAX: Final = 1e18  # of a parameter or its momentum: its square is still a finite float32

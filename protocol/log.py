@@ -1,0 +1,172 @@
+"""The log: a chain of certified records. Says what fits and what certifies; knows no clock, no network, no parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from protocol import canonical, identity
+from protocol.errors import Code, Refused
+from protocol.limits import CHUNK_VALUES, MEMBERS_MAX, RANGES_MAX
+from protocol.state import Consumed
+from protocol.types import (
+    Certificate,
+    Contribution,
+    DataRange,
+    Digest,
+    Head,
+    LogEntry,
+    Manifest,
+    Part,
+    Record,
+    Role,
+    Roster,
+    RoundNumber,
+    VoteBody,
+)
+
+VOTE: Final = "vote"  # the purpose that votes are signed for
+HELPER_SHARES: Final = 2  # a helper has a public address and chose to reduce more; a peer has one share
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def record_hash(record: Record) -> Digest:
+    return canonical.digest(record)
+
+
+def vote_bytes(body: VoteBody) -> bytes:
+    """What a member signs, with the purpose VOTE."""
+    return canonical.to_bytes(body)
+
+
+def genesis_head(manifest: Manifest) -> Head:
+    """The head of a log without records."""
+    return Head(RoundNumber(0), canonical.digest(manifest))
+
+
+def next_head(record: Record) -> Head:
+    """The head once this record is appended."""
+    return Head(RoundNumber(record.round + 1), record_hash(record))
+
+
+def ranges_of(record: Record) -> tuple[DataRange, ...]:
+    return tuple(span for contribution in record.contributions for span in contribution.ranges)
+
+
+def check_link(record: Record, head: Head, manifest: Manifest) -> None:
+    """Refuse a record that does not follow this head."""
+    if record.run != manifest.run:
+        raise Refused(Code.RECORD_BAD, f"record of run {canonical.shown(record.run)}, expected {manifest.run}")
+    if record.round != head.round:
+        raise Refused(Code.RECORD_BAD, f"record of round {record.round}, expected {head.round}")
+    if record.previous != head.hash:
+        what = f"record {record.round} follows {canonical.shown(record.previous[:12])}, expected {head.hash[:12]}"
+        raise Refused(Code.RECORD_BAD, what)
+
+
+def check_certificate(entry: LogEntry, roster: Roster) -> None:
+    """Refuse what a strict majority of this roster, that of the certificate's ballot, did not sign.
+
+    The record may name an earlier roster: a newer leader proposes again, unchanged, what members had accepted.
+    """
+    record, certificate = entry.record, entry.certificate
+    if record.run != roster.run or certificate.ballot.epoch != roster.epoch or record.epoch > roster.epoch:
+        raise Refused(Code.RECORD_BAD, f"certificate under roster {certificate.ballot.epoch}, expected {roster.epoch}")
+    if certificate.record != record_hash(record):
+        raise Refused(Code.RECORD_BAD, f"certificate of another record than {record.round}")
+    _check_signers(certificate, roster)
+    body = vote_bytes(VoteBody(record.run, record.round, certificate.ballot, certificate.record))
+    for signature in certificate.signatures:
+        identity.verify(signature.node, VOTE, body, signature.value)
+
+
+def check_record_shape(record: Record, parameters: int) -> None:
+    """Refuse what no honest leader proposes: members twice, empty ranges, parts that overlap or leave the chunks."""
+    if record.round < 0 or record.epoch < 0:
+        raise Refused(Code.RECORD_BAD, f"round {record.round} under roster {record.epoch}")
+    members = [contribution.node for contribution in record.contributions]
+    if not 0 < len(members) <= MEMBERS_MAX or len(set(members)) != len(members):
+        raise Refused(Code.RECORD_BAD, f"{len(members)} contributions, expected 1 to {MEMBERS_MAX} distinct members")
+    for contribution in record.contributions:
+        _check_contribution(contribution)
+    if not 0 < len(record.parts) <= MEMBERS_MAX:
+        raise Refused(Code.RECORD_BAD, f"{len(record.parts)} parts, expected 1 to {MEMBERS_MAX}")
+    index, stop = -1, 0
+    for part in record.parts:
+        _check_part(part, parameters, set(members))
+        if part.index <= index or part.start < stop:
+            raise Refused(Code.RECORD_BAD, f"part {part.index} from {part.start} after part {index} up to {stop}")
+        index, stop = part.index, part.stop
+
+
+def check_members(record: Record, roster: Roster) -> None:
+    """Refuse members that the record's own roster does not list, and weights above its caps."""
+    assert record.epoch == roster.epoch
+    for contribution in record.contributions:
+        member = roster.member(contribution.node)
+        if member is None or contribution.tokens > member.weight_cap:
+            cap = None if member is None else member.weight_cap
+            what = f"{contribution.tokens} tokens of {canonical.shown(contribution.node[:12])}, its cap is {cap}"
+            raise Refused(Code.RECORD_BAD, what)
+    for node in (record.leader, *(part.reducer for part in record.parts)):
+        if roster.member(node) is None:
+            raise Refused(Code.RECORD_BAD, f"{canonical.shown(node[:12])} is not in roster {roster.epoch}")
+
+
+def check_ranges(record: Record, consumed: Consumed) -> None:
+    """Refuse data that an earlier record consumed, or that the record names twice."""
+    taken = Consumed()
+    for span in ranges_of(record):
+        _check_range(span)
+        if consumed.overlaps(span) or taken.overlaps(span):
+            where = f"[{span.start}, {span.stop}) of shard {span.shard[:12]} in pass {span.pass_number}"
+            raise Refused(Code.RECORD_BAD, f"data {where} counts twice")
+        taken = taken.with_ranges((span,))
+
+
+def spans(parameters: int, roles: Sequence[Role]) -> tuple[tuple[int, int], ...]:
+    """Which values each member reduces: equal shares cut between chunks, none for clients, more for helpers.
+
+    A group of clients only has nobody to reduce; all its spans are empty.
+    """
+    shares = [{Role.PEER: 1, Role.CLIENT: 0, Role.HELPER: HELPER_SHARES}[role] for role in roles]
+    chunks, total = -(-parameters // CHUNK_VALUES), sum(shares) or 1
+    cuts = [chunks * sum(shares[:index]) // total * CHUNK_VALUES for index in range(len(shares) + 1)]
+    return tuple((min(low, parameters), min(high, parameters)) for low, high in zip(cuts, cuts[1:], strict=False))
+
+
+def _check_signers(certificate: Certificate, roster: Roster) -> None:
+    signers = [signature.node for signature in certificate.signatures]
+    strangers = [node for node in signers if roster.member(node) is None]
+    if strangers or len(set(signers)) != len(signers):
+        what = f"certificate with {len(strangers)} strangers and {len(signers) - len(set(signers))} double votes"
+        raise Refused(Code.RECORD_BAD, what)
+    if len(signers) < roster.quorum:
+        raise Refused(Code.RECORD_BAD, f"{len(signers)} votes, {roster.quorum} of {len(roster.members)} certify")
+
+
+def _check_contribution(contribution: Contribution) -> None:
+    if contribution.tokens < 0 or len(contribution.ranges) > RANGES_MAX:
+        what = f"{contribution.tokens} tokens in {len(contribution.ranges)} ranges, at most {RANGES_MAX} are allowed"
+        raise Refused(Code.RECORD_BAD, what)
+    for span in contribution.ranges:
+        _check_range(span)
+
+
+def _check_range(span: DataRange) -> None:
+    if span.pass_number < 0 or not 0 <= span.start < span.stop or not _DIGEST.fullmatch(span.shard):
+        what = f"data range [{span.start}, {span.stop}) in pass {span.pass_number} of {canonical.shown(span.shard)}"
+        raise Refused(Code.RECORD_BAD, what)
+
+
+def _check_part(part: Part, parameters: int, members: set[str]) -> None:
+    at_chunks = part.start % CHUNK_VALUES == 0 and (part.stop % CHUNK_VALUES == 0 or part.stop == parameters)
+    if not at_chunks or not 0 <= part.start < part.stop <= parameters:
+        what = f"part {part.index} of [{part.start}, {part.stop}), expected chunks of {CHUNK_VALUES} below {parameters}"
+        raise Refused(Code.RECORD_BAD, what)
+    if part.size <= 0 or not _DIGEST.fullmatch(part.digest):
+        raise Refused(Code.RECORD_BAD, f"part {part.index} of {part.size} bytes, {canonical.shown(part.digest)}")
+    included = set(part.included)
+    if not included or len(included) != len(part.included) or not included <= members:
+        raise Refused(Code.RECORD_BAD, f"part {part.index} includes others than the record's members")

@@ -1,0 +1,64 @@
+"""How both sides run p2pd, hivemind's libp2p process: it dies with us, in a folder of its own. Imports no hivemind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+# Sits between us and p2pd only until the exec: the kernel keeps the wish to die with its parent across it.
+_TIE: Final = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+SOCKET_PATH_BYTES_MAX: Final = 104  # sun_path on macOS; Linux has 108
+_SOCKET_NAME_BYTES: Final = len("/p2pclient-") + 11 + len(".sock")
+_FOLDER: Final = "barnraise-"
+
+ENVIRONMENT: Final = {
+    "GOMEMLIMIT": "128MiB",  # soft: Go collects harder above it; p2pd idles at 50 MiB
+    "GOLOG_LOG_LEVEL": "error",  # unreachable peers are everyday life, and are reported by us
+}
+
+OPTIONS: Final = {
+    # Nobody's relay, no UPnP, no probes for strangers, no other directory than the roster and our own DHT.
+    "auto_nat": False,
+    "nat_port_map": False,
+    "use_relay": False,
+    "use_ipfs": False,
+    "check_if_identity_free": False,  # would start a second p2pd at every start; the roster names one peer per node
+}
+
+
+def tied(arguments: Sequence[str]) -> list[str]:
+    """The same command, killed by the kernel when the process that starts it ends, however it ends (Linux)."""
+    if sys.platform != "linux":
+        return list(arguments)
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *arguments]
+
+
+def socket_folder(runtime_dir: Path) -> Path:
+    """A private folder for p2pd's sockets, swept of what a killed process left there."""
+    runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    runtime_dir.chmod(0o700)
+    link = runtime_dir / "sockets"
+    if link.is_symlink():
+        left = link.readlink()
+        if left.name.startswith(_FOLDER) and left.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(left, ignore_errors=True)
+        link.unlink()
+    for left in runtime_dir.glob("p2p*.sock"):
+        left.unlink(missing_ok=True)
+    if len(os.fsencode(runtime_dir.resolve())) + _SOCKET_NAME_BYTES < SOCKET_PATH_BYTES_MAX:
+        return runtime_dir.resolve()
+    short = Path(tempfile.mkdtemp(prefix=_FOLDER))  # 0700; the link lets the next start sweep it
+    link.symlink_to(short)
+    return short

@@ -1,0 +1,233 @@
+"""Ids and frozen values that both sides speak of; knows nothing of bytes, files or sockets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+NodeId = NewType("NodeId", str)  # hex of a node's 32-byte Ed25519 public key
+PeerId = NewType("PeerId", str)  # base58 libp2p peer id
+RunId = NewType("RunId", str)  # hex of the coordinator's public key, a dot, the run's name
+Digest = NewType("Digest", str)  # hex SHA-256
+RoundNumber = NewType("RoundNumber", int)  # the round that leads from state r to state r + 1
+Epoch = NewType("Epoch", int)  # which signed roster
+
+
+class Role(Enum):
+    """What a member does in a round: a peer reduces its share, a client none, a helper more."""
+
+    PEER = "peer"
+    CLIENT = "client"
+    HELPER = "helper"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One active node as its peers see it."""
+
+    node: NodeId
+    peer: PeerId
+    addresses: tuple[str, ...]  # libp2p multiaddrs without the /p2p suffix
+    weight_cap: int  # most tokens that count for it in one round
+    role: Role = Role.PEER
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The coordinator's list of active nodes. Its order is the order of every group."""
+
+    run: RunId
+    epoch: Epoch
+    members: tuple[Member, ...]
+    issued_ms: int
+
+    @property
+    def quorum(self) -> int:
+        """Fewest signatures that certify: a strict majority."""
+        return len(self.members) // 2 + 1
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        return tuple(member.node for member in self.members)
+
+    def member(self, node: NodeId) -> Member | None:
+        return next((member for member in self.members if member.node == node), None)
+
+
+@dataclass(frozen=True)
+class SignedRoster:
+    roster: Roster
+    signature: str  # hex; the coordinator's, purpose "roster"
+
+
+@dataclass(frozen=True)
+class DataRange:
+    """Sequences [start, stop) of one shard in one pass over the data. A sequence has `context` tokens."""
+
+    pass_number: int
+    shard: Digest
+    start: int
+    stop: int
+
+    def overlaps(self, other: DataRange) -> bool:
+        same = self.pass_number == other.pass_number and self.shard == other.shard
+        return same and self.start < other.stop and other.start < self.stop
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A range of data granted to one node until a time on the coordinator's clock."""
+
+    lease_id: str
+    node: NodeId
+    range: DataRange
+    until_ms: int
+
+
+@dataclass(frozen=True, order=True)
+class Ballot:
+    """One attempt to decide a round. Higher ballots supersede lower ones (Paxos, Lamport 2001)."""
+
+    epoch: Epoch
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a member brings to a round: the data it trained on, and its weight in tokens."""
+
+    node: NodeId
+    tokens: int
+    ranges: tuple[DataRange, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reduced, encoded slice [start, stop) of the parameter vector."""
+
+    index: int
+    start: int
+    stop: int
+    digest: Digest
+    size: int  # encoded bytes
+    reducer: NodeId
+    included: tuple[NodeId, ...]  # whose contributions the mean holds
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a round decided. It says nothing of the ballot, so a re-proposal has the same hash."""
+
+    run: RunId
+    round: RoundNumber
+    previous: Digest  # hash of the record before it; of the manifest for round 0
+    epoch: Epoch  # the roster that certifies it
+    leader: NodeId
+    contributions: tuple[Contribution, ...]
+    parts: tuple[Part, ...]
+    state: Digest  # digest of the state that this record is folded into, state(round)
+
+
+@dataclass(frozen=True)
+class Signature:
+    node: NodeId
+    value: str  # hex Ed25519 signature of the canonical bytes of a VoteBody
+
+
+@dataclass(frozen=True)
+class VoteBody:
+    run: RunId
+    round: RoundNumber
+    ballot: Ballot
+    record: Digest
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Signatures of a strict majority of the record's roster on one ballot."""
+
+    record: Digest
+    ballot: Ballot
+    signatures: tuple[Signature, ...]
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    record: Record
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
+class Head:
+    """How far a log goes: the number of certified records, and the hash of the last of them."""
+
+    round: RoundNumber
+    hash: Digest
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A content-addressed token file: little-endian unsigned ints of `token_bytes` each."""
+
+    digest: Digest  # root of its chunk tree
+    size: int  # bytes
+    tokens: int
+    sequences: int  # how many ranges of `context` tokens it holds
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    digest: Digest
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is: everything a node must know before it downloads a byte. Signed by the coordinator."""
+
+    run: RunId
+    name: str
+    spec: str  # the run file, as canonical JSON of its checked values
+    model_config: str  # Hugging Face config JSON
+    tokenizer: BlobRef | None  # tokenizer.json; none means bytes
+    vocabulary: int
+    parameters: int
+    layout: Digest  # over the ordered (name, shape) list
+    genesis: Digest  # state digest of state(0)
+    context: int
+    token_bytes: int
+
+
+@dataclass(frozen=True)
+class SignedManifest:
+    manifest: Manifest
+    signature: str  # hex; the coordinator's, purpose "manifest"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Membership: binds a node key to the libp2p peer id that the node proved it owns."""
+
+    run: RunId
+    node: NodeId
+    peer: PeerId
+    name: str
+    issued_ms: int
+    expires_ms: int
+
+
+@dataclass(frozen=True)
+class SignedPass:
+    body: Pass
+    signature: str  # hex; the coordinator's, purpose "pass"
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A whole state at some round, so that catching up need not start at round 0."""
+
+    round: RoundNumber
+    head: Digest  # hash of the record before it; of the manifest for round 0
+    state: Digest
+    blob: BlobRef

@@ -1,0 +1,102 @@
+"""What the node believes about its machine: limits win over counts, and no device is ever replaced in silence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from node.hardware import Device, choose_device, find_devices, measure, usable_threads
+from protocol.errors import Code, Refused
+
+TWO = (Device("cuda:0", "A", 8 << 30, True), Device("cuda:1", "B", 8 << 30, True))
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with eight processors, and a function that writes its cgroup files."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+
+    def with_files(own, files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        (tmp_path / "own").write_text(own)
+        return {"cgroups": tmp_path, "own": tmp_path / "own"}
+
+    return with_files
+
+
+def test_threads_follow_affinity(machine, monkeypatch):
+    where = machine("", {})
+    assert usable_threads(**where) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5}, raising=False)
+    assert usable_threads(**where) == 1
+
+
+@pytest.mark.parametrize(
+    "quota, threads",
+    [("50000 100000", 1), ("150000 100000", 2), ("max 100000", 8), ("9900000 100000", 8), ("nonsense", 8), ("", 8)],
+)
+def test_threads_follow_the_cgroup_quota_rounded_up(machine, quota, threads):
+    assert usable_threads(**machine("0::/a/b\n", {"a/b/cpu.max": quota})) == threads
+
+
+def test_the_tightest_cgroup_above_the_process_decides(machine):
+    where = machine("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "400000 100000"})
+    assert usable_threads(**where) == 2
+
+
+def test_a_version_1_cgroup_counts_too(machine):
+    files = {"cpu,cpuacct/x/cpu.cfs_quota_us": "300000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"}
+    assert usable_threads(**machine("4:cpu,cpuacct:/x\n", files)) == 3
+
+
+def test_a_cgroup_path_cannot_leave_the_cgroup_folder(machine):
+    assert usable_threads(**machine("0::/../../..\n", {"cpu.max": "100000 100000"})) == 1
+
+
+def test_memory_is_what_the_cgroup_leaves(machine, tmp_path):
+    where = machine("0::/a\n", {"a/memory.max": str(64 << 20), "a/memory.current": str(60 << 20)})
+    found = measure(tmp_path / "not" / "yet" / "there", **where)
+    assert (found.memory_bytes, found.memory_available_bytes) == (64 << 20, 4 << 20)
+    assert found.disk_free_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "wanted, devices, chosen",
+    [
+        ("auto", (), "cpu"),
+        ("auto", TWO, "cuda:0"),
+        ("cpu", TWO, "cpu"),
+        ("cuda", TWO, "cuda:0"),
+        ("cuda:1", TWO, "cuda:1"),
+    ],
+)
+def test_a_device_is_found_by_its_name(wanted, devices, chosen):
+    assert choose_device(wanted, devices) == chosen
+
+
+@pytest.mark.parametrize("wanted", ["cuda:7", "cuda:-1", "cuda:all", "mps", "tpu", "", "auto:0", "cpu:1"])
+def test_a_missing_device_is_refused_and_never_replaced(wanted):
+    with pytest.raises(Refused) as refused:
+        choose_device(wanted, TWO)
+    assert refused.value.reason is Code.DEVICE_MISSING and "here: cpu, cuda:0, cuda:1" in refused.value.what
+
+
+def test_a_cuda_device_is_refused_where_there_is_none():
+    with pytest.raises(Refused, match="0 cuda present"):
+        choose_device("cuda:7", ())
+
+
+def test_importing_hardware_does_not_import_torch():
+    code = "import sys, node.hardware, node.training; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+async def test_devices_are_found_in_a_child():
+    import torch
+
+    found = await find_devices()
+    assert len([device for device in found if device.name.startswith("cuda")]) == torch.cuda.device_count()
+    assert all(device.memory_bytes > 0 for device in found)

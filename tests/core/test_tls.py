@@ -1,0 +1,119 @@
+"""The pin: a real gRPC handshake over loopback, and a hard stop when the certificate is another."""
+
+import socket
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from protocol import tls
+from protocol.address import Address
+from protocol.errors import Code, Exit, Refused
+
+
+@pytest.fixture
+def pair(tmp_path):
+    key, cert = tmp_path / "private" / "tls.key", tmp_path / "private" / "tls.pem"
+    tls.make_certificate(key, cert, ["train.example.org", "127.0.0.1", "::1"])
+    return key, cert
+
+
+@contextmanager
+def serving(key, cert):
+    """A gRPC server with one method, Echo."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    echo = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", {"Echo": echo}),))
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        yield Address("127.0.0.1", port)
+    finally:
+        server.stop(None).wait()
+
+
+def call(address, root):
+    options = [("grpc.ssl_target_name_override", tls.SERVER_NAME)]
+    with grpc.secure_channel(str(address), grpc.ssl_channel_credentials(root), options) as channel:
+        return channel.unary_unary("/test.Test/Echo")(b"hello", timeout=5)
+
+
+def refused(act, *arguments, **options):
+    with pytest.raises(Refused) as caught:
+        act(*arguments, **options)
+    return caught.value
+
+
+def test_a_pinned_client_talks_to_the_coordinator_over_tls_1_3(pair):
+    with serving(*pair) as address:
+        root = tls.fetch_pinned(address, tls.fingerprint(pair[1].read_bytes()), timeout_seconds=5)
+        assert call(address, root) == b"hello"
+        assert root.split() == pair[1].read_bytes().split()
+        context = ssl.create_default_context(cadata=root.decode())
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.set_alpn_protocols(["h2"])
+        for name in ("127.0.0.1", "train.example.org", tls.SERVER_NAME):
+            with (
+                socket.create_connection((address.host, address.port), 5) as plain,
+                context.wrap_socket(plain, server_hostname=name) as secured,
+            ):
+                assert secured.version() == "TLSv1.3"
+
+
+def test_another_certificate_is_a_hard_stop(pair, tmp_path):
+    tls.make_certificate(tmp_path / "other.key", tmp_path / "other.pem", [])
+    with serving(tmp_path / "other.key", tmp_path / "other.pem") as address:
+        pin = tls.fingerprint(pair[1].read_bytes())
+        caught = refused(tls.fetch_pinned, address, pin, timeout_seconds=5)
+        assert caught.reason is Code.PIN_MISMATCH
+        assert caught.reason.exit is Exit.INTEGRITY
+        with pytest.raises(grpc.RpcError):  # one who swaps servers after the check meets the root
+            call(address, pair[1].read_bytes())
+
+
+@pytest.mark.timeout(20)
+def test_a_server_that_never_answers_is_unreachable_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = Address("127.0.0.1", server.getsockname()[1])
+        assert refused(tls.fetch_pinned, address, "00" * 32, timeout_seconds=0.2).reason is Code.UNREACHABLE
+    assert refused(tls.fetch_pinned, address, "00" * 32, timeout_seconds=0.2).reason is Code.UNREACHABLE
+
+
+def test_a_pair_that_is_there_stays(pair):
+    key, cert = pair
+    before = key.read_bytes(), cert.read_bytes()
+    tls.make_certificate(key, cert, ["new.example.org"])
+    assert (key.read_bytes(), cert.read_bytes()) == before
+    assert key.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_crash_between_key_and_certificate_is_mended(pair):
+    key, cert = pair
+    before = key.read_bytes()
+    cert.unlink()
+    tls.make_certificate(key, cert, [])
+    assert key.read_bytes() == before
+    with serving(key, cert) as address:
+        tls.fetch_pinned(address, tls.fingerprint(cert.read_bytes()), timeout_seconds=5)
+
+
+def test_a_lost_or_foreign_key_is_refused_because_invites_pin_its_certificate(pair, tmp_path):
+    key, cert = pair
+    tls.make_certificate(tmp_path / "other.key", tmp_path / "other.pem", [])
+    assert refused(tls.make_certificate, tmp_path / "other.key", cert, []).reason is Code.KEY_UNUSABLE
+    key.chmod(0o644)
+    assert refused(tls.make_certificate, key, cert, []).reason is Code.KEY_READABLE
+    key.unlink()
+    assert refused(tls.make_certificate, key, cert, []).reason is Code.KEY_UNUSABLE
+    assert not key.exists()
+
+
+def test_a_fingerprint_is_of_the_certificate_and_not_of_its_spelling(pair):
+    pem = pair[1].read_bytes()
+    assert tls.fingerprint(pem) == tls.fingerprint(pem.decode().replace("\n", "\r\n"))
+    assert len(tls.fingerprint(pem)) == 64
+    for junk in (b"", b"\xff", b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----"):
+        assert refused(tls.fingerprint, junk).reason is Code.KEY_UNUSABLE

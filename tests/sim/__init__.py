@@ -1,0 +1,1 @@
+"""A whole swarm of the real machines on a virtual clock, with seeded faults."""

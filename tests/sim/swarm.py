@@ -1,0 +1,661 @@
+"""The simulated world: real node and coordinator machines, a virtual clock, and a network that misbehaves by seed.
+
+Only the edges are simulated: messages are delayed and lost, averaging ends with whoever is there, disks keep what
+was saved, processes are killed between two effects. After every event the invariants are checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from coordinator.core import machine as coordinator
+from coordinator.core.leases import Leases
+from node.core import rounds, session
+from node.core.rounds import Rounds, group
+from protocol.log import record_hash
+from protocol.messages import Accepted, Begin, LogReply, LogRequest, Propose, Ready
+from protocol.state import Consumed
+from protocol.types import (
+    Ballot,
+    DataRange,
+    Digest,
+    Epoch,
+    Head,
+    Lease,
+    LogEntry,
+    NodeId,
+    Part,
+    PeerId,
+    Roster,
+    RoundNumber,
+    RunId,
+    Shard,
+    SignedRoster,
+    VoteBody,
+)
+
+RUN = RunId("00.sim")
+PARAMETERS = 16 * 65536
+CONTEXT = 16
+GENESIS = Digest("0" * 64)
+HEARTBEAT_SECONDS = 2.0
+TICK_SECONDS = 0.25
+
+
+def _hash(*words: object) -> Digest:
+    return Digest(hashlib.sha256(repr(words).encode()).hexdigest())
+
+
+def sign(node: NodeId, body: VoteBody) -> str:
+    return _hash("signature", node, body)
+
+
+def certified(entry: LogEntry, roster: Roster) -> bool:
+    certificate = entry.certificate
+    if certificate.record != record_hash(entry.record) or certificate.ballot.epoch != roster.epoch:
+        return False
+    body = VoteBody(RUN, entry.record.round, certificate.ballot, certificate.record)
+    signers = {s.node for s in certificate.signatures if roster.member(s.node) and s.value == sign(s.node, body)}
+    return len(signers) >= roster.quorum
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How bad the world is; all chances are per message or per second."""
+
+    loss: float = 0.02
+    delay_max: float = 0.3
+    crash_per_minute: float = 0.3
+    pause_per_minute: float = 0.1
+    coordinator_crash_per_minute: float = 0.1
+    reduce_failure: float = 0.05
+    partition_per_minute: float = 0.1
+
+
+CALM = Faults(0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class InvariantBroken(AssertionError):
+    pass
+
+
+@dataclass
+class Disk:
+    """What survives a kill."""
+
+    log: list[LogEntry] = field(default_factory=list)
+    promised: Ballot = Ballot(Epoch(-1), 0)
+    accepted: Accepted | None = None
+    vote_round: int = 0
+    parts: set[Digest] = field(default_factory=set)
+    rosters: dict[Epoch, SignedRoster] = field(default_factory=dict)
+
+
+@dataclass
+class Averaging:
+    """One group's reduction: who joined, and what each reducer made of it."""
+
+    joined: dict[NodeId, float] = field(default_factory=dict)
+    reduced: dict[NodeId, Part | None] = field(default_factory=dict)
+
+
+class World:
+    """Virtual time, the network, and everything that happens on it."""
+
+    def __init__(self, seed: int, *, faults: Faults | None = None, nodes: int | None = None) -> None:
+        self.luck = random.Random(seed)
+        self.seed = seed
+        self.faults = faults if faults is not None else Faults()
+        self.now = 0.0
+        self._queue: list[tuple[float, int, object]] = []
+        self._serial = 0
+        self.certified: dict[int, Digest] = {}
+        self.records: dict[int, LogEntry] = {}
+        self.states: dict[int, Digest] = {0: _hash("state", 0)}
+        self.spent = Consumed()
+        self.averagings: dict[object, Averaging] = {}
+        self.cut: set[frozenset[str]] = set()
+        self.trace: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.coordinator = SimCoordinator(self, min_nodes=2)
+        count = nodes if nodes is not None else self.luck.randint(2, 6)
+        self.nodes = {node.me: node for node in (SimNode(self, index) for index in range(count))}
+
+    # time
+
+    def at(self, seconds: float, action: object) -> None:
+        self._serial += 1
+        heapq.heappush(self._queue, (self.now + seconds, self._serial, action))
+
+    def run(self, until: float) -> None:
+        while self._queue and self._queue[0][0] <= until:
+            self.now, _, action = heapq.heappop(self._queue)
+            action()  # type: ignore[operator]
+        self.now = until
+
+    # network
+
+    def reaches(self, one: str, other: str) -> bool:
+        return frozenset((one, other)) not in self.cut
+
+    def deliver(self, sender: str, receiver: str, action: object) -> None:
+        if not self.reaches(sender, receiver) or self.luck.random() < self.faults.loss:
+            self.counts["lost"] += 1
+            return
+        self.at(self.luck.uniform(0.001, self.faults.delay_max), action)
+
+    def note(self, text: str) -> None:
+        self.trace.append(f"{self.now:9.3f}  {text}")
+
+    # invariants
+
+    def entry_certified(self, entry: LogEntry, who: str) -> None:
+        record = entry.record
+        hashed = record_hash(record)
+        known = self.certified.get(record.round)
+        if known is not None and known != hashed:
+            raise InvariantBroken(f"seed {self.seed}: {who} has another record for round {record.round}")
+        if known is None:
+            ranges = tuple(r for c in record.contributions for r in c.ranges)
+            for used in ranges:
+                if self.spent.overlaps(used):
+                    raise InvariantBroken(f"seed {self.seed}: {used} is in two certified records")
+            self.spent = self.spent.with_ranges(ranges)
+            self.certified[record.round] = hashed
+            self.records[record.round] = entry
+            self.note(f"round {record.round} certified by {who}")
+
+    def folded(self, round_number: int, digest: Digest, who: str) -> None:
+        known = self.states.setdefault(round_number, digest)
+        if known != digest:
+            raise InvariantBroken(f"seed {self.seed}: {who} has another state {round_number}")
+
+    # faults
+
+    def misbehave(self, seconds: float) -> None:
+        """Plan every fault of the next `seconds` from the seed."""
+        faults = self.faults
+        for node in self.nodes.values():
+            for start in self._times(faults.crash_per_minute, seconds):
+                self.at(start, node.kill)
+                self.at(start + self.luck.uniform(1, 30), node.start)
+            for start in self._times(faults.pause_per_minute, seconds):
+                self.at(start, lambda n=node: n.session_event(session.PauseAsked(None)))
+                self.at(start + self.luck.uniform(1, 30), lambda n=node: n.session_event(session.ResumeAsked()))
+        for start in self._times(faults.coordinator_crash_per_minute, seconds):
+            self.at(start, self.coordinator.kill)
+            self.at(start + self.luck.uniform(1, 40), self.coordinator.start)
+        names = ["coordinator", *self.nodes]
+        for start in self._times(faults.partition_per_minute, seconds):
+            side = {name for name in names if self.luck.random() < 0.4}
+            links = {frozenset((a, b)) for a in side for b in names if b not in side}
+            self.at(start, lambda links=links: self.cut.update(links))
+            self.at(start + self.luck.uniform(1, 30), lambda links=links: self.cut.difference_update(links))
+
+    def _times(self, per_minute: float, seconds: float) -> list[float]:
+        times, at = [], 0.0
+        while per_minute > 0:
+            at += self.luck.expovariate(per_minute / 60)
+            if at >= seconds:
+                break
+            times.append(at)
+        return times
+
+    def heal(self) -> None:
+        self.faults = CALM
+        self.cut.clear()
+        self.coordinator.start()
+        for node in self.nodes.values():
+            node.start()
+            node.session_event(session.ResumeAsked())
+
+
+class SimNode:
+    """One node: the real machines, and edges made of luck."""
+
+    def __init__(self, world: World, index: int) -> None:
+        self.world = world
+        self.me = NodeId(f"node{index:02d}")
+        self.disk = Disk()
+        self.alive = False
+        self.life = 0  # counts restarts, so that events of a former life are dropped
+        self.speed = world.luck.uniform(1.0, 6.0)
+        self.inner_steps = world.luck.choice([3, 5, 8])
+        steps = self.inner_steps
+        self.rules = rounds.Rules(
+            me=self.me,
+            run=RUN,
+            parameters=PARAMETERS,
+            context=CONTEXT,
+            inner_steps=lambda _round: steps,
+            round_seconds_max=30.0,
+            gather_seconds=1.0,
+            attempt_seconds_min=2.0,
+            attempt_seconds_max=12.0,
+            sign=lambda body: sign(self.me, body),
+            vote_is_valid=lambda node, body, signature: signature == sign(node, body),
+            entry_is_certified=certified,
+        )
+        world.at(world.luck.uniform(0, 20) if index >= 2 else 0.0, self.start)
+
+    # life and death
+
+    def kill(self) -> None:
+        if self.alive:
+            self.world.note(f"{self.me} killed")
+            self.world.counts["kills"] += 1
+        self.alive = False
+        self.life += 1
+
+    def start(self) -> None:
+        if self.alive:
+            return
+        self.alive = True
+        self.life += 1
+        self.world.note(f"{self.me} starts")
+        digest, consumed = _hash("state", 0), Consumed()
+        head = Head(RoundNumber(0), GENESIS)
+        for entry in self.disk.log:
+            consumed = consumed.with_ranges(tuple(r for c in entry.record.contributions for r in c.ranges))
+            digest = _hash(digest, record_hash(entry.record))
+            head = Head(RoundNumber(entry.record.round + 1), record_hash(entry.record))
+        same = self.disk.vote_round == head.round
+        self.rounds = Rounds(
+            head=head,
+            digest=digest,
+            consumed=consumed,
+            rosters=dict(self.disk.rosters),
+            last=self.disk.log[-1] if self.disk.log else None,
+            ballot=self.disk.promised if same else Ballot(Epoch(-1), 0),
+            accepted=self.disk.accepted if same else None,
+        )
+        self.session = session.Session(sequences_wanted=4)
+        self.leases: list[Lease] = []
+        self.queue: list[DataRange] = []
+        self.since_snapshot: list[DataRange] = []
+        self.steps = 0
+        self.step_credit = 0.0
+        self.training = False
+        self._later(self.world.luck.uniform(0.1, 2.0), self._ready)
+        self._later(TICK_SECONDS, self._tick)
+        self._later(0.05, self._heartbeat)
+
+    def _later(self, seconds: float, action: object) -> None:
+        life = self.life
+        self.world.at(seconds, lambda: action() if self.alive and self.life == life else None)  # type: ignore[operator]
+
+    def _ready(self) -> None:
+        self.session_event(session.PartReady(session.Part.TRAINER))
+        self.session_event(session.PartReady(session.Part.ENGINE))
+        self._sync()
+
+    def _sync(self) -> None:
+        """Read the coordinator's log; a node that cannot reach it starts from its own."""
+
+        def answer(entries: tuple[LogEntry, ...], rosters: tuple[SignedRoster, ...]) -> None:
+            self.session_event(session.LinkOpened())
+            self.rounds_event(rounds.LogArrived(entries, rosters))
+            self.session_event(session.CaughtUp())
+
+        self._call(lambda c: c.read_log(self.rounds.head.round), answer)
+        if not self.session.synced:
+            self._later(3.0, lambda: None if self.session.synced else self._sync())
+
+    def _tick(self) -> None:
+        self._later(TICK_SECONDS, self._tick)
+        if self.training and self.queue:
+            self.step_credit += self.speed * TICK_SECONDS
+            while self.step_credit >= 1 and self.queue:
+                self.step_credit -= 1
+                self._inner_step()
+            self.rounds_event(rounds.Progressed(self.steps))
+            left = sum(r.stop - r.start for r in self.queue)
+            self.session_event(session.DataUsed(left, 4 * self.inner_steps))
+        self.session_event(session.TimePassed())
+        self.rounds_event(rounds.Ticked())
+
+    def _inner_step(self) -> None:
+        first = self.queue[0]
+        self.queue[0:1] = [replace(first, start=first.start + 1)] if first.stop - first.start > 1 else []
+        one = replace(first, stop=first.start + 1)
+        if self.since_snapshot and self.since_snapshot[-1].stop == one.start and self.since_snapshot[-1].shard == one.shard and self.since_snapshot[-1].pass_number == one.pass_number:
+            self.since_snapshot[-1] = replace(self.since_snapshot[-1], stop=one.stop)
+        else:
+            self.since_snapshot.append(one)
+        self.steps += 1
+
+    def _heartbeat(self) -> None:
+        self._later(HEARTBEAT_SECONDS, self._heartbeat)
+        beat = coordinator.HeartbeatArrived(
+            node=self.me,
+            activity=session.activity(self.session).value,
+            head_round=self.rounds.head.round,
+            epoch=max(self.rounds.rosters, default=-1),
+            addresses=("/ip4/127.0.0.1/tcp/1",),
+            lease_ids=tuple(lease.lease_id for lease in self.leases),
+        )
+
+        def answer(roster: SignedRoster | None, head: int, wanted: tuple[Part, ...]) -> None:
+            if roster is not None:
+                self.disk.rosters[roster.roster.epoch] = roster
+                self.rounds_event(rounds.RosterArrived(roster))
+            if head > self.rounds.head.round and self.rounds.committed is None:
+                self._call(lambda c: c.read_log(self.rounds.head.round), lambda e, r: self._log(e, r))
+            if head < self.rounds.head.round:
+                for entry in self.disk.log[head : head + 8]:
+                    self._call(lambda c, e=entry: c.push(e), lambda *_: None)
+            for part in wanted:
+                if part.digest in self.disk.parts:
+                    self._call(lambda c, d=part.digest: c.store_part(d), lambda *_: None)
+
+        self._call(lambda c: c.heartbeat(beat), answer)
+
+    def _log(self, entries: tuple[LogEntry, ...], rosters: tuple[SignedRoster, ...]) -> None:
+        for signed in rosters:
+            self.disk.rosters[signed.roster.epoch] = signed
+        self.rounds_event(rounds.LogArrived(entries, rosters))
+
+    def _call(self, ask: object, answer: object) -> None:
+        """One RPC to the coordinator: either leg can be lost."""
+        life, world = self.life, self.world
+
+        def request() -> None:
+            result = ask(world.coordinator) if world.coordinator.alive else None  # type: ignore[operator]
+            if result is not None:
+                world.deliver("coordinator", self.me, lambda: answer(*result) if self.alive and self.life == life else None)  # type: ignore[operator]
+
+        world.deliver(self.me, "coordinator", request)
+
+    # the machines
+
+    def session_event(self, event: session.Event) -> None:
+        if not self.alive:
+            return
+        before = self.session.takes_part
+        self.session, effects = session.step(self.session, event, self.world.now)
+        for effect in effects:
+            match effect:
+                case session.SetTraining(on):
+                    self.training = on
+                case session.AcquireLeases(sequences):
+                    self._lease(sequences)
+                case session.Restart() | session.End():
+                    raise InvariantBroken(f"seed {self.seed_text()}: unexpected {effect}")
+        if self.session.takes_part != before:
+            self.rounds_event(rounds.ActivityChanged(self.session.takes_part))
+
+    def seed_text(self) -> str:
+        return f"{self.world.seed}"
+
+    def _lease(self, sequences: int) -> None:
+        answered = []
+
+        def answer(granted: tuple[Lease, ...]) -> None:
+            answered.append(1)
+            self.leases += granted
+            self.queue += [lease.range for lease in granted]
+            self.session_event(session.LeasesArrived(sum(g.range.stop - g.range.start for g in granted)))
+
+        self._call(lambda c: c.lease(self.me, sequences), answer)
+        self._later(3.0, lambda: None if answered else self.session_event(session.LeasesArrived(0)))
+
+    def rounds_event(self, event: rounds.Event) -> None:
+        if not self.alive:
+            return
+        self.rounds, effects = rounds.step(self.rounds, event, self.world.now, self.rules)
+        for effect in effects:
+            if not self.alive:
+                return
+            self._do(effect)
+
+    def _do(self, effect: rounds.Effect) -> None:
+        world = self.world
+        match effect:
+            case rounds.TakeSnapshot():
+                self._later(world.luck.uniform(0.01, 0.4), self._snapshot)
+            case rounds.SaveVote(round_number, ballot, accepted):
+                if self.disk.vote_round == round_number and ballot < self.disk.promised:
+                    raise InvariantBroken(f"seed {world.seed}: {self.me} took back a promise")
+                self.disk.vote_round, self.disk.promised, self.disk.accepted = round_number, ballot, accepted
+            case rounds.Send(to, message):
+                for receiver in to:
+                    if receiver == self.me:
+                        self._later(0.0, lambda m=message: self.rounds_event(rounds.Received(m, "s")))
+                    else:
+                        world.deliver(self.me, receiver, lambda r=receiver, m=message: world.nodes[r].hear(m))
+            case rounds.Average(begin, roster, seconds):
+                self._average(begin, roster, seconds)
+            case rounds.StopAveraging():
+                pass
+            case rounds.FetchParts(parts, sources):
+                self._later(world.luck.uniform(0.05, 1.0), lambda: self._fetch(parts, sources))
+            case rounds.Fold(entry):
+                self._fold(entry)
+
+    def hear(self, message: object) -> None:
+        if not self.alive:
+            return
+        if isinstance(message, LogRequest):
+            entries = tuple(self.disk.log[message.round : message.round + 16])
+            reply = LogReply(RUN, message.round, self.me, entries, tuple(self.disk.rosters.values()))
+            self.world.deliver(self.me, message.sender, lambda: self.world.nodes[message.sender].hear(reply))
+        elif isinstance(message, LogReply):
+            self._log(message.entries, message.rosters)
+        else:
+            self.rounds_event(rounds.Received(message, "s"))  # type: ignore[arg-type]
+
+    def _snapshot(self) -> None:
+        ranges, self.since_snapshot, self.steps = tuple(self.since_snapshot), [], 0
+        self.rounds_event(rounds.SnapshotTaken(ranges))
+
+    def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
+        world = self.world
+        key = (begin.round, begin.ballot, begin.readies[0].ready.previous)
+        averaging = world.averagings.setdefault(key, Averaging())
+        averaging.joined[self.me] = world.now
+        members = [node for node, _ in group(begin, roster)]
+        weights = dict(group(begin, roster))
+        index = members.index(self.me)
+        share = PARAMETERS // 65536 // len(members) * 65536
+
+        def reduce() -> None:
+            included = tuple(
+                node
+                for node in members
+                if weights[node]
+                and node in averaging.joined
+                and world.nodes[node].alive
+                and (node == self.me or (world.reaches(node, self.me) and world.luck.random() >= world.faults.reduce_failure))
+            )
+            part = None
+            if included:
+                stop = PARAMETERS if index == len(members) - 1 else (index + 1) * share
+                digest = _hash(key, index, included)
+                part = Part(index, index * share, stop, digest, (stop - index * share) // 2, self.me, included)
+                self.disk.parts.add(digest)
+            averaging.reduced[self.me] = part
+
+        def finish() -> None:
+            held: dict[int, Digest] = {}
+            for node, part in averaging.reduced.items():
+                if part is None or not world.nodes[node].alive:
+                    continue
+                if node == self.me or (world.reaches(node, self.me) and world.luck.random() >= world.faults.reduce_failure):
+                    held[part.index] = part.digest
+                    self.disk.parts.add(part.digest)
+            self.rounds_event(rounds.Averaged(begin.ballot, averaging.reduced.get(self.me), held))
+
+        self._later(min(seconds, world.luck.uniform(0.3, 1.0)), reduce)
+        self._later(min(seconds, world.luck.uniform(1.0, 2.0)), finish)
+
+    def _fetch(self, parts: tuple[Part, ...], sources: tuple[NodeId, ...]) -> None:
+        world = self.world
+        found = {
+            part.digest
+            for part in parts
+            if part.digest in self.disk.parts
+            or any(
+                world.nodes[s].alive and world.reaches(s, self.me) and part.digest in world.nodes[s].disk.parts
+                for s in sources
+            )
+            or (world.coordinator.alive and world.reaches("coordinator", self.me) and part.digest in world.coordinator.parts)
+        }
+        self.disk.parts |= found
+        if found:
+            self.rounds_event(rounds.PartsArrived(frozenset(found)))
+        lost = frozenset(part.digest for part in parts) - found
+        if lost:
+            self.rounds_event(rounds.PartsLost(lost))
+
+    def _fold(self, entry: LogEntry) -> None:
+        self.world.entry_certified(entry, self.me)
+        if len(self.disk.log) != entry.record.round:
+            raise InvariantBroken(f"seed {self.world.seed}: {self.me} folds round {entry.record.round} out of order")
+        if not all(part.digest in self.disk.parts for part in entry.record.parts):
+            raise InvariantBroken(f"seed {self.world.seed}: {self.me} folds parts that it lacks")
+        self.disk.log.append(entry)
+        digest = _hash(self.rounds.digest, record_hash(entry.record))
+        self.world.folded(entry.record.round + 1, digest, self.me)
+
+        def done() -> None:
+            self.rounds_event(rounds.Folded(entry.record.round, digest))
+            self._call(lambda c: c.push(entry), lambda *_: None)
+
+        self._later(self.world.luck.uniform(0.01, 0.2), done)
+
+
+class SimCoordinator:
+    """The coordinator's machine with a database that survives."""
+
+    def __init__(self, world: World, *, min_nodes: int) -> None:
+        self.world = world
+        self.alive = False
+        self.shard = Shard(_hash("shard"), 1 << 20, 1 << 20, 100_000)
+        self.rules = coordinator.Rules(
+            run=RUN,
+            parameters=PARAMETERS,
+            min_nodes=min_nodes,
+            rounds_goal=0,
+            absent_seconds=3 * HEARTBEAT_SECONDS + 1,
+            lease_seconds=30.0,
+            lease_sequences_max=16,
+            lease_sequences_node_max=200,
+            weight_cap=10**9,
+            evaluate_every=1,
+            base_every=50,
+            entry_is_certified=certified,
+        )
+        self.log: list[LogEntry] = []
+        self.parts: set[Digest] = set()
+        self.rosters: dict[Epoch, SignedRoster] = {}
+        self.saved_leases = Leases((self.shard,))
+        self.members: dict[NodeId, coordinator.Node] = {}
+        self.granted: tuple[Lease, ...] = ()
+        self.start()
+        world.at(1.0, self._tick)
+
+    def kill(self) -> None:
+        if self.alive:
+            self.world.note("coordinator killed")
+        self.alive = False
+
+    def start(self) -> None:
+        if self.alive:
+            return
+        self.alive = True
+        consumed, head, digest = Consumed(), Head(RoundNumber(0), GENESIS), _hash("state", 0)
+        for entry in self.log:
+            consumed = consumed.with_ranges(tuple(r for c in entry.record.contributions for r in c.ranges))
+            digest = _hash(digest, record_hash(entry.record))
+            head = Head(RoundNumber(entry.record.round + 1), record_hash(entry.record))
+        last = self.log[-1].certificate.ballot.epoch if self.log else Epoch(-1)
+        self.state = coordinator.State(
+            head=head,
+            replica=head,
+            replica_digest=digest,
+            consumed=consumed,
+            leases=self.saved_leases,
+            nodes={n: replace(node, activity="left", seen=-1e9) for n, node in self.members.items()},
+            rosters=tuple(s for e, s in sorted(self.rosters.items()) if e >= last),
+            history=dict(self.rosters),
+            next_epoch=Epoch(max(self.rosters, default=-1) + 1),
+        )
+
+    def _tick(self) -> None:
+        self.world.at(1.0, self._tick)
+        if self.alive:
+            self._event(coordinator.Ticked())
+
+    def _event(self, event: coordinator.Event) -> None:
+        self.state, effects = coordinator.step(self.state, event, self.world.now, self.rules)
+        for effect in effects:
+            match effect:
+                case coordinator.SignRoster(roster):
+                    signed = SignedRoster(roster, "s")
+                    self.rosters[roster.epoch] = signed
+                    self._event(coordinator.RosterSigned(signed))
+                case coordinator.SaveLeases():
+                    self.saved_leases = self.state.leases
+                case coordinator.SaveEntry(entry):
+                    self.world.entry_certified(entry, "coordinator")
+                    self.log.append(entry)
+                case coordinator.GrantLeases(_, granted):
+                    self.granted = granted
+                case coordinator.Fold(entry):
+                    digest = _hash(self.state.replica_digest, record_hash(entry.record))
+                    self.world.folded(entry.record.round + 1, digest, "coordinator")
+                    self._event(coordinator.Folded(entry.record.round, digest))
+
+    # what nodes can ask
+
+    def heartbeat(self, beat: coordinator.HeartbeatArrived) -> tuple[object, ...]:
+        node = self.state.nodes.get(beat.node)
+        if node is None or node.activity == "left":
+            self.members[beat.node] = coordinator.Node(beat.node, PeerId(beat.node), beat.node)
+            self._event(coordinator.NodeOpened(beat.node, PeerId(beat.node), beat.node, beat.addresses))
+        self._event(beat)
+        newest = self.state.roster
+        newer = newest if newest is not None and newest.roster.epoch > beat.epoch else None
+        return newer, self.state.head.round, self.state.wanted
+
+    def lease(self, node: NodeId, sequences: int) -> tuple[object, ...]:
+        self._event(coordinator.LeasesAsked(node, sequences))
+        return (self.granted,)
+
+    def read_log(self, start: int) -> tuple[object, ...]:
+        return tuple(self.log[start:]), tuple(self.rosters.values())
+
+    def push(self, entry: LogEntry) -> tuple[object, ...]:
+        self._event(coordinator.EntryArrived(entry))
+        return ()
+
+    def store_part(self, digest: Digest) -> tuple[object, ...]:
+        self.parts.add(digest)
+        self._event(coordinator.PartStored(digest))
+        return ()
+
+
+def simulate(seed: int, *, seconds: float = 120.0, faults: Faults | None = None, nodes: int | None = None) -> World:
+    """A swarm under faults, then calm; checks that it then goes on."""
+    world = World(seed, faults=faults, nodes=nodes)
+    world.misbehave(seconds)
+    world.run(seconds)
+    before = max(world.certified, default=-1)
+    world.heal()
+    world.run(seconds + 60.0)
+    after = max(world.certified, default=-1)
+    if after <= before + 1:
+        raise InvariantBroken(f"seed {seed}: no progress in 60 s after the faults ended (round {after})")
+    heads = {node.me: node.rounds.head.round for node in world.nodes.values()}
+    if min(heads.values()) < before + 1:
+        raise InvariantBroken(f"seed {seed}: a node lacks a committed record: {heads}, {before + 1} were certified")
+    if len(world.coordinator.log) < before + 1:
+        raise InvariantBroken(f"seed {seed}: the coordinator lacks a committed record")
+    return world
+
+
+__all__ = ["CALM", "Faults", "InvariantBroken", "Propose", "Ready", "World", "simulate"]
