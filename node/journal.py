@@ -24,20 +24,20 @@ class Journal:
     """A folder of small files. Every write is durable when the call returns."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         for name in ("log", "rosters"):
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def promise(self, round_number: RoundNumber) -> Promise | None:
         """What was promised in this round; what was promised in another no longer binds."""
-        path = self._folder / "promise.json"
+        path = self.folder / "promise.json"
         if not path.exists():
             return None
         promise = canonical.from_bytes(Promise, path.read_bytes())
         return promise if promise.round == round_number else None
 
     def save_promise(self, promise: Promise) -> None:
-        atomic_write(self._folder / "promise.json", canonical.to_bytes(promise))
+        atomic_write(self.folder / "promise.json", canonical.to_bytes(promise))
 
     def append(self, entry: LogEntry) -> None:
         atomic_write(self._log(entry.record.round), canonical.to_bytes(entry))
@@ -54,28 +54,28 @@ class Journal:
         return tuple(found)
 
     def save_roster(self, signed: SignedRoster) -> None:
-        atomic_write(self._folder / "rosters" / f"{signed.roster.epoch:08d}.json", canonical.to_bytes(signed))
+        atomic_write(self.folder / "rosters" / f"{signed.roster.epoch:08d}.json", canonical.to_bytes(signed))
 
     def rosters(self) -> dict[Epoch, SignedRoster]:
         signed = (
             canonical.from_bytes(SignedRoster, path.read_bytes())
-            for path in sorted((self._folder / "rosters").glob("*.json"))
+            for path in sorted((self.folder / "rosters").glob("*.json"))
         )
         return {each.roster.epoch: each for each in signed}
 
     def base(self) -> BaseCheckpoint | None:
         """The checkpoint that the log is folded onto at the next start."""
-        path = self._folder / "base.json"
+        path = self.folder / "base.json"
         return canonical.from_bytes(BaseCheckpoint, path.read_bytes()) if path.exists() else None
 
     def save_base(self, base: BaseCheckpoint) -> None:
-        atomic_write(self._folder / "base.json", canonical.to_bytes(base))
+        atomic_write(self.folder / "base.json", canonical.to_bytes(base))
 
     def forget_before(self, round_number: int) -> None:
         """Drop entries that no checkpoint of ours needs any more."""
-        for path in (self._folder / "log").glob("*.json"):
+        for path in (self.folder / "log").glob("*.json"):
             if int(path.stem) < round_number:
                 path.unlink()
 
     def _log(self, round_number: RoundNumber) -> Path:
-        return self._folder / "log" / f"{round_number:08d}.json"
+        return self.folder / "log" / f"{round_number:08d}.json"

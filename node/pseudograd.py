@@ -43,8 +43,12 @@ class PseudoGradient:
     def take_snapshot(self) -> None:
         """After the trainer wrote a snapshot: u += start - local, and encode u."""
         self._add(1)
-        self.payload = self._codec.encode(self.residual)
         self.pending = True
+        self.encode()
+
+    def encode(self) -> None:
+        """What a round may take now."""
+        self.payload = self._codec.encode(self.residual)
 
     def before_fold(self) -> None:
         """Without a snapshot, the trainer moves by what the fold moves: remember where it started."""

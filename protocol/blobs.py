@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from protocol.types import BlobRef, Digest
 Data = bytes | bytearray | memoryview
 
 LEAF_BYTES: Final = 32
+_ORPHAN_SECONDS: Final = 3600.0  # a new file that nobody has written to for so long was left by a crash
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has neither the flag nor, without rights, the links
 
@@ -83,7 +85,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 class BlobStore:
     """A folder of files named by their content, at most `bytes_max` in all.
 
-    One process writes to it, from one thread at a time; any number read.
+    One thread at a time writes through it; any number read. Where two processes write, each counts only its own
+    writes towards the cap until it starts anew.
     """
 
     def __init__(self, folder: Path, bytes_max: int = BLOB_BYTES_MAX) -> None:
@@ -93,9 +96,8 @@ class BlobStore:
         folder.chmod(0o700)
         self._partial = folder / "partial"
         self._partial.mkdir(mode=0o700, exist_ok=True)
-        for orphan in folder.rglob(".new-*"):  # left by a crash in the middle of a write
-            orphan.unlink(missing_ok=True)
-        self.bytes_used = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+        _sweep(folder)
+        self.bytes_used = sum(_file_sizes(folder))
         self._writing: set[Digest] = set()
 
     def path(self, digest: Digest) -> Path:
@@ -401,6 +403,22 @@ def _copy(source: Path, copy: BinaryIO, size: int) -> Digest:
     copy.flush()
     os.fsync(copy.fileno())
     return tree.root(size)
+
+
+def _file_sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process may have moved it into its place
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                yield status.st_size
+
+
+def _sweep(folder: Path) -> None:
+    oldest = time.time() - _ORPHAN_SECONDS
+    for new in folder.rglob(".new-*"):
+        with suppress(FileNotFoundError):  # its writer may have finished meanwhile
+            if new.lstat().st_mtime < oldest:
+                new.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

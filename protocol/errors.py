@@ -74,6 +74,12 @@ class Code(Enum):
     RUN_EXISTS = ("E-RUN-002", Exit.BAD_INPUT, "Choose another name or folder.")
     CHILD_DIED = ("E-PROC-001", Exit.INTERNAL, "See the log named; the node restarts the process by itself.")
     DIVERGED = ("E-TRAIN-001", Exit.INTERNAL, "The node starts again from the shared state by itself.")
+    BUG = ("E-BUG-001", Exit.INTERNAL, "Run it again with --debug and report what it prints.")
+    IDENTITY_TAKEN = ("E-AUTH-003", Exit.REFUSED, "Give every node its own folder: barnraise join --home FOLDER INVITE")
+    BANNED = ("E-AUTH-004", Exit.REFUSED, "Ask the researcher.")
+    CHALLENGE = ("E-AUTH-005", Exit.REFUSED, "The node asks for a new challenge by itself.")
+    STORE_BAD = ("E-STORE-001", Exit.INTEGRITY, "Restore the run's database from a backup.")
+    INTERNAL = ("E-INTERNAL-001", Exit.INTERNAL, "Nothing was changed. Tell the researcher the id.")
 
     @property
     def code(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 from protocol import canonical, identity
@@ -133,7 +134,7 @@ def spans(parameters: int, roles: Sequence[Role]) -> tuple[tuple[int, int], ...]
     shares = [{Role.PEER: 1, Role.CLIENT: 0, Role.HELPER: HELPER_SHARES}[role] for role in roles]
     chunks, total = -(-parameters // CHUNK_VALUES), sum(shares) or 1
     cuts = [chunks * sum(shares[:index]) // total * CHUNK_VALUES for index in range(len(shares) + 1)]
-    return tuple((min(low, parameters), min(high, parameters)) for low, high in zip(cuts, cuts[1:], strict=False))
+    return tuple((min(low, parameters), min(high, parameters)) for low, high in pairwise(cuts))
 
 
 def _check_signers(certificate: Certificate, roster: Roster) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+from protocol.errors import Code, Refused
 
 # Sits between us and p2pd only until the exec: the kernel keeps the wish to die with its parent across it.
 _TIE: Final = """
@@ -43,6 +46,19 @@ def tied(arguments: Sequence[str]) -> list[str]:
     if sys.platform != "linux":
         return list(arguments)
     return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *arguments]
+
+
+def check_free(listen: Sequence[str]) -> None:
+    """Refuse a TCP port that is taken: libp2p sets SO_REUSEPORT, and would share it without a word."""
+    for address in listen:
+        match address.split("/"):
+            case ["", "ip4" | "ip6" as family, host, "tcp", port] if port != "0":
+                with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    try:
+                        probe.bind((host, int(port)))
+                    except OSError as error:
+                        raise Refused(Code.PORT_IN_USE, f"{address}: {error.strerror}") from error
 
 
 def socket_folder(runtime_dir: Path) -> Path:

@@ -1,10 +1,11 @@
 """State: what every replica at a round holds, its digest, and its base checkpoint. Knows nothing of how rounds come about.
 
-Of imports that reach threads or sockets there are none: both pure machines use Consumed.
+Both pure machines use Consumed, so nothing imported here may reach a thread or a socket.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +58,12 @@ class Consumed:
         index = bisect_right(bounds, span.start)
         return index % 2 == 1 or (index < len(bounds) and bounds[index] < span.stop)
 
+    def covers(self, span: DataRange) -> bool:
+        """Whether all of it has been used."""
+        bounds = self.bounds.get((span.pass_number, span.shard), ())
+        index = bisect_right(bounds, span.start)
+        return index % 2 == 1 and bounds[index] >= span.stop
+
     def with_ranges(self, ranges: Iterable[DataRange]) -> Consumed:
         bounds = dict(self.bounds)
         for span in ranges:
@@ -88,8 +96,8 @@ class State:
 
     def digest(self) -> Digest:
         """The same for the same bits on every machine. Hashes all parameters: ask once a round."""
-        values = blobs.digest_of(memoryview(self.params))
-        momentum = None if self.momentum is None else blobs.digest_of(memoryview(self.momentum))
+        values = blobs.digest_of(self.params.data)
+        momentum = None if self.momentum is None else blobs.digest_of(self.momentum.data)
         return canonical.digest(_Header(self.round, self.params.size, values, momentum, self.consumed.digest))
 
 
@@ -126,7 +134,7 @@ def write_base(path: Path, state: State) -> Digest:
         file.write(struct.pack("<Q", len(header)) + header)
         for values in (state.params, state.momentum):
             if values is not None:
-                file.write(memoryview(values))
+                file.write(values.data)
     return digest
 
 
@@ -144,9 +152,10 @@ def read_base(path: Path, *, parameters: int, momentum: bool, digest: Digest) ->
         expected = 8 + header_size + 4 * parameters * (2 if momentum else 1)
         if size != expected:
             raise Refused(Code.CHECKPOINT_BAD, f"base checkpoint of {size:,} bytes, expected {expected:,}")
+        consumed = _consumed(metadata["consumed"])
         params = _read_values(file, parameters, "params")
         inertia = _read_values(file, parameters, "momentum") if momentum else None
-    state = State(RoundNumber(int(metadata["round"])), params, inertia, _consumed(metadata["consumed"]))
+    state = State(RoundNumber(int(metadata["round"])), params, inertia, consumed)
     found = state.digest()
     if not found == digest == metadata["state"]:
         raise Refused(Code.STATE_MISMATCH, f"base checkpoint with state {found[:12]}, expected {digest[:12]}")
@@ -170,7 +179,7 @@ def _tensors(parameters: int, *, momentum: bool) -> dict[str, dict[str, Any]]:
     }
 
 
-def _header_size(file: BinaryIO, size: int) -> int:
+def _header_size(file: io.BufferedReader, size: int) -> int:
     prefix = file.read(8)
     announced: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= announced <= min(BASE_HEADER_BYTES_MAX, size - 8):
@@ -200,7 +209,7 @@ def _metadata(header: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, s
     metadata = header.pop("__metadata__", None)
     for name in sorted(header.keys() | tensors.keys()):
         if header.get(name) != tensors.get(name):
-            what = f"tensor {shown(name)!r} is {shown(str(header.get(name)))}, expected {tensors.get(name)}"
+            what = f"tensor {shown(name)!r} is not as expected: {tensors.get(name)}"
             raise Refused(Code.CHECKPOINT_BAD, what)
     wanted = {"consumed", "format", "round", "state"}
     if not isinstance(metadata, dict) or metadata.keys() != wanted:
@@ -213,11 +222,11 @@ def _metadata(header: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, s
     return metadata
 
 
-def _read_values(file: BinaryIO, parameters: int, name: str) -> Floats:
+def _read_values(file: io.BufferedReader, parameters: int, name: str) -> Floats:
     values = np.empty(parameters, np.float32)
     for start in range(0, parameters, _PIECE_VALUES):
         piece = values[start : start + _PIECE_VALUES]
-        if file.readinto(memoryview(piece).cast("B")) != piece.nbytes:  # type: ignore[attr-defined]
+        if file.readinto(piece.data.cast("B")) != piece.nbytes:
             raise Refused(Code.CHECKPOINT_BAD, f"tensor {name!r} ends early")
         if not -VALUE_ABS_MAX <= piece.min() <= piece.max() <= VALUE_ABS_MAX:  # a NaN passes into both
             what = f"tensor {name!r} holds NaN or a value beyond {VALUE_ABS_MAX:g} after {start:,}"
@@ -226,15 +235,16 @@ def _read_values(file: BinaryIO, parameters: int, name: str) -> Floats:
 
 
 def _consumed(text: str) -> Consumed:
-    listing = canonical.from_bytes(_Listing, text.encode())
+    try:
+        listing = canonical.from_bytes(_Listing, text.encode())
+    except UnicodeEncodeError:
+        raise Refused(Code.CHECKPOINT_BAD, "base checkpoint metadata that is not UTF-8") from None
     consumed = Consumed({(each.pass_number, each.shard): each.bounds for each in listing.shards})
-    in_order = all(
-        each.bounds
-        and len(each.bounds) % 2 == 0
-        and each.bounds[0] >= 0
-        and all(low < high for low, high in zip(each.bounds, each.bounds[1:], strict=False))
-        for each in listing.shards
-    )
-    if not in_order or consumed.listed() != listing.shards:
+    if not all(_in_order(each) for each in listing.shards) or consumed.listed() != listing.shards:
         raise Refused(Code.CHECKPOINT_BAD, "base checkpoint whose consumed ranges are not in order")
     return consumed
+
+
+def _in_order(shard: ConsumedShard) -> bool:
+    pairs = bool(shard.bounds) and len(shard.bounds) % 2 == 0 and shard.bounds[0] >= 0 and shard.pass_number >= 0
+    return pairs and all(low < high for low, high in pairwise(shard.bounds))

@@ -165,12 +165,19 @@ class RosterSigned:
 
 
 @dataclass(frozen=True)
+class Noticed:
+    """Something that the researcher should read on the page."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Ticked:
     pass
 
 
 Event = (
-    NodeOpened | HeartbeatArrived | NodeLeft | LeasesAsked | EntryArrived | PartStored | Folded | RosterSigned | Ticked
+    NodeOpened | HeartbeatArrived | NodeLeft | LeasesAsked | EntryArrived | PartStored | Folded | RosterSigned | Noticed | Ticked
 )
 
 
@@ -259,6 +266,8 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             return _folded(state, round_number, digest, now, rules)
         case RosterSigned(signed):
             return _roster_signed(state, signed, now)
+        case Noticed(text):
+            return _say(state, now, text), (Announce(),)
         case Ticked():
             return state, ()
 

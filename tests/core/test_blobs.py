@@ -4,7 +4,7 @@ import hashlib
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import blobs
@@ -68,6 +68,7 @@ def test_what_is_not_a_digest_never_becomes_a_path(name, store):
 
 
 @pytest.mark.parametrize("with_leaves", [False, True])
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_download_in_pieces_of_any_size_and_with_interruptions_gives_the_blob(tmp_path_factory, with_leaves, data):
     store = BlobStore(tmp_path_factory.mktemp("blobs"))
@@ -263,8 +264,14 @@ def test_a_failed_fsync_keeps_nothing_of_a_blob(store, monkeypatch, tmp_path):
 
 
 def test_what_a_crash_left_is_swept_at_start(store):
-    (store.folder / ".new-abc").write_bytes(b"half")
+    orphan, young = store.folder / ".new-abc", store.folder / ".new-def"
+    orphan.write_bytes(b"half")
+    young.write_bytes(b"half")
+    os.utime(orphan, (0, 0))
     ref = store.put_bytes(b"whole")
+    again = BlobStore(store.folder)
+    assert not orphan.exists() and young.exists(), "another process may still be writing the young one"
+    young.unlink()
     again = BlobStore(store.folder)
     assert used_on_disk(again) == again.bytes_used == 5
     assert again.read(ref.digest) == b"whole"

@@ -322,7 +322,12 @@ class SimNode:
         first = self.queue[0]
         self.queue[0:1] = [replace(first, start=first.start + 1)] if first.stop - first.start > 1 else []
         one = replace(first, stop=first.start + 1)
-        if self.since_snapshot and self.since_snapshot[-1].stop == one.start and self.since_snapshot[-1].shard == one.shard and self.since_snapshot[-1].pass_number == one.pass_number:
+        if (
+            self.since_snapshot
+            and self.since_snapshot[-1].stop == one.start
+            and self.since_snapshot[-1].shard == one.shard
+            and self.since_snapshot[-1].pass_number == one.pass_number
+        ):
             self.since_snapshot[-1] = replace(self.since_snapshot[-1], stop=one.stop)
         else:
             self.since_snapshot.append(one)
@@ -366,7 +371,9 @@ class SimNode:
         def request() -> None:
             result = ask(world.coordinator) if world.coordinator.alive else None  # type: ignore[operator]
             if result is not None:
-                world.deliver("coordinator", self.me, lambda: answer(*result) if self.alive and self.life == life else None)  # type: ignore[operator]
+                world.deliver(
+                    "coordinator", self.me, lambda: answer(*result) if self.alive and self.life == life else None
+                )  # type: ignore[operator]
 
         world.deliver(self.me, "coordinator", request)
 
@@ -469,7 +476,10 @@ class SimNode:
                 if weights[node]
                 and node in averaging.joined
                 and world.nodes[node].alive
-                and (node == self.me or (world.reaches(node, self.me) and world.luck.random() >= world.faults.reduce_failure))
+                and (
+                    node == self.me
+                    or (world.reaches(node, self.me) and world.luck.random() >= world.faults.reduce_failure)
+                )
             )
             part = None
             if included:
@@ -484,7 +494,9 @@ class SimNode:
             for node, part in averaging.reduced.items():
                 if part is None or not world.nodes[node].alive:
                     continue
-                if node == self.me or (world.reaches(node, self.me) and world.luck.random() >= world.faults.reduce_failure):
+                if node == self.me or (
+                    world.reaches(node, self.me) and world.luck.random() >= world.faults.reduce_failure
+                ):
                     held[part.index] = part.digest
                     self.disk.parts.add(part.digest)
             self.rounds_event(rounds.Averaged(begin.ballot, averaging.reduced.get(self.me), held))
@@ -502,7 +514,11 @@ class SimNode:
                 world.nodes[s].alive and world.reaches(s, self.me) and part.digest in world.nodes[s].disk.parts
                 for s in sources
             )
-            or (world.coordinator.alive and world.reaches("coordinator", self.me) and part.digest in world.coordinator.parts)
+            or (
+                world.coordinator.alive
+                and world.reaches("coordinator", self.me)
+                and part.digest in world.coordinator.parts
+            )
         }
         self.disk.parts |= found
         if found:

@@ -1,0 +1,505 @@
+"""The coordinator's loop: events in, decisions by the pure machine, effects out. It owns every process and task."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import tempfile
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from coordinator import archive, service, web
+from coordinator.core import machine
+from coordinator.core.leases import renew
+from coordinator.core.rosters import quorum
+from coordinator.evaluation import Evaluator
+from coordinator.folder import Published, RunFolder
+from coordinator.rendezvous import Rendezvous
+from coordinator.store import Evaluation, Store
+from protocol import address
+from protocol.blobs import BlobStore
+from protocol.codec import codec
+from protocol.errors import Refused
+from protocol.fold import Outer, OuterKind, fold
+from protocol.identity import Key, libp2p_private_key_bytes, sign_roster
+from protocol.log import check_certificate, genesis_head, next_head, ranges_of
+from protocol.runspec import RunSpec
+from protocol.state import Consumed, Floats, write_base
+from protocol.types import (
+    BaseCheckpoint,
+    Digest,
+    Epoch,
+    Head,
+    LogEntry,
+    Roster,
+    RoundNumber,
+    Shard,
+    SignedManifest,
+)
+
+TICK_SECONDS = 0.5
+MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
+WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
+LEASES_OF_A_NODE = 64  # largest leases that one node may hold at a time
+SAMPLE_SECONDS = 10.0  # between two samples of text for the page
+SAMPLE_TOKENS = 120
+EVENTS_SHOWN = 60
+
+log = structlog.get_logger()
+
+
+class Stopper(Protocol):
+    """Set once when the researcher asks to stop."""
+
+    polite: asyncio.Event
+
+
+async def run(folder: RunFolder, *, stopper: Stopper, on_ready: Any = None) -> int:
+    """Serve one run until asked to stop. Returns the exit code."""
+    async with AsyncExitStack() as owned:
+        coordinator = await Coordinator.open(folder, owned)
+        if on_ready is not None:
+            on_ready(coordinator.ports)
+        await coordinator.run(stopper)
+    return 130
+
+
+class Coordinator:
+    """One run being served. What it decides is in coordinator.core; it also is the desk behind every door."""
+
+    def __init__(self, folder: RunFolder, store: Store, blobs: BlobStore, published: Published) -> None:
+        self._folder = folder
+        self._published = published
+        self.store = store
+        self.blobs = blobs
+        self.key: Key = folder.key()
+        self.manifest: SignedManifest = published.manifest
+        self.shards: tuple[Shard, ...] = store.shards()
+        self.rendezvous: tuple[str, ...] = ()
+        self.ports: dict[str, int] = {}
+        self._spec: RunSpec = folder.spec()
+        self.heartbeat_seconds = self._spec.coordinator.heartbeat_seconds
+        self._clock_start = time.time() - time.monotonic()  # wall time that never jumps
+        self._codec = codec(self._spec.update.codec)
+        self._outer = Outer(
+            OuterKind(self._spec.update.outer),
+            self._spec.update.outer_learning_rate,
+            self._spec.update.outer_momentum,
+        )
+        self._replica = archive.rebuild(store, blobs, published.manifest.manifest)
+        self._rules = self._make_rules()
+        self.state = self._restore()
+        self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase] = asyncio.Queue()
+        self._changed = asyncio.Condition()
+        self._version = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._rendezvous: Rendezvous | None = None
+        self._evaluator: Evaluator | None = None
+        self._to_measure: tuple[RoundNumber, Floats, Evaluation] | None = None
+        self._measure = asyncio.Event()
+        self._measured = -1
+        self._sample = ""
+        self._sampled_at = -math.inf
+
+    # opening
+
+    @classmethod
+    async def open(cls, folder: RunFolder, owned: AsyncExitStack) -> Coordinator:
+        """Everything that can refuse does so before anything listens."""
+        owned.enter_context(folder.lock())
+        store = folder.open_store()
+        owned.callback(store.close)
+        blobs = folder.open_blobs()
+        published = await asyncio.to_thread(folder.publish, store, blobs)
+        coordinator = cls(folder, store, blobs, published)
+        owned.push_async_callback(coordinator._close)
+        await coordinator._listen(owned)
+        return coordinator
+
+    def _make_rules(self) -> machine.Rules:
+        spec = self._spec
+        return machine.Rules(
+            run=self.manifest.manifest.run,
+            parameters=self.manifest.manifest.parameters,
+            min_nodes=spec.run.min_nodes,
+            rounds_goal=spec.run.rounds,
+            absent_seconds=MISSED_HEARTBEATS * self.heartbeat_seconds + 1.0,
+            lease_seconds=spec.leases.seconds,
+            lease_sequences_max=spec.leases.sequences,
+            lease_sequences_node_max=LEASES_OF_A_NODE * spec.leases.sequences,
+            weight_cap=WEIGHT_CAP,
+            evaluate_every=spec.evaluate.every_rounds,
+            base_every=spec.evaluate.base_every_rounds,
+            entry_is_certified=_entry_is_certified,
+        )
+
+    def _restore(self) -> machine.State:
+        """The machine as the database has it. Nodes come back by themselves; their leases wait for them."""
+        head, consumed, tokens = genesis_head(self.manifest.manifest), Consumed(), 0
+        newest: Epoch = Epoch(-1)
+        replica_head = head
+        unfolded: list[LogEntry] = []
+        for entry in self.store.entries():
+            record = entry.record
+            head = next_head(record)
+            consumed = consumed.with_ranges(ranges_of(record))
+            tokens += sum(contribution.tokens for contribution in record.contributions)
+            newest = entry.certificate.ballot.epoch
+            if record.round < self._replica.round:
+                replica_head = head
+            else:
+                unfolded.append(entry)
+        history = {signed.roster.epoch: signed for signed in self.store.rosters()}
+        leases = self.store.load_leases(self.shards)
+        until_ms = self.now_ms() + int(self._spec.leases.seconds * 1000)
+        for lease in tuple(leases.held.values()):
+            leases, _ = renew(leases, lease.node, [lease.lease_id], until_ms)
+        parts = {part.digest for entry in unfolded for part in entry.record.parts}
+        return machine.State(
+            head=head,
+            replica=replica_head,
+            replica_digest=self._replica.digest(),
+            consumed=consumed,
+            leases=leases,
+            nodes={
+                each.node: machine.Node(
+                    each.node, each.peer, each.name, activity="left", seen=-1e9, credit_tokens=each.credit_tokens
+                )
+                for each in self.store.nodes()
+            },
+            rosters=tuple(signed for epoch, signed in sorted(history.items()) if epoch >= newest),
+            history=history,
+            next_epoch=Epoch(max(history, default=-1) + 1),
+            unfolded=tuple(unfolded),
+            have=frozenset(digest for digest in parts if self.blobs.has(digest)),
+            tokens=tokens,
+            events=tuple((ms / 1000, text) for ms, text in self.store.recent(EVENTS_SHOWN)),
+        )
+
+    async def _listen(self, owned: AsyncExitStack) -> None:
+        names = self._spec.coordinator
+        tls_key, tls_certificate = self._folder.tls()
+        door = await service.serve(
+            service.CoordinatorService(self), listen=names.listen, key=tls_key, certificate=tls_certificate
+        )
+        owned.push_async_callback(door.stop, 1.0)
+        page_at = address.parse(names.http)
+        assert page_at is not None
+        page = await web.serve(
+            self, host=page_at.host, port=page_at.port, hosts=tuple(a.rpartition(":")[0] for a in names.addresses)
+        )
+        owned.push_async_callback(page.stop)
+        identity = self._folder.runtime / "p2p.identity"
+        identity.unlink(missing_ok=True)
+        identity.touch(mode=0o600)
+        identity.write_bytes(libp2p_private_key_bytes(self._folder.peer_key()))
+        where = address.parse(names.p2p)
+        assert where is not None
+        kind = "ip6" if ":" in where.host else "ip4"
+        self._rendezvous = await Rendezvous.start(
+            runtime_dir=self._folder.runtime,
+            identity_path=identity,
+            run=self.manifest.manifest.run,
+            listen=[f"/{kind}/{where.host}/tcp/{where.port}"],
+            log=self._folder.log_file("rendezvous"),
+        )
+        self.rendezvous = self._rendezvous.addresses
+        p2p_port = int(self.rendezvous[0].split("/")[4]) if self.rendezvous else where.port
+        self.ports = {"grpc": door.port, "http": page.port, "p2p": p2p_port}
+        self.store.set("ports", json.dumps(self.ports).encode())
+
+    # the loop
+
+    async def run(self, stopper: Stopper) -> None:
+        self._spawn(self._tick())
+        self._spawn(self._carry_out_slow())
+        self._spawn(self._evaluate())
+        await self._tell_rendezvous()
+        self._queue_evaluation(self._replica.round)
+        self._spawn(self._stop_when_asked(stopper))
+        await self._ended
+
+    async def _stop_when_asked(self, stopper: Stopper) -> None:
+        await stopper.polite.wait()
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._ended.done():
+            self._ended.set_exception(error)
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for child in (self._evaluator, self._rendezvous):
+            if child is not None:
+                await child.stop()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.submit(machine.Ticked())
+
+    def _now(self) -> float:
+        return self._clock_start + time.monotonic()
+
+    # the desk
+
+    def now_ms(self) -> int:
+        return int(self._now() * 1000)
+
+    def base(self) -> BaseCheckpoint:
+        return self.store.newest_base() or self._published.base
+
+    def finished(self) -> bool:
+        """The last round is certified, archived and folded: nobody is needed any more."""
+        return machine.run_is_over(self.state, self._rules) and self.state.replica == self.state.head
+
+    def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
+        """Step the machine and carry out what follows; what must last is in the database when this returns."""
+        newest = self.state.events[-1] if self.state.events else None
+        self.state, effects = machine.step(self.state, event, self._now(), self._rules)
+        self._write_down(newest)
+        for effect in effects:
+            self._carry_out(effect)
+        return effects
+
+    def _write_down(self, newest: tuple[float, str] | None) -> None:
+        """New lines of the run's history: to the log, and to the database."""
+        events = self.state.events
+        if not events or events[-1] == newest:
+            return
+        known = events.index(newest) + 1 if newest in events else 0
+        for at, text in events[known:]:
+            log.info(text)
+            self.store.say(int(at * 1000), text)
+
+    def _carry_out(self, effect: machine.Effect) -> None:
+        match effect:
+            case machine.SignRoster(roster):
+                signed = sign_roster(self.key, roster)
+                self.store.save_roster(signed)
+                self.submit(machine.RosterSigned(signed))
+                self._spawn(self._tell_rendezvous())
+            case machine.SaveLeases():
+                self.store.save_leases(self.state.leases)
+            case machine.SaveEntry(entry):
+                self.store.append_entry(entry, {c.node: c.tokens for c in entry.record.contributions})
+            case machine.Fold() | machine.Evaluate() | machine.ArchiveBase():
+                self._work.put_nowait(effect)
+            case machine.Announce():
+                self._announce()
+            case machine.GrantLeases():
+                pass  # the door that asked finds it in what submit returns
+
+    def _announce(self) -> None:
+        self._version += 1
+        self._spawn(self._wake())
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def changed(self, timeout_seconds: float | None = None) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds), self._changed:
+                version = self._version
+                await self._changed.wait_for(lambda: self._version != version)
+
+    def part_stored(self, digest: Digest) -> None:
+        self.submit(machine.PartStored(digest))
+
+    async def _tell_rendezvous(self) -> None:
+        if self._rendezvous is not None and self.state.roster is not None:
+            with suppress(Refused):
+                await self._rendezvous.set_roster(member.peer for member in self.state.roster.roster.members)
+
+    # following the log
+
+    async def _carry_out_slow(self) -> None:
+        """Folds, checkpoints and orders to measure, one after the other: each sees the state of its own round."""
+        while True:
+            match await self._work.get():
+                case machine.Fold(entry):
+                    await self._fold(entry)
+                case machine.Evaluate(round_number):
+                    self._queue_evaluation(round_number)
+                case machine.ArchiveBase(round_number):
+                    await self._archive(round_number)
+
+    async def _fold(self, entry: LogEntry) -> None:
+        def apply() -> Digest:
+            parts = {part.index: self.blobs.read(part.digest) for part in entry.record.parts}
+            fold(self._replica, entry.record, parts, self._codec, self._outer)
+            digest: Digest = self._replica.digest()
+            return digest
+
+        self.submit(machine.Folded(entry.record.round, await asyncio.to_thread(apply)))
+
+    async def _archive(self, round_number: RoundNumber) -> None:
+        head = self._head_at(round_number)
+
+        def write() -> BaseCheckpoint:
+            with tempfile.TemporaryDirectory(dir=self._folder.runtime) as folder:
+                path = Path(folder) / "base.safetensors"
+                state = write_base(path, self._replica)
+                return BaseCheckpoint(round_number, head.hash, state, self.blobs.put_file(path))
+
+        self.store.save_base(await asyncio.to_thread(write))
+
+    def _head_at(self, round_number: RoundNumber) -> Head:
+        if round_number == 0:
+            return genesis_head(self.manifest.manifest)
+        (entry,) = self.store.entries(round_number - 1, 1)
+        return next_head(entry.record)
+
+    # measuring
+
+    def _queue_evaluation(self, round_number: RoundNumber) -> None:
+        """The newest state replaces one that still waits: measuring never holds up the log."""
+        nodes = [node for node in self.state.nodes.values() if node.activity != "left"]
+        losses = [node.train_loss for node in nodes if node.train_loss is not None]
+        facts = Evaluation(
+            round=round_number,
+            tokens=self.state.tokens,
+            heldout=None,
+            train=sum(losses) / len(losses) if losses else None,
+            ms=self.now_ms(),
+            nodes=len(nodes),
+            bytes=sum(node.bytes_sent for node in self.state.nodes.values()),
+        )
+        self._to_measure = (round_number, self._replica.params.copy(), facts)
+        self._measure.set()
+
+    async def _evaluate(self) -> None:
+        manifest, spec, corpus = self.manifest.manifest, self._spec, self._published.corpus
+        self._evaluator = await Evaluator.start(
+            folder=self._folder.runtime,
+            model_config=manifest.model_config,
+            parameters=manifest.parameters,
+            heldout=self.blobs.path(corpus.heldout.digest),
+            token_bytes=manifest.token_bytes,
+            context=manifest.context,
+            sequences=spec.evaluate.sequences,
+            tokenizer=self.blobs.path(manifest.tokenizer.digest) if manifest.tokenizer else None,
+            log=self._folder.log_file("evaluator"),
+        )
+        while True:
+            await self._measure.wait()
+            self._measure.clear()
+            assert self._to_measure is not None
+            (round_number, params, facts), self._to_measure = self._to_measure, None
+            heldout = await self._evaluator.loss(params)
+            self.store.save_evaluation(replace(facts, heldout=heldout))
+            if heldout is None:
+                self.submit(machine.Noticed(f"held-out loss after round {round_number} is not a number"))
+            over = machine.run_is_over(self.state, self._rules)
+            if over or time.monotonic() - self._sampled_at > SAMPLE_SECONDS:
+                self._sampled_at = time.monotonic()
+                self._sample = await self._evaluator.sample(params, "", tokens=SAMPLE_TOKENS, seed=round_number)
+            self._measured = round_number
+            self._announce()
+
+    # the page
+
+    def history(self, limit: int) -> Sequence[Mapping[str, Any]]:
+        return [
+            {
+                "round": row.round,
+                "tokens": row.tokens,
+                "heldout": row.heldout,
+                "train": row.train,
+                "ms": row.ms,
+                "nodes": row.nodes,
+                "bytes": row.bytes,
+            }
+            for row in self.store.history(limit)
+        ]
+
+    def view(self) -> Mapping[str, Any]:
+        """What the page and the API show. No address of anybody is in it."""
+        state, manifest = self.state, self.manifest.manifest
+        measured = self.store.history()
+        known = [row for row in measured if row.heldout is not None]
+        rostered = state.roster.roster.nodes if state.roster else ()
+        sent = sum(node.bytes_sent for node in state.nodes.values())
+        rounds = max(1, state.head.round)
+        contributions = max(1, sum(1 for node in state.nodes.values() if node.credit_tokens))
+        return {
+            "run": {
+                "name": manifest.name,
+                "title": self._spec.run.title,
+                "round": state.head.round,
+                "rounds_goal": self._spec.run.rounds,
+                "tokens": state.tokens,
+                "state": self._sentence(),
+                "started_ms": int(self._clock_start * 1000),
+                "parameters": manifest.parameters,
+                "codec": self._codec.name,
+            },
+            "loss": {
+                "heldout": known[-1].heldout if known else None,
+                "heldout_first": known[0].heldout if known else None,
+                "train": measured[-1].train if measured else None,
+            },
+            "nodes": [
+                {
+                    "name": node.name,
+                    "node": node.node[:8],
+                    "activity": node.activity,
+                    "round": node.head_round,
+                    "tokens_per_second": node.tokens_per_second,
+                    "credit_tokens": node.credit_tokens,
+                    "busy_share": node.busy_share,
+                    "last_seen_s": self._now() - node.seen if node.seen > 0 else None,
+                    "rostered": node.node in rostered,
+                }
+                for node in sorted(state.nodes.values(), key=lambda node: node.name)
+            ],
+            "bytes": {
+                "per_round": sent / rounds,
+                "total": sent,
+                "per_parameter_per_round": sent / rounds / contributions / manifest.parameters,
+            },
+            "events": [{"ms": int(at * 1000), "text": text} for at, text in state.events[-EVENTS_SHOWN:]],
+            "sample": self._sample,
+            "head": state.head.hash,
+        }
+
+    def _sentence(self) -> str:
+        """The run's state in one sentence."""
+        state = self.state
+        if machine.run_is_over(state, self._rules):
+            behind = not self.finished() or self._measured < state.head.round
+            return "finishing: the last round is being measured" if behind else "finished"
+        active = [node for node in state.nodes.values() if node.present(self._now(), self._rules)]
+        if state.roster is None:
+            return f"waiting for nodes: {len(active)} of {self._rules.min_nodes} are here"
+        rostered = state.roster.roster.nodes
+        here = sum(1 for node in active if node.node in rostered)
+        if here < quorum(len(rostered)):
+            return f"waiting for a majority: {here} of {len(rostered)} rostered nodes are here"
+        return f"training with {here} node{'s' if here != 1 else ''}"
+
+
+def _entry_is_certified(entry: LogEntry, roster: Roster) -> bool:
+    try:
+        check_certificate(entry, roster)
+    except Refused:
+        return False
+    return True

@@ -1,0 +1,705 @@
+"""The door: what nodes may ask of the coordinator over gRPC, and what they are refused. Decides nothing about rounds.
+
+Whoever has no session can ask for a challenge and answer it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import os
+import re
+import secrets
+import time
+import unicodedata
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")  # read at the import; see serve()
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken handshake is a line otherwise
+
+import grpc
+import structlog
+
+from coordinator.core import machine
+from coordinator.store import Store, StoredNode
+from protocol import canonical, identity, invite
+from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
+from protocol.errors import Code, Exit, Refused
+from protocol.identity import Key, peer_id_of
+from protocol.limits import (
+    ADDRESSES_MAX,
+    BLOB_CHUNK_BYTES,
+    CONTROL_BYTES_MAX,
+    NAME_CHARACTERS_MAX,
+    PROTOCOL_VERSION,
+    RANGES_MAX,
+)
+from protocol.types import (
+    BaseCheckpoint,
+    Digest,
+    Epoch,
+    LogEntry,
+    NodeId,
+    Part,
+    Pass,
+    PeerId,
+    Shard,
+    SignedManifest,
+    SignedRoster,
+)
+from protocol.v1 import barnraise_pb2 as wire
+from protocol.v1 import barnraise_pb2_grpc as wire_grpc
+
+NONCE_SECONDS: Final = 30
+NONCES_MAX: Final = 4096  # unanswered challenges; the oldest go first
+PASS_SECONDS: Final = 30 * 86400  # renewed with every session
+WAIT_SECONDS_MAX: Final = 30.0  # of a heartbeat: proxies and routers forget a silent connection after a minute
+CALLS_PER_NODE_MAX: Final = 32  # at the same time
+CALLS_MAX: Final = 4096
+PAGE_ENTRIES_MAX: Final = 256
+PAGE_BYTES_MAX: Final = 3 << 20  # leaves a quarter of a control message for its frame
+PAGE_STEP: Final = 16  # entries read from the store at a time
+CHUNK_SECONDS_MAX: Final = 60.0  # a node that takes longer over 256 KiB is slower than 5 KB/s
+UPLOAD_BYTES_PER_SECOND_MIN: Final = 16 << 10
+LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checked at their end
+LEAVES_KEPT: Final = 64  # blobs whose hashes are remembered, some 10 KB each
+WANTED_MAX: Final = 1024  # parts named in one answer: those of 16 rounds of a full roster
+SEQUENCES_MAX: Final = 1 << 31
+NUMBER_MAX: Final = 1 << 53  # exact in every language that reads our JSON
+REFUSAL_CHARACTERS_MAX: Final = 300  # HTTP/2 trailers are small
+WHY_CHARACTERS_MAX: Final = 80
+SOFTWARE_CHARACTERS_MAX: Final = 200
+ACTIVITIES: Final = frozenset({"joining", "syncing", "training", "waiting", "paused", "finishing"})
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", CONTROL_BYTES_MAX + (64 << 10)),
+    ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.max_concurrent_streams", 2 * CALLS_PER_NODE_MAX),  # per connection
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+)
+
+log = structlog.get_logger()
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_NODE = re.compile(r"[0-9a-f]{64}")
+_ADDRESS = re.compile(
+    r"/ip([46])/([0-9A-Fa-f:.]{2,45})/(?:tcp|udp)/([1-9][0-9]{0,4})((?:/(?:quic|quic-v1|ws|p2p-circuit))*)"
+)
+
+
+class Desk(Protocol):
+    """What the coordinator's loop offers to its doors."""
+
+    @property
+    def manifest(self) -> SignedManifest: ...
+    @property
+    def state(self) -> machine.State: ...
+    @property
+    def store(self) -> Store: ...
+    @property
+    def blobs(self) -> BlobStore: ...
+    @property
+    def key(self) -> Key: ...
+    @property
+    def shards(self) -> tuple[Shard, ...]: ...
+    @property
+    def rendezvous(self) -> tuple[str, ...]: ...
+    @property
+    def heartbeat_seconds(self) -> float: ...
+    def base(self) -> BaseCheckpoint: ...
+    def now_ms(self) -> int: ...
+    def finished(self) -> bool: ...
+    def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
+        """Step the machine, carry out the effects, and tell which they were."""
+
+    async def changed(self, timeout_seconds: float) -> None:
+        """Returns at the next Announce, or when the time is over."""
+
+    def part_stored(self, digest: Digest) -> None: ...
+
+
+@dataclass(frozen=True)
+class Nonce:
+    node: NodeId
+    connection: str
+    until_ms: int
+
+
+@dataclass
+class Session:
+    """What the door remembers of one connected node."""
+
+    node: NodeId
+    token: str
+    calls: int = 0
+    told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
+    told_finished: bool = False
+
+
+class Server:
+    """A listening door."""
+
+    def __init__(self, server: grpc.aio.Server, port: int) -> None:
+        self.port = port
+        self._server = server
+
+    async def stop(self, grace: float | None = None) -> None:
+        await self._server.stop(grace)
+
+
+async def serve(service: CoordinatorService, *, listen: str, key: bytes | Path, certificate: bytes | Path) -> Server:
+    """Listen on host:port, with the certificate whose fingerprint is in the invites.
+
+    TLS 1.3 only: the one cipher left to TLS 1.2 needs an RSA certificate, and ours is ECDSA. grpcio has no other way.
+    """
+    pair = tuple(file.read_bytes() if isinstance(file, Path) else file for file in (key, certificate))
+    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+    wire_grpc.add_CoordinatorServicer_to_server(service, server)
+    try:
+        port = server.add_secure_port(listen, grpc.ssl_server_credentials([(pair[0], pair[1])]))
+    except RuntimeError as error:
+        raise Refused(Code.PORT_IN_USE, f"{listen} cannot be listened on: {error}") from None
+    await server.start()
+    return Server(server, port)
+
+
+class CoordinatorService(wire_grpc.CoordinatorServicer):
+    """Checks every field, then asks the desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.refusals: Counter[str] = Counter()
+        self._desk = desk
+        self._nonces: OrderedDict[bytes, Nonce] = OrderedDict()
+        self._sessions: dict[str, Session] = {}
+        self._session_of: dict[NodeId, Session] = {}
+        self._uploading: set[Digest] = set()
+        self._leaves: OrderedDict[Digest, bytes] = OrderedDict()
+
+    # what gRPC calls
+
+    async def Challenge(self, request: wire.ChallengeRequest, context: Context) -> wire.ChallengeReply:  # noqa: N802
+        return await self._guarded(context, self._challenge, request)
+
+    async def Open(self, request: wire.OpenRequest, context: Context) -> wire.OpenReply:  # noqa: N802
+        return await self._guarded(context, self._open, request)
+
+    async def Heartbeat(self, request: wire.HeartbeatRequest, context: Context) -> wire.HeartbeatReply:  # noqa: N802
+        return await self._guarded(context, self._heartbeat, request)
+
+    async def AcquireLeases(self, request: wire.LeaseRequest, context: Context) -> wire.LeaseReply:  # noqa: N802
+        return await self._guarded(context, self._acquire_leases, request)
+
+    async def ReadLog(self, request: wire.ReadLogRequest, context: Context) -> wire.ReadLogReply:  # noqa: N802
+        return await self._guarded(context, self._read_log, request)
+
+    async def PushEntry(self, request: wire.PushEntryRequest, context: Context) -> wire.PushEntryReply:  # noqa: N802
+        return await self._guarded(context, self._push_entry, request)
+
+    async def ReadBlob(self, request: wire.ReadBlobRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        await self._guarded(context, self._read_blob, request)
+
+    async def ReadLeaves(self, request: wire.ReadLeavesRequest, context: Context) -> wire.ReadLeavesReply:  # noqa: N802
+        return await self._guarded(context, self._read_leaves, request)
+
+    async def WriteBlob(  # noqa: N802
+        self, request_iterator: AsyncIterator[wire.BlobChunk], context: Context
+    ) -> wire.WriteBlobReply:
+        return await self._guarded(context, self._write_blob, request_iterator)
+
+    async def Leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:  # noqa: N802
+        return await self._guarded(context, self._leave, request)
+
+    async def _guarded(self, context: Context, act: Callable[[Any, Context], Awaitable[T]], request: object) -> T:
+        """A refusal travels with its code; a surprise is logged under an id, and says nothing of us."""
+        try:
+            return await act(request, context)
+        except Refused as refusal:
+            code, what = refusal.reason, canonical.shown(refusal.what)[:REFUSAL_CHARACTERS_MAX]
+        except (asyncio.CancelledError, grpc.aio.BaseError):
+            raise
+        except Exception:
+            code, what = Code.INTERNAL, f"a failure of the coordinator, id {secrets.token_hex(4)}"
+            log.exception("a call failed", call=act.__name__, id=what[-8:])
+        self.refusals[code.code] += 1
+        await context.abort(_status(code), what, (("barnraise-code", code.code),))
+        raise AssertionError("abort raises")
+
+    # admission
+
+    async def _challenge(self, request: wire.ChallengeRequest, context: Context) -> wire.ChallengeReply:
+        _check_version(request.protocol)
+        node = _node(request.node)
+        now_ms = self._desk.now_ms()
+        while self._nonces and (
+            len(self._nonces) >= NONCES_MAX or next(iter(self._nonces.values())).until_ms <= now_ms
+        ):
+            self._nonces.popitem(last=False)
+        nonce = secrets.token_bytes(32)
+        self._nonces[nonce] = Nonce(node, context.peer(), now_ms + NONCE_SECONDS * 1000)
+        return wire.ChallengeReply(nonce=nonce, coordinator_ms=now_ms)
+
+    async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenReply:
+        _check_version(request.protocol)
+        node, now_ms = _node(request.node), self._desk.now_ms()
+        self._check_answer(request, context, now_ms)
+        peer = self._check_peer(request)
+        addresses = _addresses(request.addresses)
+        _bounded("software", request.software, SOFTWARE_CHARACTERS_MAX)
+        known = self._desk.store.node(node)
+        token = known.invite if known else self._admit(request.invite, node, peer, now_ms)
+        if known is not None and known.banned:
+            raise Refused(Code.BANNED, "the researcher has excluded this node")
+        name = self._name(request.name, node, known)
+        body = Pass(self._desk.manifest.manifest.run, node, peer, name, now_ms, now_ms + PASS_SECONDS * 1000)
+        signed = identity.sign_pass(self._desk.key, body)
+        admitted_ms = known.admitted_ms if known else now_ms
+        self._desk.store.save_node(StoredNode(node, peer, name, token, signed, admitted_ms))
+        session = self._new_session(node)
+        self._desk.submit(machine.NodeOpened(node, peer, name, addresses))
+        log.info("a node opened a session", node=node[:16], name=name, software=canonical.shown(request.software))
+        roster = self._desk.state.roster
+        return wire.OpenReply(
+            session=session.token,
+            coordinator_ms=now_ms,
+            manifest=canonical.to_bytes(self._desk.manifest),
+            roster=canonical.to_bytes(roster) if roster else b"",
+            base=canonical.to_bytes(self._desk.base()),
+            rendezvous=self._desk.rendezvous,
+            shards=[canonical.to_bytes(shard) for shard in self._desk.shards],
+            **{"pass": canonical.to_bytes(signed)},  # a word of Python's
+        )
+
+    def _check_answer(self, request: wire.OpenRequest, context: Context, now_ms: int) -> None:
+        """The challenge is spent by the first answer, right or wrong."""
+        nonce = self._nonces.pop(request.nonce, None)
+        if nonce is None or nonce.until_ms <= now_ms:
+            raise Refused(Code.CHALLENGE, f"an answer to no challenge of the last {NONCE_SECONDS} seconds")
+        if nonce.node != request.node or nonce.connection != context.peer():
+            raise Refused(Code.CHALLENGE, "an answer to a challenge that another node or connection was given")
+        identity.verify(request.node, "open", self._proof(request.nonce), request.signature.hex())
+
+    def _check_peer(self, request: wire.OpenRequest) -> PeerId:
+        if len(request.peer_public_key) != 32 or peer_id_of(request.peer_public_key) != request.peer:
+            raise Refused(Code.FIELD, "peer is not the id of peer_public_key, 32 bytes of Ed25519")
+        body = self._proof(request.nonce) + request.node.encode()
+        identity.verify(request.peer_public_key.hex(), "peer", body, request.peer_signature.hex())
+        return PeerId(request.peer)
+
+    def _proof(self, nonce: bytes) -> bytes:
+        """With the run in it, another run's coordinator cannot pass our challenges on to its own nodes."""
+        return nonce + self._desk.manifest.manifest.run.encode()
+
+    def _admit(self, text: str, node: NodeId, peer: PeerId, now_ms: int) -> str:
+        """Spend one use of the invite; tells its token id."""
+        if not text:
+            raise Refused(Code.NOT_ADMITTED, "this node has not been admitted to the run, and shows no invite")
+        shown = invite.decode(text)
+        if shown.run != self._desk.manifest.manifest.run:
+            raise Refused(Code.INVITE_FORGED, "the invite is for another run")
+        invite.check(shown, now_ms=now_ms, allow_private=True)
+        if self._desk.store.peer_owner(peer) is not None:
+            raise Refused(Code.IDENTITY_TAKEN, f"peer {peer} belongs to another node")
+        self._desk.store.spend_invite(shown.token, node, now_ms)
+        return shown.token
+
+    def _name(self, wished: str, node: NodeId, known: StoredNode | None) -> str:
+        if not wished and known is not None:
+            return known.name
+        others = (name for other, name in self._desk.store.names().items() if other != node)
+        return distinct_name(wished, node, others)
+
+    # sessions
+
+    def _new_session(self, node: NodeId) -> Session:
+        session = Session(node, secrets.token_hex(32))
+        self._end_session(node)
+        self._sessions[session.token] = self._session_of[node] = session
+        return session
+
+    def _end_session(self, node: NodeId) -> None:
+        older = self._session_of.pop(node, None)
+        if older is not None:
+            del self._sessions[older.token]
+
+    @contextmanager
+    def _session(self, context: Context) -> Iterator[Session]:
+        """The session that the call belongs to, while it runs."""
+        token = dict(context.invocation_metadata() or ()).get("session", "")
+        session = self._sessions.get(str(token))
+        if session is None:
+            raise Refused(Code.SESSION, "the session is unknown or was replaced by a newer one")
+        known = self._desk.store.node(session.node)
+        if known is None or known.banned:
+            self._end_session(session.node)
+            raise Refused(Code.BANNED, "the researcher has excluded this node")
+        if session.calls >= CALLS_PER_NODE_MAX:
+            raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
+        session.calls += 1
+        try:
+            yield session
+        finally:
+            session.calls -= 1
+
+    # what a member may ask
+
+    async def _heartbeat(self, request: wire.HeartbeatRequest, context: Context) -> wire.HeartbeatReply:
+        with self._session(context) as session:
+            beat = _beat(session.node, request)
+            wait_seconds = _number("wait_seconds", request.wait_seconds, high=math.inf)
+            self._desk.submit(beat)
+            end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
+            while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
+                await self._desk.changed(left)
+                if self._sessions.get(session.token) is not session:
+                    raise Refused(Code.SESSION, "a newer session replaced this one")
+            return self._answer(session, beat)
+
+    def _news(self, session: Session, request: wire.HeartbeatRequest, beat: machine.HeartbeatArrived) -> bool:
+        state = self._desk.state
+        return (
+            self._newer_roster(beat) is not None
+            or state.head.round > request.known_round
+            or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
+            or (self._desk.finished() and not session.told_finished)
+        )
+
+    def _newer_roster(self, beat: machine.HeartbeatArrived) -> SignedRoster | None:
+        signed = self._desk.state.roster
+        return signed if signed is not None and signed.roster.epoch > beat.epoch else None
+
+    def _answer(self, session: Session, beat: machine.HeartbeatArrived) -> wire.HeartbeatReply:
+        state, roster = self._desk.state, self._newer_roster(beat)
+        wanted = [part.digest for part in state.wanted[:WANTED_MAX]]
+        session.told, session.told_finished = frozenset(wanted), self._desk.finished()
+        mine = {lease.lease_id for lease in state.leases.of(session.node)}
+        return wire.HeartbeatReply(
+            roster=canonical.to_bytes(roster) if roster else b"",
+            head_round=state.head.round,
+            wanted=wanted,
+            renewed=[lease_id for lease_id in beat.lease_ids if lease_id in mine],
+            coordinator_ms=self._desk.now_ms(),
+            finished=session.told_finished,
+        )
+
+    async def _acquire_leases(self, request: wire.LeaseRequest, context: Context) -> wire.LeaseReply:
+        with self._session(context) as session:
+            if not 1 <= request.sequences <= SEQUENCES_MAX:
+                raise Refused(Code.FIELD, f"sequences {request.sequences}, expected 1 to {SEQUENCES_MAX}")
+            effects = self._desk.submit(machine.LeasesAsked(session.node, request.sequences))
+            granted = (e for e in effects if isinstance(e, machine.GrantLeases) and e.node == session.node)
+            return wire.LeaseReply(leases=[canonical.to_bytes(lease) for grant in granted for lease in grant.leases])
+
+    async def _read_log(self, request: wire.ReadLogRequest, context: Context) -> wire.ReadLogReply:
+        with self._session(context):
+            if request.from_round > NUMBER_MAX:
+                raise Refused(Code.FIELD, f"from_round {request.from_round}, expected at most {NUMBER_MAX}")
+            reply = wire.ReadLogReply(base=canonical.to_bytes(self._desk.base()))
+            rosters: dict[Epoch, bytes] = {}
+            if (newest := self._desk.state.roster) is not None:
+                rosters[newest.roster.epoch] = canonical.to_bytes(newest)
+            used = len(reply.base) + sum(map(len, rosters.values()))
+            for entry in self._entries(request.from_round):
+                data, named = canonical.to_bytes(entry), self._rosters_of(entry)
+                used += len(data) + sum(len(signed) for epoch, signed in named.items() if epoch not in rosters)
+                if reply.entries and (used > PAGE_BYTES_MAX or len(reply.entries) >= PAGE_ENTRIES_MAX):
+                    break
+                reply.entries.append(data)
+                rosters |= named
+            reply.rosters.extend(rosters[epoch] for epoch in sorted(rosters))
+            return reply
+
+    def _entries(self, start: int) -> Iterator[LogEntry]:
+        while page := self._desk.store.entries(start, PAGE_STEP):
+            yield from page
+            start += len(page)
+
+    def _rosters_of(self, entry: LogEntry) -> dict[Epoch, bytes]:
+        history = self._desk.state.history
+        epochs = {entry.record.epoch, entry.certificate.ballot.epoch}
+        return {epoch: canonical.to_bytes(history[epoch]) for epoch in epochs if epoch in history}
+
+    async def _push_entry(self, request: wire.PushEntryRequest, context: Context) -> wire.PushEntryReply:
+        with self._session(context):
+            entry = canonical.from_bytes(LogEntry, request.entry)
+            self._desk.submit(machine.EntryArrived(entry))
+            state = self._desk.state
+            return wire.PushEntryReply(
+                missing=[part.digest for part in state.wanted[:WANTED_MAX]], head_round=state.head.round
+            )
+
+    async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
+        with self._session(context) as session:
+            _bounded("why", request.why, WHY_CHARACTERS_MAX)
+            self._end_session(session.node)
+            self._desk.submit(machine.NodeLeft(session.node, visible(request.why) or "it said so"))
+            return wire.LeaveReply()
+
+    # blobs
+
+    async def _read_blob(self, request: wire.ReadBlobRequest, context: Context) -> None:
+        with self._session(context):
+            digest = self._served(request.digest)
+            with self._desk.blobs.open(digest) as file:
+                size = os.fstat(file.fileno()).st_size
+                offset = request.offset
+                if offset > size:
+                    raise Refused(Code.FIELD, f"offset {offset}, the blob has {size} bytes")
+                file.seek(offset)
+                while chunk := await asyncio.to_thread(file.read, BLOB_CHUNK_BYTES):
+                    message = wire.BlobChunk(data=chunk, offset=offset, digest=digest, size=size)
+                    await _in_time(context.write(message))
+                    offset += len(chunk)
+
+    async def _read_leaves(self, request: wire.ReadLeavesRequest, context: Context) -> wire.ReadLeavesReply:
+        with self._session(context):
+            digest = self._served(request.digest)
+            if digest not in self._leaves:
+                size = self._desk.blobs.size(digest)
+                if -(-size // BLOB_CHUNK_BYTES) * LEAF_BYTES > LEAVES_BYTES_MAX:
+                    return wire.ReadLeavesReply()
+                leaves = await asyncio.to_thread(self._desk.blobs.leaves, digest)
+                check_leaves(leaves, digest, size)
+                self._leaves[digest] = leaves
+            while len(self._leaves) > LEAVES_KEPT:
+                self._leaves.popitem(last=False)
+            return wire.ReadLeavesReply(leaves=self._leaves[digest])
+
+    def _served(self, text: str) -> Digest:
+        """A blob of this run that nodes may have. The held-out data is not among them."""
+        digest, manifest = check_digest(text), self._desk.manifest.manifest
+        served = {shard.digest for shard in self._desk.shards} | {self._desk.base().blob.digest}
+        if manifest.tokenizer is not None:
+            served.add(manifest.tokenizer.digest)
+        allowed = digest in served or self._desk.store.has_part(digest)
+        if not allowed and all(base.blob.digest != digest for base in self._desk.store.bases()):
+            raise Refused(Code.BLOB_MISSING, f"blob {digest[:12]} is not one of this run's")
+        return digest
+
+    async def _write_blob(self, chunks: AsyncIterator[wire.BlobChunk], context: Context) -> wire.WriteBlobReply:
+        with self._session(context):
+            first = await _in_time(anext(chunks, None))
+            if first is None:
+                raise Refused(Code.FIELD, "an upload without a chunk")
+            part = self._wanted(first)
+            if part is None or part.digest in self._uploading:
+                return wire.WriteBlobReply(stored=False)
+            self._uploading.add(part.digest)
+            try:
+                await self._receive(part, first, chunks)
+            finally:
+                self._uploading.discard(part.digest)
+            self._desk.part_stored(part.digest)
+            return wire.WriteBlobReply(stored=True)
+
+    def _wanted(self, first: wire.BlobChunk) -> Part | None:
+        """The part of a certified record that these bytes are said to be; none when it is here already."""
+        digest = check_digest(first.digest)
+        part = next((part for part in self._desk.state.wanted if part.digest == digest), None)
+        if part is None and not self._desk.store.has_part(digest):
+            raise Refused(
+                Code.BLOB_MISSING, f"no certified record names part {digest[:12]}", fix="Push the record first."
+            )
+        if part is not None and first.size != part.size:
+            raise Refused(Code.FIELD, f"size {first.size}, the record says {part.size}")
+        return part
+
+    async def _receive(self, part: Part, first: wire.BlobChunk, chunks: AsyncIterator[wire.BlobChunk]) -> None:
+        if self._desk.blobs.has(part.digest):  # an earlier upload ended between the file and the event
+            return
+        writer = self._writer(part)
+        try:
+            async with asyncio.timeout(CHUNK_SECONDS_MAX + part.size / UPLOAD_BYTES_PER_SECOND_MIN):
+                _take(writer, first)
+                while (chunk := await _in_time(anext(chunks, None))) is not None:
+                    _take(writer, chunk)
+            if writer.position != part.size:  # finish would keep what came for a later writer
+                raise Refused(Code.BLOB_CORRUPT, f"{writer.position} bytes, the record says {part.size}")
+            writer.finish()
+        except TimeoutError:
+            raise Refused(Code.LIMIT, f"an upload slower than {UPLOAD_BYTES_PER_SECOND_MIN} bytes per second") from None
+        finally:
+            writer.discard()
+
+    def _writer(self, part: Part) -> Writer:
+        """From the first byte: what a stranger left half-done may be wrong, and is only found out at the end."""
+        writer = self._desk.blobs.writer(part.digest, part.size)
+        if writer.position:
+            writer.discard()
+            writer = self._desk.blobs.writer(part.digest, part.size)
+        return writer
+
+
+_ANIMALS: Final = re.findall(
+    r"\w+",
+    """
+    badger beaver bison crane dormouse eagle falcon ferret finch gecko heron ibex jackdaw kestrel
+    lark lynx marten marmot mole newt otter owl plover puffin raven robin shrew stoat swift tern vole wren
+""",
+)
+_ADJECTIVES: Final = re.findall(
+    r"\w+",
+    """
+    able brave brisk calm careful clever daring deft eager early fair fond gentle glad hardy jolly
+    keen kind lively merry mild nimble patient plucky quick quiet ready sharp steady sturdy warm wise
+""",
+)
+_RESERVED: Final = frozenset({"coordinator", "researcher", "barnraise", "admin"})
+_LOOKALIKES: Final = str.maketrans(
+    {
+        **dict(zip("авдеһіјкӏмнорԛгѕтуԝхԁ", "abaehijklmhopqrstywxd", strict=True)),  # Cyrillic
+        **dict(zip("αβεηικνορτυχω", "abenikvoptuxw", strict=True)),  # Greek
+        **dict(zip("013458|łøđı$@", "oleasbllodlsa", strict=True)),
+    }
+)
+
+
+def visible(text: str) -> str:
+    """Stranger's text as one line: composed, without controls, directions or what cannot be seen."""
+    kept, marks = [], 0
+    for character in unicodedata.normalize("NFC", text[:1024]):
+        kind = unicodedata.category(character)
+        marks = marks + 1 if kind.startswith("M") else 0
+        if kind.startswith("Z") or character in "\t\n\r":
+            kept.append(" ")
+        elif not kind.startswith("C") and marks <= 2 and character not in "\u115f\u1160\u3164\uffa0\u2800":
+            kept.append(character)
+    return unicodedata.normalize("NFC", " ".join("".join(kept).split()))
+
+
+def distinct_name(wished: str, node: NodeId, others: Iterable[str]) -> str:
+    """A name that can be shown, and that nobody takes for another node's."""
+    name = visible(wished)[:NAME_CHARACTERS_MAX].strip() or generated_name(node)
+    taken = {_skeleton(other) for other in others} | {_skeleton(word) for word in _RESERVED}
+    if _skeleton(name) not in taken:
+        return name
+    suffix = f"-{node[:8]}"
+    return name[: NAME_CHARACTERS_MAX - len(suffix)].strip() + suffix
+
+
+def generated_name(node: NodeId) -> str:
+    seed = hashlib.sha256(node.encode()).digest()
+    return f"{_ADJECTIVES[seed[0] % len(_ADJECTIVES)]}-{_ANIMALS[seed[1] % len(_ANIMALS)]}"
+
+
+def _skeleton(name: str) -> str:
+    """What a hurried reader sees: equal for names that look alike."""
+    plain = unicodedata.normalize("NFKD", name).casefold()
+    letters = "".join(c for c in plain if not unicodedata.combining(c)).translate(_LOOKALIKES)
+    return "".join(c for c in letters if c.isalnum()).replace("rn", "m").replace("vv", "w").replace("i", "l")
+
+
+_STATUS: Final = {
+    Code.SESSION: grpc.StatusCode.UNAUTHENTICATED,
+    Code.CHALLENGE: grpc.StatusCode.UNAUTHENTICATED,
+    Code.SIGNATURE: grpc.StatusCode.UNAUTHENTICATED,
+    Code.FIELD: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.BLOB_CORRUPT: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.BLOB_MISSING: grpc.StatusCode.NOT_FOUND,
+    Code.LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+_STATUS_OF_EXIT: Final = {
+    Exit.REFUSED: grpc.StatusCode.PERMISSION_DENIED,
+    Exit.INTEGRITY: grpc.StatusCode.PERMISSION_DENIED,
+    Exit.BAD_INPUT: grpc.StatusCode.INVALID_ARGUMENT,
+    Exit.RESOURCE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+def _status(code: Code) -> grpc.StatusCode:
+    return _STATUS.get(code) or _STATUS_OF_EXIT.get(code.exit, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+def _check_version(theirs: int) -> None:
+    if theirs != PROTOCOL_VERSION:
+        raise Refused(Code.VERSION, f"the node speaks protocol {theirs}, the coordinator {PROTOCOL_VERSION}")
+
+
+def _node(text: str) -> NodeId:
+    if not _NODE.fullmatch(text):
+        raise Refused(Code.FIELD, "node is not a key of 64 hex digits")
+    return NodeId(text)
+
+
+def _bounded(name: str, text: str, characters_max: int) -> None:
+    if len(text) > characters_max:
+        raise Refused(Code.FIELD, f"{name} of {len(text)} characters, at most {characters_max} are allowed")
+
+
+def _number(name: str, value: float, *, high: float) -> float:
+    if not 0 <= value <= high:  # not so for NaN
+        raise Refused(Code.FIELD, f"{name} {value}, expected 0 to {high:g}")
+    return value
+
+
+def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
+    addresses = tuple(texts)
+    if len(addresses) > ADDRESSES_MAX:
+        raise Refused(Code.FIELD, f"{len(addresses)} addresses, at most {ADDRESSES_MAX} are allowed")
+    for text in addresses:
+        if not _is_address(text):
+            raise Refused(Code.FIELD, f"addresses: {canonical.shown(text)!r} is not /ip4|ip6/IP/tcp|udp/PORT")
+    return addresses
+
+
+def _is_address(text: str) -> bool:
+    """A multiaddr that others could connect to. Loopback is one: a whole swarm may live on one machine."""
+    parts = _ADDRESS.fullmatch(text)
+    if parts is None or int(parts[3]) > 65535:
+        return False
+    with suppress(ValueError):
+        ip = ip_address(parts[2])
+        return str(ip.version) == parts[1] and not ip.is_unspecified and not ip.is_multicast
+    return False
+
+
+def _beat(node: NodeId, request: wire.HeartbeatRequest) -> machine.HeartbeatArrived:
+    if request.activity not in ACTIVITIES:
+        raise Refused(Code.FIELD, f"activity {canonical.shown(request.activity[:40])!r} is not one that we know")
+    if len(request.lease_ids) > RANGES_MAX:
+        raise Refused(Code.FIELD, f"{len(request.lease_ids)} lease_ids, at most {RANGES_MAX} are allowed")
+    for lease_id in request.lease_ids:
+        if not re.fullmatch(r"[0-9a-f]{1,16}", lease_id):
+            raise Refused(Code.FIELD, "lease_ids: one is not a hex number")
+    for name in ("head_round", "epoch", "known_round", "bytes_sent", "bytes_received"):
+        _number(name, getattr(request, name), high=NUMBER_MAX)
+    return machine.HeartbeatArrived(
+        node,
+        request.activity,
+        request.head_round,
+        request.epoch - 1,
+        _addresses(request.addresses),
+        _number("tokens_per_second", request.tokens_per_second, high=1e12),
+        request.train_loss if math.isfinite(request.train_loss) else None,
+        _number("busy_share", request.busy_share, high=1.0),
+        request.bytes_sent,
+        request.bytes_received,
+        tuple(request.lease_ids),
+    )
+
+
+async def _in_time(act: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout(CHUNK_SECONDS_MAX):
+            return await act
+    except TimeoutError:
+        raise Refused(Code.LIMIT, f"nothing moved for {CHUNK_SECONDS_MAX:.0f} seconds") from None
+
+
+def _take(writer: Writer, chunk: wire.BlobChunk) -> None:
+    if not 0 < len(chunk.data) <= BLOB_CHUNK_BYTES:
+        raise Refused(Code.LIMIT, f"a chunk of {len(chunk.data)} bytes, expected 1 to {BLOB_CHUNK_BYTES}")
+    writer.write(chunk.data, chunk.offset)

@@ -1,0 +1,915 @@
+"""The daemon's loop: events in, decisions by the pure machines, effects out. It owns every process and task."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import platform
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import structlog
+
+from node import letters
+from node.config import Home, Settings, Stopper
+from node.control import Control
+from node.core import rounds, session
+from node.core.backoff import wait_seconds
+from node.core.rounds import Rounds, group
+from node.engine import AveragingJob, Engine
+from node.hardware import usable_threads
+from node.journal import Journal, Promise
+from node.link import Beat, Door, Link, Opened
+from node.pseudograd import PseudoGradient
+from node.replica import Replica
+from node.training import Event as TrainerEvent
+from node.training import Exited, Failed, OutOfData, Skipped, Stepped, Trainer, TrainerSpec, Vectors
+from protocol import invite as invites
+from protocol.blobs import BlobStore, digest_of
+from protocol.codec import codec
+from protocol.errors import Code, Exit, Refused
+from protocol.fold import Outer, OuterKind
+from protocol.identity import Key, check_roster, coordinator_key, libp2p_private_key_bytes, verify
+from protocol.invite import Invite
+from protocol.limits import BLOB_BYTES_MAX
+from protocol.log import VOTE, check_certificate, spans, vote_bytes
+from protocol.messages import Begin, LogReply, LogRequest, Message
+from protocol.runspec import RunSpec
+from protocol.types import (
+    Ballot,
+    BlobRef,
+    DataRange,
+    Digest,
+    Epoch,
+    Lease,
+    LogEntry,
+    NodeId,
+    Part,
+    PeerId,
+    Role,
+    Roster,
+    Shard,
+    SignedRoster,
+    VoteBody,
+)
+
+IDENTITY = "p2p.identity"
+TICK_SECONDS = 0.2
+STATUS_SECONDS = 0.5
+SEND_SECONDS = 10.0  # a small message that takes longer is lost; the round has its own deadline
+FETCH_SECONDS = 60.0
+LOG_PAGE = 16  # entries in one answer to a peer
+ROUNDS_AHEAD = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
+POLITE_SECONDS = 10.0  # Ctrl-C waits so long for the round to end
+RECENT_ROUNDS = 20  # shown by status
+
+log = structlog.get_logger()
+
+
+async def run(
+    settings: Settings,
+    invite: Invite | None,
+    *,
+    stopper: Stopper,
+    on_status: Callable[[dict[str, Any]], None] | None = None,
+) -> int:
+    """Be a node until the run ends, the volunteer stops it, or it cannot go on. Returns the exit code."""
+    async with AsyncExitStack() as owned:
+        daemon = await Daemon.open(settings, invite, owned, on_status)
+        return await daemon.run(stopper)
+
+
+class Daemon:
+    """One node. Everything that decides is in node.core; this carries it out."""
+
+    def __init__(
+        self, settings: Settings, key: Key, link: Link, opened: Opened, owned: AsyncExitStack, on_status: Any
+    ) -> None:
+        self._settings = settings
+        self._key = key
+        self._me = key.public
+        self._link = link
+        self._opened = opened
+        self._owned = owned
+        self._on_status = on_status
+        self._manifest = opened.manifest.manifest
+        self._spec = RunSpec.from_json(self._manifest.spec)
+        self._codec = codec(self._spec.update.codec)
+        self._home = Home(settings.home)
+        self._blobs = BlobStore(self._home.blobs, settings.max_disk_bytes or BLOB_BYTES_MAX)
+        self._journal = Journal(self._home.journal / self._manifest.name)
+        self._shards: dict[Digest, Shard] = {shard.digest: shard for shard in opened.shards}
+        self._vectors = Vectors.create(self._manifest.parameters, runtime_dir=self._home.runtime)
+        self._replica = Replica(
+            self._manifest,
+            journal=self._journal,
+            blobs=self._blobs,
+            vectors=self._vectors,
+            codec=self._codec,
+            outer=Outer(
+                OuterKind(self._spec.update.outer),
+                self._spec.update.outer_learning_rate,
+                self._spec.update.outer_momentum,
+            ),
+        )
+        self._gradient = PseudoGradient(
+            self._vectors.shared,
+            self._vectors.snapshot,
+            self._codec,
+            residual_decay=self._spec.update.residual_decay,
+        )
+        self._rules = self._make_rules()
+        self._session = session.Session()
+        self._rounds: Rounds | None = None
+        self._engine: Engine | None = None
+        self._trainer: Trainer | None = None
+        self._download_turn = asyncio.Lock()  # one blob at a time: a home line is one line
+        self._vector_turn = asyncio.Lock()  # snapshot, fold and merge, one at a time
+        self._inbox: asyncio.Queue[rounds.Event | session.Event] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended: asyncio.Future[tuple[Exit, str]] = asyncio.get_running_loop().create_future()
+        self._leases: dict[str, Lease] = {}
+        self._group = b""
+        self._wanted_before: frozenset[str] = frozenset()
+        self._known_round = 0
+        self._stepped: Stepped | None = None
+        self._losses: list[float] = []
+        self._download: dict[str, Any] | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROUNDS)
+        self._credit_tokens = 0
+        self._started = time.monotonic()
+        self._sent = self._received = 0
+        self._notice = ""
+
+    # opening
+
+    @classmethod
+    async def open(cls, settings: Settings, invite: Invite | None, owned: AsyncExitStack, on_status: Any) -> Daemon:
+        """Keys, admission, and the limits; nothing is downloaded before the run is known to fit them."""
+        home = Home(settings.home)
+        if invite is None:
+            text = home.remembered()
+            if text is None:
+                raise Refused(Code.NOT_ADMITTED, f"{home.path} has not joined a run")
+            invite = invites.decode(text)
+        key = Key.load_or_create(home.key)
+        transport = Key.load_or_create(home.transport_key)
+        _write_identity(home.runtime / IDENTITY, transport)
+        link = Link(Door.of(invite), key=key, transport_key=transport)
+        owned.push_async_callback(link.close)
+        opened = await _patiently(link, invite, settings.name or "", known=home.remembered() is not None)
+        home.remember(invites.encode(invite))
+        daemon = cls(settings, key, link, opened, owned, on_status)
+        owned.callback(daemon._vectors.close)
+        owned.push_async_callback(daemon._close_children)
+        return daemon
+
+    def _make_rules(self) -> rounds.Rules:
+        return rounds.Rules(
+            me=self._me,
+            run=self._manifest.run,
+            parameters=self._manifest.parameters,
+            context=self._manifest.context,
+            inner_steps=self._spec.rounds.steps,
+            round_seconds_max=self._spec.rounds.seconds_max,
+            gather_seconds=self._spec.rounds.gather_seconds,
+            attempt_seconds_min=min(5.0, self._spec.rounds.deadline_seconds),
+            attempt_seconds_max=self._spec.rounds.deadline_seconds,
+            sign=lambda body: self._key.sign(VOTE, vote_bytes(body)),
+            vote_is_valid=_vote_is_valid,
+            entry_is_certified=_entry_is_certified,
+        )
+
+    # the loop
+
+    async def run(self, stopper: Stopper) -> int:
+        control = Control(self._home.control, self._answer)
+        await control.start()
+        self._owned.push_async_callback(control.close)
+        self._spawn(self._prepare())
+        self._spawn(self._tick())
+        self._spawn(self._stop_when_asked(stopper))
+        if self._on_status is not None:
+            self._spawn(self._report())
+        self._spawn(self._decide())  # a task that fails ends the daemon: see _settled
+        code, why = await self._ended
+        log.info("stopping", why=why)
+        if self._on_status is not None:
+            self._on_status(self.status() | {"activity": "stopped", "reason": why})
+        with suppress(Refused, TimeoutError):
+            await asyncio.wait_for(self._link.leave(), 5.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if code not in (Exit.OK, Exit.INTERRUPTED):
+            raise Refused(Code.CHILD_DIED, why) if code is Exit.INTERNAL else Refused(Code.STATE_MISMATCH, why)
+        return int(code.value)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._settled)
+        return task
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, Refused) and error.reason.exit is Exit.INTEGRITY:
+            self._end(Exit.INTEGRITY, error.what)
+            return
+        log.error("a task failed", error=repr(error), exc_info=error)
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    def _end(self, code: Exit, why: str) -> None:
+        if not self._ended.done():
+            self._ended.set_result((code, why))
+
+    async def _decide(self) -> None:
+        """One event at a time; effects are carried out in order before the next event is looked at."""
+        while True:
+            event = await self._inbox.get()
+            if isinstance(event, session.Event):
+                await self._decide_session(event)
+            else:
+                await self._decide_round(event)
+
+    async def _decide_session(self, event: session.Event) -> None:
+        before = session.activity(self._session)
+        took_part = self._session.takes_part
+        self._session, effects = session.step(self._session, event, time.monotonic())
+        if session.activity(self._session) is not before:
+            log.info(session.activity(self._session).value, why=session.reason(self._session, time.monotonic()))
+        for effect in effects:
+            await self._carry_out_session(effect)
+        if self._session.takes_part != took_part:
+            self._post(rounds.ActivityChanged(self._session.takes_part))
+
+    async def _carry_out_session(self, effect: session.Effect) -> None:
+        match effect:
+            case session.SetTraining(on):
+                self._spawn(self._set_training(on))
+            case session.AcquireLeases(sequences):
+                self._spawn(self._acquire_leases(sequences))
+            case session.Restart(part):
+                self._spawn(self._start_trainer() if part is session.Part.TRAINER else self._start_engine())
+            case session.End(failed):
+                self._end(Exit.INTERNAL if failed else Exit.OK, failed or "finished")
+
+    async def _decide_round(self, event: rounds.Event) -> None:
+        if self._rounds is None:
+            return
+        phase = self._rounds.phase
+        failure = self._rounds.last_failure
+        self._rounds, effects = rounds.step(self._rounds, event, time.monotonic(), self._rules)
+        if self._rounds.phase is not phase:
+            log.debug(
+                "round", round=self._rounds.head.round, phase=self._rounds.phase.value, ballot=self._rounds.ballot
+            )
+        if self._rounds.last_failure != failure:
+            log.warning("attempt failed", round=self._rounds.head.round, why=self._rounds.last_failure)
+        for effect in effects:
+            self._carry_out_round(effect)
+
+    def _carry_out_round(self, effect: rounds.Effect) -> None:
+        match effect:
+            case rounds.TakeSnapshot():
+                self._spawn(self._take_snapshot())
+            case rounds.SaveVote(round_number, ballot, accepted):
+                self._journal.save_promise(Promise(round_number, ballot, accepted))
+            case rounds.Send(to, message):
+                self._send(to, message)
+            case rounds.Average(begin, roster, seconds):
+                self._spawn(self._average(begin, roster, seconds))
+            case rounds.StopAveraging():
+                if self._engine is not None and self._group:
+                    self._spawn(_ignoring(self._engine.cancel(self._group)))
+            case rounds.FetchParts(parts, sources):
+                self._spawn(self._fetch_parts(parts, sources))
+            case rounds.Fold(entry):
+                self._spawn(self._fold(entry))
+
+    def _post(self, event: rounds.Event | session.Event) -> None:
+        self._inbox.put_nowait(event)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._post(session.TimePassed())
+            self._post(rounds.Ticked())
+
+    async def _stop_when_asked(self, stopper: Stopper) -> None:
+        await stopper.polite.wait()
+        self._post(session.FinishAsked())
+        self._post(rounds.Finishing())
+        pending = self._rounds is not None and self._rounds.pending and self._session.takes_part
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopper.now.wait(), POLITE_SECONDS if pending else 0.1)
+        self._end(Exit.INTERRUPTED, "stopped by you")
+
+    # getting ready
+
+    async def _prepare(self) -> None:
+        """Load or download the state, then start what needs it."""
+        own = await asyncio.to_thread(self._replica.open_own, self._journal.folder)
+        base = self._opened.base
+        if not own or (self._replica.head is not None and self._replica.head.round < base.round):
+            await self._retrying(lambda: self._fetch_blob(base.blob.digest, base.blob.size, "the model"))
+            await asyncio.to_thread(self._replica.load, base, self._blobs.path(base.blob.digest))
+            await asyncio.to_thread(self._replica.replay)
+        assert self._replica.head is not None
+        head = self._replica.head
+        promise = self._journal.promise(head.round)
+        self._rounds = Rounds(
+            head=head,
+            digest=self._replica.digest,
+            consumed=self._replica.state.consumed,
+            rosters=self._journal.rosters(),
+            last=self._replica.last,
+            ballot=promise.ballot if promise else Ballot(Epoch(-1), 0),
+            accepted=promise.accepted if promise else None,
+        )
+        if self._opened.roster is not None:
+            self._learn_roster(self._opened.roster)
+        log.info("state loaded", round=head.round, state=self._replica.digest[:12])
+        self._post(session.LinkOpened())
+        self._spawn(self._start_engine())
+        await self._retrying(self._catch_up)
+        self._post(session.CaughtUp())
+        self._spawn(self._start_trainer())
+        self._spawn(self._heartbeat())
+
+    async def _catch_up(self) -> None:
+        """Read the coordinator's log up to its head, and wait until it is folded."""
+        while True:
+            assert self._rounds is not None
+            start = self._rounds.head.round
+            page = await self._link.read_log(start)
+            for signed in page.rosters:
+                self._learn_roster(signed)
+            if not page.entries:
+                return
+            self._post(rounds.LogArrived(page.entries, page.rosters))
+            until = page.entries[-1].record.round + 1
+            while self._rounds.head.round < until:
+                await asyncio.sleep(0.05)
+                self._download = {"what": "rounds", "done": self._rounds.head.round, "size": until}
+            self._download = None
+
+    async def _retrying(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        failures = 0
+        while True:
+            try:
+                return await work()
+            except Refused as refused:
+                if refused.reason is not Code.UNREACHABLE:
+                    raise
+                self._post(session.LinkLost(refused.what))
+                await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load
+                failures += 1
+
+    async def _fetch_blob(self, digest: Digest, size: int, what: str) -> None:
+        if self._blobs.has(digest):
+            return
+
+        def progress(done: int, size: int) -> None:
+            self._download = {"what": what, "done": done, "size": size}
+
+        try:
+            async with self._download_turn:
+                await self._link.fetch_blob(BlobRef(digest, size), self._blobs, progress)
+        finally:
+            self._download = None
+
+    def _log_file(self, name: str) -> IO[bytes]:
+        """Where a child's output goes; closed with the daemon."""
+        return self._owned.enter_context(self._settings.log_file(name))
+
+    async def _start_engine(self) -> None:
+        try:
+            engine = await Engine.start(
+                runtime_dir=self._home.runtime,
+                identity_path=self._home.runtime / IDENTITY,
+                run=self._manifest.run,
+                listen=self._settings.listen_multiaddrs,
+                rendezvous=self._opened.rendezvous,
+                codec=self._spec.update.codec,
+                parameters=self._manifest.parameters,
+                blob_dir=self._blobs.folder,
+                on_message=self._hear,
+                log=self._log_file("engine"),
+            )
+        except Refused as refused:
+            self._post(session.PartDied(session.Part.ENGINE, refused.what))
+            return
+        self._engine = engine
+        await self._tell_engine()
+        self._post(session.PartReady(session.Part.ENGINE))
+        code = await engine.closed
+        self._engine = None
+        self._post(session.PartDied(session.Part.ENGINE, f"exit code {code}"))
+
+    async def _tell_engine(self) -> None:
+        """Give the engine the members that it may answer and reach: those of every roster still in use."""
+        if self._engine is None or self._rounds is None or not self._rounds.rosters:
+            return
+        newest = max(self._rounds.rosters)
+        in_use = {newest, self._rounds.ballot.epoch}
+        peers: dict[PeerId, tuple[str, ...]] = {}
+        for epoch in sorted(in_use):
+            if epoch in self._rounds.rosters:
+                for member in self._rounds.rosters[epoch].roster.members:
+                    if member.node != self._me:
+                        peers[member.peer] = member.addresses
+        with suppress(Refused):
+            await self._engine.set_roster(peers)
+
+    async def _start_trainer(self) -> None:
+        train = self._spec.train.model_dump(mode="json")
+        spec = TrainerSpec(
+            model_config=self._manifest.model_config,
+            parameters=self._manifest.parameters,
+            layout=self._manifest.layout,
+            vocabulary=self._manifest.vocabulary,
+            context=self._manifest.context,
+            token_bytes=self._manifest.token_bytes,
+            train=train,
+            seed=int.from_bytes(hashlib.sha256(self._me.encode()).digest()[:4], "little"),
+            device=self._settings.device,
+            threads=self._settings.threads or usable_threads(),
+            batch_cap=self._settings.batch,
+        )
+        try:
+            async with self._vector_turn:
+                self._trainer = await Trainer.start(
+                    spec, vectors=self._vectors, log=self._log_file("trainer"), on_event=self._trained
+                )
+                self._gradient.trainer_restarted()
+        except Refused as refused:
+            if refused.reason is Code.CHILD_DIED:
+                self._post(session.PartDied(session.Part.TRAINER, refused.what))
+                return
+            raise
+        log.info("trainer ready", device=self._trainer.started.device, micro_batch=self._trainer.started.micro_batch)
+        await self._set_goal()
+        self._post(session.PartReady(session.Part.TRAINER))
+
+    async def _close_children(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ending: list[Coroutine[Any, Any, None]] = []
+        if self._trainer is not None:
+            ending.append(self._trainer.stop())
+        if self._engine is not None:
+            ending.append(self._engine.stop())
+        await asyncio.gather(*ending, return_exceptions=True)
+
+    # training
+
+    def _trained(self, event: TrainerEvent) -> None:
+        match event:
+            case Stepped():
+                self._stepped = event
+                self._losses.append(event.loss)
+                self._post(rounds.Progressed(event.steps))
+                self._post(session.DataUsed(event.queued_sequences, self._sequences_wanted()))
+            case OutOfData():
+                self._post(session.DataUsed(0, self._sequences_wanted()))
+            case Skipped(_, what):
+                log.warning("a step was left out", why=what)
+            case Failed(reason, what, _):
+                log.error("training failed", code=reason.code, why=what)
+                self._notice = f"{reason.code}: {what}"
+            case Exited(returncode):
+                self._trainer = None
+                self._leases.clear()
+                self._post(session.PartDied(session.Part.TRAINER, f"exit code {returncode}"))
+
+    def _sequences_wanted(self) -> int:
+        assert self._rounds is not None
+        steps = self._spec.rounds.steps(self._rounds.head.round)
+        return ROUNDS_AHEAD * steps * self._spec.train.batch_sequences
+
+    async def _set_training(self, on: bool) -> None:
+        if self._trainer is None:
+            return
+        with suppress(Refused):
+            await (self._trainer.run() if on else self._trainer.pause())
+        if on:
+            self._post(session.DataUsed(self._session.sequences_left, self._sequences_wanted()))
+
+    async def _set_goal(self) -> None:
+        if self._trainer is not None and self._rounds is not None:
+            with suppress(Refused):
+                await self._trainer.goal(self._spec.rounds.steps(self._rounds.head.round))
+
+    async def _acquire_leases(self, sequences: int) -> None:
+        """Get data: leases from the coordinator, their shards from wherever they are, into the trainer's queue."""
+        granted = 0
+        try:
+            leases = await self._link.acquire_leases(sequences)
+            for lease in leases:
+                shard = self._shards[lease.range.shard]
+                await self._fetch_blob(shard.digest, shard.size, "data")
+                if self._trainer is None:
+                    break
+                self._leases[lease.lease_id] = lease
+                await self._trainer.add_data([(lease.range, self._blobs.path(shard.digest))])
+                granted += lease.range.stop - lease.range.start
+        except Refused as refused:
+            log.warning("no data", why=refused.what)
+            if refused.reason.exit is Exit.RESOURCE:
+                self._notice = f"{refused.reason.code}: {refused.what}"
+        self._post(session.LeasesArrived(granted))
+
+    async def _take_snapshot(self) -> None:
+        ranges: tuple[DataRange, ...] = ()
+        async with self._vector_turn:
+            try:
+                if self._trainer is None:
+                    raise Refused(Code.CHILD_DIED, "no trainer")
+                await asyncio.to_thread(self._gradient.expect_snapshot)
+                snapshot = await self._trainer.snapshot()
+                await asyncio.to_thread(self._gradient.take_snapshot)
+                ranges = snapshot.ranges
+            except Refused as refused:  # the trainer is gone, and with it what it had not handed over
+                log.warning("no snapshot", why=refused.what)
+                await asyncio.to_thread(self._gradient.encode)
+        self._post(rounds.SnapshotTaken(ranges))
+
+    # rounds
+
+    def _send(self, to: tuple[NodeId, ...], message: Message) -> None:
+        letter, signature = letters.seal(self._key, message)
+        for node in to:
+            if node == self._me:
+                self._post(rounds.Received(message, signature))
+            else:
+                self._spawn(self._deliver(node, letter, message))
+
+    async def _deliver(self, node: NodeId, letter: bytes, message: Message) -> None:
+        peer = self._peer_of(node)
+        if peer is None or self._engine is None:
+            return
+        try:
+            await self._engine.send(peer, letter, timeout_seconds=SEND_SECONDS)
+        except Refused as refused:
+            log.debug("not delivered", kind=type(message).__name__, to=node[:8], why=refused.what)
+
+    def _peer_of(self, node: NodeId) -> PeerId | None:
+        assert self._rounds is not None
+        for epoch in sorted(self._rounds.rosters, reverse=True):
+            member = self._rounds.rosters[epoch].roster.member(node)
+            if member is not None:
+                return member.peer
+        return None
+
+    def _hear(self, peer: PeerId, letter: bytes) -> None:
+        """A letter from a rostered peer: only its author's own peer may bring it."""
+        if self._rounds is None:
+            return
+        try:
+            message, signature = letters.unseal(letter)
+        except Refused as refused:
+            log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
+            return
+        if self._peer_of(message.sender) != peer:
+            log.warning("a letter by another hand", peer=peer[-8:])
+            return
+        match message:
+            case LogRequest():
+                self._answer_log(message)
+            case LogReply():
+                self._read_log_reply(message)
+            case _:
+                self._post(rounds.Received(message, signature))
+
+    def _answer_log(self, request: LogRequest) -> None:
+        assert self._rounds is not None
+        entries = self._journal.entries(request.round, most=LOG_PAGE)
+        named = {entry.certificate.ballot.epoch for entry in entries} | {entry.record.epoch for entry in entries}
+        named.add(max(self._rounds.rosters, default=Epoch(0)))
+        known = self._journal.rosters()
+        rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
+        self._send((request.sender,), LogReply(self._manifest.run, request.round, self._me, entries, rosters))
+
+    def _read_log_reply(self, reply: LogReply) -> None:
+        for signed in reply.rosters:
+            try:
+                check_roster(coordinator_key(self._manifest.run), signed)
+            except Refused as refused:
+                log.warning("a roster was refused", why=refused.what)
+                return
+            self._learn_roster(signed)
+        self._post(rounds.LogArrived(reply.entries, reply.rosters))
+
+    def _learn_roster(self, signed: SignedRoster) -> None:
+        assert self._rounds is not None
+        if signed.roster.epoch not in self._rounds.rosters:
+            self._journal.save_roster(signed)
+            self._rounds, effects = rounds.step(
+                self._rounds, rounds.RosterArrived(signed), time.monotonic(), self._rules
+            )
+            for effect in effects:
+                self._carry_out_round(effect)
+            self._spawn(self._tell_engine())
+            log.info("roster", epoch=signed.roster.epoch, members=len(signed.roster.members))
+
+    async def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
+        """Average with the group; whatever happens, say what is held."""
+        members = group(begin, roster)
+        named = [roster.member(node) for node, _ in members]
+        peers = tuple(member.peer for member in named if member is not None)
+        roles = tuple(member.role if member is not None else Role.PEER for member in named)
+        shares = spans(self._manifest.parameters, roles)
+        index = [node for node, _ in members].index(self._me)
+        ready = begin.readies[0].ready
+        weights = tuple(weight for _, weight in members)
+        payload = self._gradient.payload if weights[index] else b""
+        self._group = _group_id(ready.run, ready.previous, begin.ballot)
+        part: Part | None = None
+        held: dict[int, Digest] = {}
+        try:
+            if self._engine is None:
+                raise Refused(Code.CHILD_DIED, "the engine is being restarted")
+            outcome = await self._engine.average(
+                AveragingJob(self._group, peers, weights, shares, seconds, max(2.0, seconds / 3)), payload
+            )
+            for number, data in outcome.parts.items():
+                held[number] = await asyncio.to_thread(self._replica.keep, data)
+            if index in held:
+                start, stop = shares[index]
+                included = tuple(members[each][0] for each in outcome.included)
+                size = len(outcome.parts[index])
+                part = Part(index, start, stop, held[index], size, self._me, included) if included else None
+            if outcome.failed:
+                log.warning("averaging was incomplete", round=begin.round, failed=dict(outcome.failed))
+        except Refused as refused:
+            log.warning("averaging failed", round=begin.round, why=refused.what)
+        self._post(rounds.Averaged(begin.ballot, part, held))
+
+    async def _fetch_parts(self, parts: tuple[Part, ...], sources: tuple[NodeId, ...]) -> None:
+        found: set[Digest] = set()
+        lost: set[Digest] = set()
+        for part in parts:
+            (found if await self._fetch_part(part, sources) else lost).add(part.digest)
+        if found:
+            self._post(rounds.PartsArrived(frozenset(found)))
+        if lost:
+            self._post(rounds.PartsLost(frozenset(lost)))
+
+    async def _fetch_part(self, part: Part, sources: tuple[NodeId, ...]) -> bool:
+        """By hash, from whoever has it: peers first, then the coordinator's archive."""
+        if self._blobs.has(part.digest):
+            return True
+        expected = self._codec.encoded_bytes(part.stop - part.start)
+        if part.size != expected:
+            return False
+        for node in sources:
+            peer = self._peer_of(node)
+            if peer is None or self._engine is None:
+                continue
+            with suppress(Refused):
+                data = await self._engine.fetch_part(peer, part.digest, part.size, timeout_seconds=FETCH_SECONDS)
+                if digest_of(data) == part.digest:
+                    await asyncio.to_thread(self._replica.keep, data)
+                    return True
+        with suppress(Refused):
+            await self._link.fetch_blob(BlobRef(part.digest, part.size), self._blobs)
+            return True
+        return False
+
+    async def _fold(self, entry: LogEntry) -> None:
+        """Apply a certified record, and move the trainer with it without losing its newest steps."""
+        async with self._vector_turn:
+            pending = self._gradient.pending
+            await asyncio.to_thread(self._gradient.before_fold)
+            digest = await asyncio.to_thread(self._replica.fold, entry)
+            mine = await asyncio.to_thread(self._gradient.settle, entry.record, self._me)
+            if self._trainer is not None:
+                with suppress(Refused):
+                    await self._trainer.merge(from_snapshot=pending)
+        record = entry.record
+        tokens = next((c.tokens for c in record.contributions if c.node == self._me), 0)
+        self._credit_tokens += tokens if mine else 0
+        self._recent.append({"round": record.round, "outcome": "accepted" if mine else "not in it", "tokens": tokens})
+        log.info("round folded", round=record.round, members=len(record.contributions), state=digest[:12], mine=mine)
+        await self._decide_round(rounds.Folded(record.round, digest))
+        assert self._rounds is not None
+        self._post(session.RoundSettled(self._rounds.pending))
+        self._leases = {
+            lease_id: lease
+            for lease_id, lease in self._leases.items()
+            if not self._replica.state.consumed.covers(lease.range)
+        }
+        await self._set_goal()
+        if self._replica.state.round % self._spec.evaluate.base_every_rounds == 0:
+            async with self._vector_turn:
+                await asyncio.to_thread(self._replica.save_base, self._journal.folder)
+        reduced = [part for part in record.parts if part.reducer == self._me]
+        if reduced or record.leader == self._me:
+            await self._hand_in(entry, reduced)
+
+    async def _hand_in(self, entry: LogEntry, parts: list[Part]) -> None:
+        """Give the coordinator the record and the parts reduced here; what fails is asked for by a later heartbeat."""
+        with suppress(Refused):
+            missing = set(await self._link.push_entry(entry))
+            for part in parts:
+                if part.digest in missing:
+                    await self._link.upload_part(part.digest, await asyncio.to_thread(self._blobs.read, part.digest))
+
+    # the coordinator
+
+    async def _heartbeat(self) -> None:
+        """Say what we do, learn what is new, for ever; a lost link comes back by itself."""
+        failures = 0
+        while True:
+            assert self._rounds is not None
+            try:
+                await self._beat()
+                if failures or not self._session.linked:
+                    self._post(session.LinkOpened())
+                failures = 0
+            except Refused as refused:
+                if refused.reason.exit in (Exit.REFUSED, Exit.INTEGRITY) and refused.reason is not Code.LIMIT:
+                    raise
+                failures += 1
+                self._post(session.LinkLost(refused.what))
+                await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load
+
+    async def _beat(self) -> None:
+        state = self._rounds
+        assert state is not None
+        losses, self._losses = self._losses, []
+        if self._engine is not None:
+            with suppress(Refused):
+                usage = await self._engine.usage()
+                self._sent, self._received = usage.sent, usage.received
+        beat = Beat(
+            activity=session.activity(self._session).value,
+            head=state.head,
+            epoch=max(state.rosters, default=Epoch(-1)),
+            addresses=self._engine.addresses if self._engine is not None else (),
+            tokens_per_second=self._stepped.tokens_per_second if self._stepped else 0.0,
+            train_loss=sum(losses) / len(losses) if losses else None,
+            busy_share=self._trainer.busy_share if self._trainer else 0.0,
+            bytes_sent=self._sent,
+            bytes_received=self._received,
+            lease_ids=tuple(self._leases),
+            known_round=max(self._known_round, state.head.round),
+        )
+        reply = await self._link.heartbeat(beat, wait_seconds=self._spec.coordinator.heartbeat_seconds)
+        self._notice = reply.notice or self._notice
+        if reply.roster is not None:
+            self._learn_roster(reply.roster)
+        await self._lose_leases(frozenset(self._leases) - frozenset(reply.renewed))
+        self._known_round = reply.head_round
+        assert self._rounds is not None
+        head = self._rounds.head.round
+        if reply.head_round > head and self._rounds.committed is None:
+            page = await self._link.read_log(head)
+            self._post(rounds.LogArrived(page.entries, page.rosters))
+        for entry in self._journal.entries(reply.head_round, most=LOG_PAGE):
+            await self._link.push_entry(entry)
+        wanted = frozenset(reply.wanted)
+        for digest in wanted & self._wanted_before:  # its reducer had a heartbeat's time to bring it
+            if self._blobs.has(Digest(digest)):
+                data = await asyncio.to_thread(self._blobs.read, Digest(digest))
+                with suppress(Refused):
+                    await self._link.upload_part(Digest(digest), data)
+        self._wanted_before = wanted
+        if reply.finished and head >= reply.head_round:
+            self._post(session.RunEnded())
+
+    async def _lose_leases(self, lost: frozenset[str]) -> None:
+        ranges = [self._leases.pop(lease_id).range for lease_id in lost if lease_id in self._leases]
+        if ranges and self._trainer is not None:
+            with suppress(Refused):
+                await self._trainer.drop(ranges)
+
+    # people
+
+    async def _answer(self, verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        match verb:
+            case "status":
+                return self.status()
+            case "pause":
+                until = arguments.get("seconds")
+                self._post(session.PauseAsked(time.monotonic() + float(until) if until else None))
+            case "resume":
+                self._post(session.ResumeAsked())
+            case "finish":
+                self._post(session.FinishAsked())
+                self._post(rounds.Finishing())
+                if self._rounds is None or not self._rounds.pending:
+                    self._end(Exit.OK, "finished; nothing was waiting for a round")
+            case "leave":
+                self._end(Exit.OK, "left the run")
+            case _:
+                raise Refused(Code.FIELD, f"no such order: {verb}")
+        await asyncio.sleep(2 * TICK_SECONDS)
+        return self.status()
+
+    async def _report(self) -> None:
+        while True:
+            self._on_status(self.status())
+            await asyncio.sleep(STATUS_SECONDS)
+
+    def status(self) -> dict[str, Any]:
+        """What people and scripts see; the fields are documented in README."""
+        state, now = self._rounds, time.monotonic()
+        stepped, trainer = self._stepped, self._trainer
+        view: dict[str, Any] = {
+            "version": 1,
+            "run": self._manifest.name,
+            "name": self._opened.signed_pass.body.name,
+            "node": self._me[:8],
+            "activity": session.activity(self._session).value,
+            "reason": session.reason(self._session, now),
+            "linked": self._session.linked,
+            "credit_tokens": self._credit_tokens,
+            "sequences_left": self._session.sequences_left,
+            "bytes_sent": self._sent,
+            "bytes_received": self._received,
+            "uptime_seconds": round(now - self._started, 1),
+            "download": self._download,
+            "recent": list(self._recent),
+            "trouble": self._notice,
+            "tokens_per_second": stepped.tokens_per_second if stepped else None,
+            "loss": stepped.loss if stepped else None,
+            "busy_share": trainer.busy_share if trainer else None,
+            "device": trainer.started.device if trainer else None,
+            "micro_batch": trainer.started.micro_batch if trainer else None,
+        }
+        if state is not None:
+            roster = state.roster
+            view |= {
+                "round": state.head.round,
+                "phase": state.phase.value,
+                "head": {"round": state.head.round, "hash": state.head.hash, "state": state.digest},
+                "epoch": max(state.rosters, default=None),
+                "rostered": roster is not None and roster.member(self._me) is not None,
+                "peers": len(roster.members) - 1 if roster is not None else 0,
+                "round_steps": state.steps,
+                "round_steps_goal": self._spec.rounds.steps(state.head.round),
+            }
+        return view
+
+
+def _group_id(run: str, previous: Digest, ballot: Ballot) -> bytes:
+    """Members with another head, roster or attempt are in another group."""
+    return hashlib.sha256(f"{run}\0{previous}\0{ballot.epoch}\0{ballot.attempt}".encode()).digest()
+
+
+def _vote_is_valid(node: NodeId, body: VoteBody, signature: str) -> bool:
+    try:
+        verify(node, VOTE, vote_bytes(body), signature)
+    except Refused:
+        return False
+    return True
+
+
+def _entry_is_certified(entry: LogEntry, roster: Roster) -> bool:
+    try:
+        check_certificate(entry, roster)
+    except Refused:
+        return False
+    return True
+
+
+async def _ignoring(work: Coroutine[Any, Any, None]) -> None:
+    with suppress(Refused):
+        await work
+
+
+async def _patiently(link: Link, invite: Invite, name: str, *, known: bool) -> Opened:
+    """Open the session. A first join fails at once when nobody answers; a known member keeps trying."""
+    failures = 0
+    while True:
+        try:
+            return await link.open(invite=invites.encode(invite), name=name, software=_software())
+        except Refused as refused:
+            if not known or refused.reason is not Code.UNREACHABLE:
+                raise
+            log.warning("the coordinator is away", why=refused.what)
+            await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load
+            failures += 1
+
+
+def _software() -> str:
+    return f"barnraise {version('barnraise')}, python {platform.python_version()}, {platform.system()}"
+
+
+def _write_identity(path: Path, transport: Key) -> None:
+    """What p2pd reads its key from; only in the runtime folder, which is swept."""
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(libp2p_private_key_bytes(transport))

@@ -1,0 +1,191 @@
+"""The daemon's handle on the engine process: send, average, fetch. Imports neither torch nor hivemind."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.errors import Code, Refused
+from protocol.limits import PEER_MESSAGE_BYTES_MAX
+from protocol.process import Channel, ChannelClosed, Child, Frame
+from protocol.types import Digest, PeerId, RunId
+
+START_SECONDS: Final = 60.0  # importing torch on a slow disk, and p2pd's own 15 seconds
+STOP_SECONDS: Final = 5.0
+GRACE_SECONDS: Final = 10.0  # the engine keeps its own deadlines; past them by this much, it hangs
+ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",  # the trainer needs the cores
+    "MALLOC_ARENA_MAX": "2",  # worker threads come and go; their arenas would stay
+    "HIVEMIND_LOGLEVEL": "ERROR",  # what matters is in the outcome
+    "HIVEMIND_COLORS": "0",
+}
+
+
+@dataclass(frozen=True)
+class AveragingJob:
+    """One attempt to average: everything that the members must know alike."""
+
+    group: bytes  # 32-byte id
+    peers: tuple[PeerId, ...]  # in the roster's order
+    weights: tuple[int, ...]  # tokens; 0 brings nothing, and may still reduce
+    spans: tuple[tuple[int, int], ...]  # values at CHUNK_VALUES boundaries, one for each peer; empty for a client
+    deadline_seconds: float  # for the whole
+    sender_seconds: float  # a sender without progress for so long is left out
+
+
+@dataclass(frozen=True)
+class AveragingOutcome:
+    """What came of a job. A span is here whole, or in `failed` with the reason."""
+
+    parts: Mapping[int, bytes]  # encoded means, by index of the span
+    included: tuple[int, ...]  # members inside the mean of our own span
+    failed: Mapping[int, str]
+    seconds: float
+    bytes_sent: int  # encoded values, without what carries them
+    bytes_received: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of all messages since the engine started."""
+
+    sent: int
+    received: int
+
+
+class Engine:
+    """A running engine. Whoever starts it must `stop` it; `closed` tells when it ended by itself."""
+
+    def __init__(self, child: Child, on_message: Callable[[PeerId, bytes], None]) -> None:
+        self.peer = PeerId("")
+        self.addresses: tuple[str, ...] = ()
+        self.closed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._child = child
+        self._on_message = on_message
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[Frame]] = {}
+        self._reading = asyncio.create_task(self._read(child.channel))
+
+    @classmethod
+    async def start(
+        cls,
+        *,
+        runtime_dir: Path,
+        identity_path: Path,
+        run: RunId,
+        listen: Sequence[str],
+        rendezvous: Sequence[str],
+        codec: str,
+        parameters: int,
+        blob_dir: Path,
+        on_message: Callable[[PeerId, bytes], None],
+        log: Any = None,
+    ) -> Engine:
+        """Start the process and its p2pd. `listen` and `rendezvous` are multiaddrs; a client listens on none."""
+        engine = cls(await Child.start("node.swarm", env=ENVIRONMENT, log=log), on_message)
+        settings = {
+            "runtime_dir": str(runtime_dir),
+            "identity_path": str(identity_path),
+            "run": run,
+            "listen": list(listen),
+            "rendezvous": list(rendezvous),
+            "codec": codec,
+            "parameters": parameters,
+            "blob_dir": str(blob_dir),
+        }
+        try:
+            started = await engine._ask("start", settings, seconds=START_SECONDS)
+        except BaseException:
+            await engine.stop()
+            raise
+        engine.peer = PeerId(started.body["peer"])
+        engine.addresses = tuple(started.body["addresses"])
+        return engine
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    async def set_roster(self, peers: Mapping[PeerId, Sequence[str]]) -> None:
+        """Who is answered at all, and where they are. Replaces the roster before."""
+        await self._ask("roster", {"peers": {peer: list(addresses) for peer, addresses in peers.items()}})
+
+    async def send(self, peer: PeerId, envelope: bytes, *, timeout_seconds: float) -> None:
+        """Hand one PeerEnvelope to a peer; refused as UNREACHABLE when it did not take it."""
+        if len(envelope) > PEER_MESSAGE_BYTES_MAX:
+            raise Refused(Code.LIMIT, f"a message of {len(envelope)} bytes, at most {PEER_MESSAGE_BYTES_MAX}")
+        await self._ask("send", {"peer": peer, "seconds": timeout_seconds}, envelope, seconds=timeout_seconds)
+
+    async def average(self, job: AveragingJob, payload: bytes) -> AveragingOutcome:
+        """Average the encoded vector with the group. What fails is in the outcome; only a wrong job is refused."""
+        body = asdict(job) | {"group": job.group.hex()}
+        answer = await self._ask("average", body, payload, seconds=job.deadline_seconds)
+        outcome, parts, at = answer.body, {}, 0
+        for index, size in outcome["parts"]:
+            parts[index] = answer.payload[at : at + size]
+            at += size
+        return AveragingOutcome(
+            parts=parts,
+            included=tuple(outcome["included"]),
+            failed={int(index): reason for index, reason in outcome["failed"].items()},
+            seconds=outcome["seconds"],
+            bytes_sent=outcome["bytes_sent"],
+            bytes_received=outcome["bytes_received"],
+        )
+
+    async def cancel(self, group: bytes) -> None:
+        """Give a group up: its `average` returns with what is complete."""
+        await self._ask("cancel", {"group": group.hex()})
+
+    async def fetch_part(self, peer: PeerId, digest: Digest, size: int, *, timeout_seconds: float) -> bytes:
+        """A part from a peer that keeps it: `size` bytes, whose hash the caller checks."""
+        body = {"peer": peer, "digest": digest, "size": size, "seconds": timeout_seconds}
+        return (await self._ask("fetch", body, seconds=timeout_seconds)).payload
+
+    async def usage(self) -> Usage:
+        return Usage(**(await self._ask("usage", {})).body["usage"])
+
+    async def stop(self) -> None:
+        await self._child.stop(grace_seconds=STOP_SECONDS)
+        await self._reading
+
+    async def _ask(
+        self, order: str, body: Mapping[str, Any], payload: bytes = b"", *, seconds: float = GRACE_SECONDS
+    ) -> Frame:
+        if self.closed.done():
+            raise Refused(Code.CHILD_DIED, "the engine has ended")
+        number = next(self._numbers)
+        answer: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            async with asyncio.timeout(seconds + GRACE_SECONDS):
+                await self._child.channel.send({"order": order, "number": number, **body}, payload)
+                frame = await answer
+        except ChannelClosed:
+            raise Refused(Code.CHILD_DIED, f"the engine ended during {order}") from None
+        except TimeoutError:
+            raise Refused(Code.CHILD_DIED, f"the engine does not answer to {order}") from None
+        finally:
+            self._answers.pop(number, None)
+        if "refused" in frame.body:
+            raise Refused.from_wire(frame.body["refused"], frame.body["what"])
+        return frame
+
+    async def _read(self, channel: Channel) -> None:
+        with suppress(ChannelClosed):
+            while True:
+                frame = await channel.receive()
+                if "message_from" in frame.body:
+                    self._on_message(PeerId(frame.body["message_from"]), frame.payload)
+                elif (answer := self._answers.get(frame.body["number"])) is not None and not answer.done():
+                    answer.set_result(frame)
+        code = await self._child.wait()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(ChannelClosed("the engine has ended"))
+        self.closed.set_result(code)

@@ -1,0 +1,181 @@
+"""What this machine offers: threads, memory, disk and accelerators. Imports torch only in a child of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from protocol.errors import Code, Refused
+
+DEVICES_SECONDS_MAX = 120  # a first import of torch from a cold disk takes a minute
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes about 2^63 for "no limit"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, by the name that torch gives it."""
+
+    name: str  # cuda:0, mps
+    title: str
+    memory_bytes: int
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What may be used here, with the limits of affinity and cgroups taken off."""
+
+    threads: int
+    memory_bytes: int
+    memory_available_bytes: int
+    disk_free_bytes: int
+    processor: str
+    system: str
+
+
+def measure(folder: Path, *, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> Machine:
+    """`folder` is where this program would write; its disk is the one that counts."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    for limit, used in _memory_limits(cgroups, own):
+        total, available = min(total, limit), min(available, max(0, limit - used))
+    return Machine(
+        threads=usable_threads(cgroups=cgroups, own=own),
+        memory_bytes=total,
+        memory_available_bytes=available,
+        disk_free_bytes=shutil.disk_usage(_existing(folder)).free,
+        processor=platform.processor() or platform.machine(),
+        system=f"{platform.system()} {platform.release()}",
+    )
+
+
+def usable_threads(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
+    """Processors that this process may run on, and no more than its cgroups grant time for."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, min([count, *(math.ceil(quota) for quota in _quotas(cgroups, own))]))
+
+
+async def find_devices() -> tuple[Device, ...]:
+    """Ask torch in a child, so that no accelerator is ever opened in this process; none if torch cannot say."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "node.hardware",
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), DEVICES_SECONDS_MAX)
+        return tuple(Device(**fields) for fields in json.loads(output.splitlines()[-1]))
+    except (TimeoutError, ValueError, IndexError, TypeError):
+        return ()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def torch_devices() -> tuple[Device, ...]:
+    """The same, in a process that uses torch anyway."""
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                Device(f"cuda:{index}", properties.name, properties.total_memory, bf16=properties.major >= 8)
+            )  # before Ampere bf16 is emulated, and slower than fp32
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", platform.processor() or "Apple GPU", psutil.virtual_memory().total, bf16=False))
+    return tuple(found)
+
+
+def choose_device(wanted: str, devices: Sequence[Device]) -> str:
+    """The torch name of what the volunteer asked for; never something else in its place."""
+    kind, _, number = wanted.partition(":")
+    same_kind = [device.name for device in devices if device.name.partition(":")[0] == kind]
+    match kind, number:
+        case "auto", "":
+            return devices[0].name if devices else "cpu"
+        case "cpu", "":
+            return "cpu"
+        case "cuda" | "mps", "" if same_kind:
+            return same_kind[0]
+        case "cuda", _ if wanted in same_kind:
+            return wanted
+    present = ", ".join(["cpu", *(device.name for device in devices)])
+    raise Refused(
+        Code.DEVICE_MISSING, f"device {wanted!r} not found ({len(same_kind)} {kind} present); here: {present}"
+    )
+
+
+def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
+    """Processors' worth of time, from every cgroup above this process."""
+    for folder in _own_folders(cgroups, own):
+        quota, period = [*_words(folder / "cpu.max"), "", ""][:2]  # version 2: "150000 100000" or "max 100000"
+        if not quota:
+            quota = "".join(_words(folder / "cpu.cfs_quota_us"))  # version 1: -1 is no quota
+            period = "".join(_words(folder / "cpu.cfs_period_us"))
+        if quota.isdigit() and period.isdigit() and int(quota) and int(period):
+            yield int(quota) / int(period)
+
+
+def _memory_limits(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) bytes of every cgroup above this process that has a limit."""
+    names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for folder in _own_folders(cgroups, own):
+        for limit_name, used_name in names:
+            limit, used = ("".join(_words(folder / name)) for name in (limit_name, used_name))
+            if limit.isdigit() and used.isdigit() and int(limit) < _UNLIMITED_BYTES:
+                yield int(limit), int(used)
+
+
+def _own_folders(cgroups: Path, own: Path) -> Iterator[Path]:
+    """The folders of this process's cgroups and of all above them, each once."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    seen = set()
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        top = cgroups / controllers if controllers else cgroups
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            folder = top.joinpath(*parts[:depth])
+            if folder not in seen:
+                seen.add(folder)
+                yield folder
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps([asdict(device) for device in torch_devices()]))

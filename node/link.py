@@ -1,0 +1,455 @@
+"""The link: a node's only door to its coordinator. Checks whatever comes through; decides nothing.
+
+Nothing is sent to a server that does not hold the pinned certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # an outage is ours to report, once
+
+import grpc
+
+from protocol import address, canonical, identity, tls
+from protocol.blobs import LEAF_BYTES, BlobStore, Writer, atomic_write, check_digest
+from protocol.errors import Code, Refused
+from protocol.identity import Key, coordinator_key, peer_id_of
+from protocol.invite import Invite
+from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION
+from protocol.types import (
+    BaseCheckpoint,
+    BlobRef,
+    Digest,
+    Head,
+    Lease,
+    LogEntry,
+    Manifest,
+    RunId,
+    Shard,
+    SignedManifest,
+    SignedPass,
+    SignedRoster,
+)
+from protocol.v1 import barnraise_pb2 as wire
+from protocol.v1 import barnraise_pb2_grpc as wire_grpc
+
+CONNECT_SECONDS: Final = 10.0  # a handshake over a satellite takes two
+CALL_SECONDS: Final = 20.0
+LOG_SECONDS: Final = 60.0  # 3 MB over a slow line
+LEAVES_SECONDS: Final = 180.0  # the coordinator reads a blob of up to 16 GiB first
+STALL_SECONDS: Final = 60.0  # a download from which nothing comes for so long is begun again where it stopped
+LEAVE_SECONDS: Final = 5.0  # whoever leaves does not wait for long
+UPLOAD_BYTES_PER_SECOND_MIN: Final = 16 << 10
+LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checked at their end
+OPTIONS: Final = (
+    ("grpc.ssl_target_name_override", tls.SERVER_NAME),
+    ("grpc.default_authority", tls.SERVER_NAME),
+    ("grpc.max_receive_message_length", CONTROL_BYTES_MAX + (64 << 10)),
+    ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),  # gRPC's own two minutes would outlast the outage
+    ("grpc.enable_http_proxy", 0),  # the pin was checked without one
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]  # bytes here, bytes in all
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where a coordinator is and how to know it: what a node keeps of its invite."""
+
+    addresses: tuple[str, ...]  # host:port
+    fingerprint: str
+    run: RunId
+
+    @classmethod
+    def of(cls, invite: Invite) -> Door:
+        return cls(invite.addresses, invite.fingerprint, invite.run)
+
+    @classmethod
+    def load(cls, path: Path) -> Door:
+        door = canonical.from_bytes(cls, path.read_bytes())
+        identity.check_run_id(door.run)
+        return door
+
+    def save(self, path: Path) -> None:
+        atomic_write(path, canonical.to_bytes(self))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a coordinator says to a node that it lets in; all of it checked."""
+
+    signed_pass: SignedPass
+    manifest: SignedManifest
+    roster: SignedRoster | None
+    base: BaseCheckpoint
+    rendezvous: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    skew_seconds: float  # how far the coordinator's clock is ahead of ours
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a node says of itself."""
+
+    activity: str
+    head: Head | None = None
+    epoch: int = -1  # of the newest roster that it holds
+    known_round: int = 0  # the coordinator's head, as the node knows it
+    addresses: tuple[str, ...] = ()
+    lease_ids: tuple[str, ...] = ()
+    tokens_per_second: float = 0.0
+    train_loss: float | None = None
+    busy_share: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True)
+class News:
+    roster: SignedRoster | None  # when newer than the node's
+    head_round: int
+    wanted: tuple[Digest, ...]  # parts that the coordinator lacks
+    renewed: tuple[str, ...]  # lease ids
+    notice: str
+    coordinator_ms: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """Consecutive entries of the log, the rosters that they name, and the newest base checkpoint."""
+
+    entries: tuple[LogEntry, ...]
+    rosters: tuple[SignedRoster, ...]
+    base: BaseCheckpoint
+
+
+@dataclass(frozen=True)
+class _Hello:
+    """What an open says again when the coordinator has forgotten the session."""
+
+    invite: str
+    name: str
+    addresses: tuple[str, ...]
+    software: str
+
+
+class Link:
+    """One coordinator, as one node talks to it. Open it first; it opens a lost session again by itself."""
+
+    def __init__(self, door: Door, *, key: Key, transport_key: Key) -> None:
+        self.door = door
+        self.peer = peer_id_of(transport_key.public_bytes)
+        self._key = key
+        self._transport_key = transport_key
+        self._coordinator = coordinator_key(door.run)
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: wire_grpc.CoordinatorAsyncStub | None = None
+        self._session = ""
+        self._hello = _Hello("", "", (), "")
+        self._opening = asyncio.Lock()
+
+    async def open(
+        self, *, invite: str = "", name: str = "", addresses: Sequence[str] = (), software: str = ""
+    ) -> Opened:
+        """Connect at the first address that answers with the pinned certificate, and be let in.
+
+        The invite is needed once; later the node's key is known.
+        """
+        async with self._opening:
+            self._hello = _Hello(invite, name, tuple(addresses)[:ADDRESSES_MAX], software)
+            await self._connect()
+            return await self._enter()
+
+    async def heartbeat(self, beat: Beat, *, wait_seconds: float = 0.0) -> News:
+        """Say how things are; answered at once when there is news, else after about `wait_seconds`."""
+        request = wire.HeartbeatRequest(
+            activity=beat.activity,
+            head_round=beat.head.round if beat.head else 0,
+            head_hash=beat.head.hash if beat.head else "",
+            epoch=beat.epoch + 1,
+            addresses=beat.addresses[:ADDRESSES_MAX],
+            tokens_per_second=beat.tokens_per_second,
+            train_loss=math.nan if beat.train_loss is None else beat.train_loss,
+            wait_seconds=wait_seconds,
+            bytes_sent=beat.bytes_sent,
+            bytes_received=beat.bytes_received,
+            lease_ids=beat.lease_ids,
+            busy_share=min(max(beat.busy_share, 0.0), 1.0),
+            known_round=beat.known_round,
+        )
+        reply: wire.HeartbeatReply = await self._call("Heartbeat", request, seconds=wait_seconds + CALL_SECONDS)
+        return News(
+            self._roster(reply.roster) if reply.roster else None,
+            reply.head_round,
+            tuple(check_digest(digest) for digest in reply.wanted),
+            tuple(reply.renewed),
+            canonical.shown(reply.notice),
+            reply.coordinator_ms,
+            reply.finished,
+        )
+
+    async def acquire_leases(self, sequences: int) -> tuple[Lease, ...]:
+        reply: wire.LeaseReply = await self._call("AcquireLeases", wire.LeaseRequest(sequences=sequences))
+        leases = tuple(canonical.from_bytes(Lease, data) for data in reply.leases)
+        for lease in leases:
+            if lease.node != self._key.public or not 0 <= lease.range.start < lease.range.stop:
+                raise Refused(Code.FIELD, f"lease {canonical.shown(lease.lease_id)} is not one of this node's")
+        return leases
+
+    async def read_log(self, from_round: int) -> Page:
+        """The next entries from a round on; none when the log ends before it."""
+        request = wire.ReadLogRequest(from_round=from_round)
+        reply: wire.ReadLogReply = await self._call("ReadLog", request, seconds=LOG_SECONDS)
+        entries = tuple(canonical.from_bytes(LogEntry, data) for data in reply.entries)
+        for expected, entry in enumerate(entries, from_round):
+            if entry.record.round != expected or entry.record.run != self.door.run:
+                raise Refused(Code.RECORD_BAD, f"record {entry.record.round}, expected {expected}")
+        rosters = tuple(self._roster(data) for data in reply.rosters)
+        return Page(entries, rosters, canonical.from_bytes(BaseCheckpoint, reply.base))
+
+    async def push_entry(self, entry: LogEntry) -> tuple[Digest, ...]:
+        """Bring a certified record; tells which parts the coordinator lacks."""
+        request = wire.PushEntryRequest(entry=canonical.to_bytes(entry))
+        reply: wire.PushEntryReply = await self._call("PushEntry", request)
+        return tuple(check_digest(digest) for digest in reply.missing)
+
+    async def fetch_blob(self, ref: BlobRef, store: BlobStore, on_progress: Progress | None = None) -> None:
+        """Bring a blob into the store. An earlier download goes on where it stopped, and so does a cut one."""
+        if store.has(ref.digest):
+            return
+        with store.writer(ref.digest, ref.size, await self._leaves(ref)) as writer:
+            while writer.position < ref.size:
+                before, session = writer.position, self._session
+                try:
+                    async with aclosing(self._chunks(ref.digest, before)) as chunks:
+                        async for chunk in chunks:
+                            _take(writer, chunk)
+                            if on_progress is not None:
+                                on_progress(writer.position, ref.size)
+                except Refused as refusal:
+                    if refusal.reason is Code.SESSION:
+                        await self._reenter(session)
+                        continue
+                    if refusal.reason is not Code.UNREACHABLE or writer.position == before:
+                        raise
+                if writer.position == before:
+                    raise Refused(Code.BLOB_CORRUPT, f"blob {ref.digest[:12]} ends at {before:,} of {ref.size:,} bytes")
+            writer.finish()
+
+    async def upload_part(self, digest: Digest, data: bytes) -> bool:
+        """Give the coordinator a part that it wants; false when it had it already."""
+
+        async def chunks() -> AsyncIterator[wire.BlobChunk]:
+            for offset in range(0, len(data), BLOB_CHUNK_BYTES):
+                piece = data[offset : offset + BLOB_CHUNK_BYTES]
+                yield wire.BlobChunk(data=piece, offset=offset, digest=digest, size=len(data))
+
+        seconds = CALL_SECONDS + len(data) / UPLOAD_BYTES_PER_SECOND_MIN
+        reply: wire.WriteBlobReply = await self._call("WriteBlob", chunks, seconds=seconds)
+        return reply.stored
+
+    async def leave(self, why: str = "") -> None:
+        """Give the leases back, and close."""
+        try:
+            await self._once("Leave", wire.LeaveRequest(why=why[:80]), seconds=LEAVE_SECONDS)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        channel, self._channel, self._stub, self._session = self._channel, None, None, ""
+        if channel is not None:
+            await channel.close(None)
+
+    # connecting
+
+    async def _connect(self) -> None:
+        await self.close()
+        failures: list[Refused] = []
+        for text in self.door.addresses:
+            found = address.parse(text)
+            if found is None:
+                continue
+            try:
+                root = await asyncio.to_thread(
+                    tls.fetch_pinned, found, self.door.fingerprint, timeout_seconds=CONNECT_SECONDS
+                )
+            except Refused as refusal:
+                failures.append(refusal)
+                continue
+            self._channel = grpc.aio.secure_channel(text, grpc.ssl_channel_credentials(root), OPTIONS)
+            self._stub = wire_grpc.CoordinatorStub(self._channel)
+            return
+        impostors = [refusal for refusal in failures if refusal.reason is Code.PIN_MISMATCH]
+        raise next(iter(impostors + failures), Refused(Code.UNREACHABLE, "no address of the coordinator is known"))
+
+    async def _enter(self) -> Opened:
+        """Answer a challenge with both keys; then check all that is said in return."""
+        node, began = self._key.public, time.time()
+        asked = wire.ChallengeRequest(node=node, protocol=PROTOCOL_VERSION)
+        challenge: wire.ChallengeReply = await self._once("Challenge", asked)
+        skew_seconds = challenge.coordinator_ms / 1000 - (began + time.time()) / 2
+        proof = challenge.nonce + self.door.run.encode()
+        request = wire.OpenRequest(
+            node=node,
+            nonce=challenge.nonce,
+            signature=bytes.fromhex(self._key.sign("open", proof)),
+            invite=self._hello.invite,
+            peer=self.peer,
+            peer_public_key=self._transport_key.public_bytes,
+            peer_signature=bytes.fromhex(self._transport_key.sign("peer", proof + node.encode())),
+            addresses=self._hello.addresses,
+            name=self._hello.name,
+            protocol=PROTOCOL_VERSION,
+            software=self._hello.software,
+        )
+        reply: wire.OpenReply = await self._once("Open", request)
+        opened = self._opened(reply, skew_seconds)
+        self._session = reply.session
+        return opened
+
+    def _opened(self, reply: wire.OpenReply, skew_seconds: float) -> Opened:
+        signed = canonical.from_bytes(SignedManifest, reply.manifest)
+        manifest = identity.check_manifest(self._coordinator, signed)
+        if manifest.run != self.door.run:
+            raise Refused(Code.SIGNATURE, f"the manifest is of run {manifest.name}, not of this one")
+        return Opened(
+            self._pass(getattr(reply, "pass"), reply.coordinator_ms),
+            signed,
+            self._roster(reply.roster) if reply.roster else None,
+            _base(reply.base, manifest),
+            tuple(canonical.shown(text) for text in reply.rendezvous[:ADDRESSES_MAX]),
+            tuple(canonical.from_bytes(Shard, data) for data in reply.shards),
+            skew_seconds,
+        )
+
+    def _pass(self, data: bytes, coordinator_ms: int) -> SignedPass:
+        """Checked by the coordinator's clock: ours may be wrong."""
+        signed = canonical.from_bytes(SignedPass, data)
+        body = identity.check_pass(self._coordinator, signed, coordinator_ms)
+        if (body.run, body.node, body.peer) != (self.door.run, self._key.public, self.peer):
+            raise Refused(Code.SIGNATURE, "the pass is not for this node")
+        return signed
+
+    def _roster(self, data: bytes) -> SignedRoster:
+        signed = canonical.from_bytes(SignedRoster, data)
+        if identity.check_roster(self._coordinator, signed).run != self.door.run:
+            raise Refused(Code.SIGNATURE, "the roster is of another run")
+        return signed
+
+    # calling
+
+    async def _call(self, method: str, request: Any, *, seconds: float = CALL_SECONDS) -> Any:
+        """One call; a second one after a session that the coordinator has forgotten was opened again."""
+        session = self._session
+        try:
+            return await self._once(method, request, seconds=seconds)
+        except Refused as refusal:
+            if refusal.reason is not Code.SESSION:
+                raise
+        await self._reenter(session)
+        return await self._once(method, request, seconds=seconds)
+
+    async def _reenter(self, forgotten: str) -> None:
+        async with self._opening:
+            if self._session == forgotten:  # else another call has done it
+                await self._enter()
+
+    async def _once(self, method: str, request: Any, *, seconds: float = CALL_SECONDS) -> Any:
+        """A request is a message, or a function that begins a stream of them."""
+        if self._stub is None:
+            raise Refused(Code.UNREACHABLE, "the link to the coordinator is not open")
+        stub = self._stub
+        message = request() if callable(request) else request
+        try:
+            return await getattr(stub, method)(message, timeout=seconds, metadata=self._metadata())
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error) from None
+        except asyncio.CancelledError:
+            raise self._closed(stub) from None
+
+    async def _chunks(self, digest: Digest, offset: int) -> AsyncGenerator[wire.BlobChunk, None]:
+        """A download from an offset on; a stall or a cut ends it as UNREACHABLE."""
+        if self._stub is None:
+            raise Refused(Code.UNREACHABLE, "the link to the coordinator is not open")
+        stub = self._stub
+        call = stub.ReadBlob(wire.ReadBlobRequest(digest=digest, offset=offset), metadata=self._metadata())
+        try:
+            while True:
+                async with asyncio.timeout(STALL_SECONDS):
+                    chunk = await call.read()
+                if not isinstance(chunk, wire.BlobChunk):  # grpc.aio.EOF
+                    return
+                yield chunk
+        except TimeoutError:
+            raise Refused(Code.UNREACHABLE, f"nothing came for {STALL_SECONDS:.0f} seconds") from None
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error) from None
+        except asyncio.CancelledError:
+            raise self._closed(stub) from None
+        finally:
+            call.cancel()
+
+    async def _leaves(self, ref: BlobRef) -> bytes | None:
+        if not BLOB_CHUNK_BYTES < ref.size <= LEAVES_BYTES_MAX // LEAF_BYTES * BLOB_CHUNK_BYTES:
+            return None
+        request = wire.ReadLeavesRequest(digest=ref.digest)
+        reply: wire.ReadLeavesReply = await self._call("ReadLeaves", request, seconds=LEAVES_SECONDS)
+        return reply.leaves or None
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("session", self._session),) if self._session else ()
+
+    def _closed(self, stub: object) -> BaseException:
+        """gRPC cancels the waiting call when its channel is closed, which must not look like our own task's end."""
+        task = asyncio.current_task()
+        if self._stub is not stub and task is not None and not task.cancelling():
+            return Refused(Code.UNREACHABLE, "the link to the coordinator was closed")
+        return asyncio.CancelledError()
+
+
+def _base(data: bytes, manifest: Manifest) -> BaseCheckpoint:
+    base = canonical.from_bytes(BaseCheckpoint, data)
+    if base.round == 0 and base.state != manifest.genesis:
+        raise Refused(Code.STATE_MISMATCH, "the first base checkpoint is not the manifest's first state")
+    return base
+
+
+def _take(writer: Writer, chunk: wire.BlobChunk) -> None:
+    if chunk.size != writer.size:
+        raise Refused(Code.BLOB_CORRUPT, f"a blob of {chunk.size} bytes, expected {writer.size}")
+    writer.write(chunk.data, chunk.offset)
+
+
+def _refusal(error: grpc.aio.AioRpcError) -> Refused:
+    """A refusal that the coordinator named, or what the network did."""
+    what = canonical.shown(error.details() or error.code().name.lower())
+    named = _named(error.trailing_metadata() or ())
+    if named:
+        return Refused.from_wire(named, what)
+    match error.code():
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Refused(Code.LIMIT, what)
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return Refused(Code.VERSION, f"the coordinator does not know a call: {what}")
+        case _:
+            return Refused(Code.UNREACHABLE, what)
+
+
+def _named(metadata: Iterable[Any]) -> str:
+    return next((str(value) for key, value in metadata if key == "barnraise-code"), "")

@@ -1,0 +1,344 @@
+"""One group's averaging: hivemind's butterfly all-reduce over spans that stay encoded and count whole or not at all.
+
+Knows nothing of rosters, rounds or sockets. A reducer takes every sender's encoded chunks of its span, decides once
+who counts, encodes the mean once, and sends the same bytes to everyone. Weights and spans come from the plan, never
+from the wire; nothing a sender does can touch a span other than by being left out of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from hivemind.averaging.allreduce import AllReduceRunner
+from hivemind.averaging.partition import AllreduceException, BannedException, TensorPartContainer, TensorPartReducer
+from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
+from hivemind.proto import averaging_pb2, runtime_pb2
+from hivemind.utils.asyncio import aiter_with_timeout
+
+from protocol.codec import Codec
+from protocol.errors import Refused
+from protocol.limits import CHUNK_VALUES
+
+CODES: Final = {"fp16": 101, "int8": 102, "int4": 103}  # Tensor.compression; hivemind's own codecs end below 100
+GATHER_SHARE: Final = 0.5  # of the deadline: sending the means takes as long as gathering did
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every member of a group knows alike before the first byte is sent."""
+
+    group: bytes
+    peers: tuple[PeerID, ...]
+    weights: tuple[int, ...]  # tokens; 0 brings nothing, and may still reduce
+    spans: tuple[tuple[int, int], ...]  # values, one span for each peer; empty for a client
+    deadline_seconds: float
+    sender_seconds: float  # without progress
+
+
+class Violation(AllreduceException):  # type: ignore[misc]
+    """A member sent what no honest member sends."""
+
+
+class SpanContainer(TensorPartContainer):  # type: ignore[misc]
+    """The local vector, already encoded, cut at chunk boundaries; and the means that came back for each span."""
+
+    def __init__(self, payload: bytes, spans: Sequence[tuple[int, int]], codec: Codec) -> None:
+        super().__init__((), [stop - start for start, stop in spans])
+        self.failed: dict[int, str] = {}
+        self._code = CODES[codec.name]
+        self._settled: asyncio.Queue[int] = asyncio.Queue()
+        self.num_parts_by_peer = tuple(len(chunks(span)) for span in spans)
+        whole = memoryview(payload)
+        for index, (start, stop) in enumerate(spans):
+            offset = codec.encoded_bytes(start)
+            for values in chunks((start, stop)) if payload else ():
+                size = codec.encoded_bytes(values)
+                self._input_parts_by_peer[index].append(whole[offset : offset + size])
+                offset += size
+
+    def own_parts(self, peer_index: int) -> deque[memoryview]:
+        return self._input_parts_by_peer[peer_index]  # type: ignore[no-any-return]
+
+    async def iterate_input_parts_for(self, peer_index: int) -> AsyncIterator[runtime_pb2.Tensor]:
+        for part in tuple(self._input_parts_by_peer[peer_index]):
+            yield runtime_pb2.Tensor(compression=self._code, buffer=bytes(part))
+
+    def register_processed_part(self, peer_index: int, part_index: int, part: bytes) -> None:
+        super().register_processed_part(peer_index, part_index, part)
+        if self._outputs_registered_by_peer[peer_index] == self.num_parts_by_peer[peer_index]:
+            self._settled.put_nowait(peer_index)
+
+    def register_failed_reducer(self, peer_index: int, reason: str = "failed") -> None:
+        self.failed[peer_index] = reason
+        self._settled.put_nowait(peer_index)
+
+    async def iterate_output_tensors(self) -> AsyncIterator[tuple[int, bytes]]:
+        """Whole spans in the order in which they settle; failed ones are left out."""
+        for _ in range(sum(parts > 0 for parts in self.num_parts_by_peer)):
+            index = await self._settled.get()
+            if index not in self.failed:
+                yield index, b"".join(self._output_parts_by_peer[index])
+                self._output_parts_by_peer[index].clear()
+
+
+class SpanReducer(TensorPartReducer):  # type: ignore[misc]
+    """Buffers every sender's encoded span, then computes one mean of those that came whole and valid."""
+
+    def __init__(self, part_values: Sequence[int], weights: Sequence[int], codec: Codec) -> None:
+        self.included: tuple[int, ...] = ()
+        self._weights = weights
+        self._codec = codec
+        self._received: list[list[bytes]] = [[] for _ in weights]
+        self._means: list[asyncio.Future[bytes]] = [asyncio.get_running_loop().create_future() for _ in part_values]
+        self._awaited = {index for index, weight in enumerate(weights) if weight > 0}
+        self._reducing: asyncio.Task[None] | None = None
+        super().__init__(tuple(torch.Size((values,)) for values in part_values), len(weights))
+
+    def reset_accumulators(self) -> None:
+        self.check_current_part_finished()
+
+    @property
+    def awaited(self) -> frozenset[int]:
+        """Senders that may still count."""
+        return frozenset(self._awaited)
+
+    async def accumulate_part(
+        self, sender_index: int, part_index: int, tensor_part: bytes, weight: float = 0.0
+    ) -> None:
+        """Take one encoded chunk; the weight that came with it is ignored."""
+        if self.sender_failed_after[sender_index] != float("inf") or self.finished.is_set():
+            raise BannedException(f"sender {sender_index} comes too late")
+        if self._weights[sender_index] == 0:
+            raise Violation(f"sender {sender_index} has no weight and sent a chunk")
+        if part_index != self.num_parts_received[sender_index] or part_index >= self.num_parts:
+            raise Violation(f"sender {sender_index} sent chunk {part_index} out of turn")
+        values = self.part_shapes[part_index].numel()
+        try:
+            self._codec.check(tensor_part, values)  # kept encoded: as float32 the buffers would be 8 times as large
+        except Refused as refused:
+            raise Violation(f"sender {sender_index}, chunk {part_index}: {refused.what}") from refused
+        self._received[sender_index].append(tensor_part)
+        self.num_parts_received[sender_index] += 1
+        if self.num_parts_received[sender_index] == self.num_parts:
+            self._awaited.discard(sender_index)
+            self.check_current_part_finished()
+
+    def on_sender_failed(self, sender_index: int) -> None:
+        if sender_index in self._awaited:
+            self.sender_failed_after[sender_index] = self.num_parts_received[sender_index]
+            self._awaited.discard(sender_index)
+            self._received[sender_index].clear()
+            self.check_current_part_finished()
+
+    def check_current_part_finished(self) -> None:
+        if not self._awaited and self._reducing is None and self._means:
+            self._reducing = asyncio.create_task(self._reduce())
+
+    async def mean(self, part_index: int) -> bytes:
+        return await asyncio.shield(self._means[part_index])
+
+    def finalize(self) -> None:
+        if not self.finished.is_set():
+            self._fail("the group has ended")
+
+    async def _reduce(self) -> None:
+        included = tuple(index for index, parts in enumerate(self._received) if len(parts) == self.num_parts)
+        if not included:
+            self._fail("no valid contribution arrived")
+            return
+        self.included = included
+        try:
+            for part_index, mean in enumerate(self._means):
+                encoded = await asyncio.to_thread(self._mean_of, part_index)
+                if not mean.done():
+                    mean.set_result(encoded)
+        except Refused as refused:
+            self._fail(refused.what)
+        self._received = [[] for _ in self._weights]
+        self.finished.set()
+
+    def _mean_of(self, part_index: int) -> bytes:
+        """In float32, in the roster's order, so that anyone who repeats it gets the same bits."""
+        values = self.part_shapes[part_index].numel()
+        total = sum(self._weights[index] for index in self.included)
+        mean = np.zeros(values, np.float32)
+        for index in self.included:
+            mean += self._codec.decode(self._received[index][part_index], values) * np.float32(
+                self._weights[index] / total
+            )
+        return self._codec.encode(mean)
+
+    def _fail(self, reason: str) -> None:
+        self.included = ()
+        for mean in self._means:
+            if not mean.done():
+                mean.set_exception(AllreduceException(reason))
+                mean.exception()  # retrieved here, as it may be that nobody waits for it
+        self.finished.set()
+
+
+class GroupRunner(AllReduceRunner):  # type: ignore[misc]
+    """This peer's side of one group: a stream to each reducer, and a stream from each member to our own span."""
+
+    def __init__(
+        self, *, p2p: P2P, servicer_type: type[ServicerBase], prefix: str, plan: Plan, payload: bytes, codec: Codec
+    ) -> None:
+        super().__init__(
+            p2p=p2p,
+            servicer_type=servicer_type,
+            prefix=prefix,
+            group_id=plan.group,
+            tensors=(),
+            ordered_peer_ids=plan.peers,
+            peer_fractions=tuple(stop - start for start, stop in plan.spans),
+            sender_timeout=plan.sender_seconds,
+        )
+        self.index = plan.peers.index(self.peer_id)
+        self.bytes_sent = self.bytes_received = 0
+        self._plan = plan
+        self._codec = codec
+        self._gathered_by = time.monotonic() + plan.deadline_seconds * GATHER_SHARE
+        self._streams: set[PeerID] = set()
+        self.tensor_part_container = SpanContainer(payload if plan.weights[self.index] else b"", plan.spans, codec)
+        self.tensor_part_reducer = SpanReducer(chunks(plan.spans[self.index]), plan.weights, codec)
+
+    @property
+    def failed(self) -> dict[int, str]:
+        return dict(self.tensor_part_container.failed)
+
+    @property
+    def included(self) -> tuple[int, ...]:
+        return self.tensor_part_reducer.included
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
+    ) -> AsyncGenerator[averaging_pb2.AveragingData, None]:
+        """A member sends its chunks of our span; once the span is decided it gets the means, late or not."""
+        if context.remote_id in self._streams or not self.tensor_part_container.num_parts_by_peer[self.index]:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        self._streams.add(context.remote_id)
+        self.active_senders.add(context.remote_id)
+        if len(self.active_senders) == len(self.sender_peer_ids):
+            self.all_senders_started.set()
+        try:
+            await self._gather(stream, self.ordered_peer_ids.index(context.remote_id))
+        except (BannedException, TimeoutError):
+            await self._ban_sender(context.remote_id)  # too slow to count, but welcome to the means
+        except Exception:  # Violation, or whatever else its bytes brought about
+            await self._ban_sender(context.remote_id)
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        try:
+            for part_index in range(self.tensor_part_reducer.num_parts):
+                encoded = await self.tensor_part_reducer.mean(part_index)
+                self.bytes_sent += len(encoded)
+                part = runtime_pb2.Tensor(compression=CODES[self._codec.name], buffer=encoded)
+                yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=part)
+        except AllreduceException:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR)
+
+    async def _gather(self, stream: AsyncIterator[averaging_pb2.AveragingData], sender_index: int) -> None:
+        reducer = self.tensor_part_reducer
+        if self._plan.weights[sender_index] == 0:
+            message = await asyncio.wait_for(anext(stream), self.sender_timeout)
+            if message.HasField("tensor_part"):
+                raise Violation(f"sender {sender_index} has no weight and sent a chunk")
+            return
+        part_index = 0
+        async for message in aiter_with_timeout(stream, self.sender_timeout):
+            part = self._part_of(message, averaging_pb2.PART_FOR_AVERAGING)
+            await reducer.accumulate_part(sender_index, part_index, part)
+            self.bytes_received += len(part)
+            part_index += 1
+            if part_index == reducer.num_parts:
+                return
+        raise BannedException(f"sender {sender_index} stopped after {part_index} of {reducer.num_parts} chunks")
+
+    async def _handle_missing_senders(self) -> None:
+        await super()._handle_missing_senders()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(
+                self.tensor_part_reducer.finished.wait(), max(0.0, self._gathered_by - time.monotonic())
+            )
+        for sender_index in self.tensor_part_reducer.awaited:
+            await self._ban_sender(self.ordered_peer_ids[sender_index])
+
+    async def _communicate_with_peer(self, peer_id: PeerID) -> None:
+        index = self.ordered_peer_ids.index(peer_id)
+        expected = self.tensor_part_container.num_parts_by_peer[index]
+        means = self._own_means() if index == self.index else self._means_from(peer_id, index)
+        registered = 0
+        try:
+            async with aclosing(means):
+                async for encoded in means:
+                    self.tensor_part_container.register_processed_part(index, registered, encoded)
+                    registered += 1
+                    if registered == expected:
+                        return
+            raise AllreduceException(f"its reducer sent {registered} of {expected} chunks")
+        except Exception as error:  # whatever befalls one span is that span's failure and nobody else's
+            self.tensor_part_container.register_failed_reducer(index, str(error) or type(error).__name__)
+
+    async def _own_means(self) -> AsyncGenerator[bytes, None]:
+        try:
+            for part_index, part in enumerate(self.tensor_part_container.own_parts(self.index)):
+                await self.tensor_part_reducer.accumulate_part(self.index, part_index, bytes(part))
+        except AllreduceException:
+            await self._ban_sender(self.peer_id)
+        for part_index in range(self.tensor_part_reducer.num_parts):
+            yield await self.tensor_part_reducer.mean(part_index)
+
+    async def _means_from(self, peer_id: PeerID, index: int) -> AsyncGenerator[bytes, None]:
+        await self._p2p.reach(peer_id)
+        stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(self._generate_input_for_peer(index))
+        patience = max(0.0, self._gathered_by - time.monotonic()) + self._plan.sender_seconds
+        async with aclosing(stream):
+            for values in chunks(self._plan.spans[index]):
+                try:
+                    message = await asyncio.wait_for(anext(stream), patience)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise AllreduceException("its reducer sent nothing in time") from None
+                encoded = self._part_of(message, averaging_pb2.AVERAGED_PART)
+                self._codec.check(encoded, values)
+                self.bytes_received += len(encoded)
+                yield encoded
+                patience = self._plan.sender_seconds
+
+    async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
+        opening = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=self.group_id)
+        async for part in self.tensor_part_container.iterate_input_parts_for(peer_index):
+            self.bytes_sent += len(part.buffer)
+            opening.tensor_part.CopyFrom(part)
+            yield opening
+            opening = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING)
+        if opening.group_id:
+            yield opening  # no weight: nothing to send, but the means are wanted
+
+    def _part_of(self, message: averaging_pb2.AveragingData, code: int) -> bytes:
+        if message.code != code:
+            raise Violation(f"message code {message.code}, wanted {code}")
+        if message.tensor_part.compression != CODES[self._codec.name]:
+            raise Violation(f"codec {message.tensor_part.compression}, wanted {CODES[self._codec.name]}")
+        return message.tensor_part.buffer  # type: ignore[no-any-return]
+
+    def finalize(self, **outcome: Any) -> None:
+        super().finalize(**outcome)
+        if not self._future.cancelled():
+            self._future.exception()  # told in the outcome; asyncio need not complain that nobody asked
+
+
+def chunks(span: tuple[int, int]) -> list[int]:
+    """How many values each chunk of a span holds."""
+    start, stop = span
+    return [min(CHUNK_VALUES, stop - at) for at in range(start, stop, CHUNK_VALUES)]

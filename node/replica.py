@@ -1,0 +1,112 @@
+"""This node's copy of the shared state: a base checkpoint and the log folded onto it. Blocking; knows no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from node.journal import Journal
+from node.training import Vectors
+from protocol.blobs import BlobStore, digest_of
+from protocol.codec import Codec
+from protocol.errors import Code, Refused
+from protocol.fold import Outer, fold
+from protocol.log import next_head
+from protocol.state import State, read_base, write_base
+from protocol.types import BaseCheckpoint, BlobRef, Digest, Head, LogEntry, Manifest
+
+ENTRIES_KEPT = 64  # rounds behind our own checkpoint that peers may still ask for
+
+
+class Replica:
+    """The state in the vector that the trainer shares, and how far the log has been folded into it."""
+
+    def __init__(
+        self, manifest: Manifest, *, journal: Journal, blobs: BlobStore, vectors: Vectors, codec: Codec, outer: Outer
+    ) -> None:
+        self._manifest = manifest
+        self._journal = journal
+        self._blobs = blobs
+        self._vectors = vectors
+        self._codec = codec
+        self._outer = outer
+        self._state: State | None = None
+        self.head: Head | None = None
+        self.digest = Digest("")
+        self.last: LogEntry | None = None
+
+    @property
+    def state(self) -> State:
+        assert self._state is not None, "no checkpoint has been loaded"
+        return self._state
+
+    def open_own(self, folder: Path) -> bool:
+        """Load the checkpoint that this node wrote itself, if there is a whole one, and fold its log onto it."""
+        base = self._journal.base()
+        path = folder / "base.safetensors"
+        if base is None or not path.exists():
+            return False
+        try:
+            self.load(base, path)
+        except Refused:  # rotten or torn: the coordinator has another
+            return False
+        self.replay()
+        return True
+
+    def load(self, base: BaseCheckpoint, path: Path) -> None:
+        """Start from a base checkpoint, checked against the digest that it was announced with."""
+        found = read_base(
+            path, parameters=self._manifest.parameters, momentum=self._outer.keeps_momentum, digest=base.state
+        )
+        if found.round != base.round:
+            raise Refused(Code.STATE_MISMATCH, f"base checkpoint of round {found.round}, expected {base.round}")
+        np.copyto(self._vectors.shared, found.params)
+        self._state = State(found.round, self._vectors.shared, found.momentum, found.consumed)
+        self.head = Head(base.round, base.head)
+        self.digest = base.state
+        self.last = None
+
+    def replay(self) -> None:
+        """Fold the entries that are on disk here, up to the first that lacks a part."""
+        while self.head is not None and (entry := self._journal.entry(self.head.round)) is not None:
+            if entry.record.previous != self.head.hash:
+                return
+            if not all(self._blobs.has(part.digest) for part in entry.record.parts):
+                return
+            self.fold(entry)
+
+    def fold(self, entry: LogEntry) -> Digest:
+        """Make the entry durable, then apply it. A crash in between is mended by the next replay."""
+        record = entry.record
+        if record.state != self.digest:
+            what = f"record {record.round} starts from state {record.state[:12]}, this replica is at {self.digest[:12]}"
+            raise Refused(Code.STATE_MISMATCH, what)
+        parts = {part.index: self._blobs.read(part.digest) for part in record.parts}
+        self._journal.append(entry)
+        fold(self.state, record, parts, self._codec, self._outer)
+        self.head, self.last = next_head(record), entry
+        self.digest = self.state.digest()
+        return self.digest
+
+    def save_base(self, folder: Path) -> None:
+        """Write our own checkpoint, and drop the log and parts that it makes needless."""
+        assert self.head is not None
+        path = folder / "base.safetensors"
+        state = write_base(path, self.state)
+        reference = BlobRef(Digest("0" * 64), path.stat().st_size)
+        self._journal.save_base(BaseCheckpoint(self.head.round, self.head.hash, state, reference))
+        oldest = self.head.round - ENTRIES_KEPT
+        number = oldest - 1
+        while (entry := self._journal.entry(number)) is not None:
+            for part in entry.record.parts:
+                self._blobs.delete(part.digest)
+            number -= 1
+        self._journal.forget_before(oldest)
+
+    def keep(self, data: bytes) -> Digest:
+        """Put a part where peers and the next start find it."""
+        digest = digest_of(data)
+        if not self._blobs.has(digest):
+            self._blobs.put_bytes(data)
+        return digest

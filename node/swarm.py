@@ -1,0 +1,377 @@
+"""The engine process, the only door to hivemind: P2P, DHT and averaging on one event loop. Started by node.engine.
+
+It obeys one parent, answers rostered peers, and knows nothing of rounds or models. p2pd, the libp2p process below it,
+dies with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import stat
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Any, Final
+from typing import AsyncIterator as Stream  # noqa: UP035  # hivemind tells streams by this one's name
+
+import torch
+from google.protobuf.message import DecodeError
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, PeerID, ServicerBase
+from hivemind.proto import averaging_pb2
+from hivemind.utils.asyncio import achain, as_aiter
+
+from node.p2p import CONNECT_SECONDS, GuardedP2P
+from node.reduction import GroupRunner, Plan
+from protocol.codec import Codec, codec
+from protocol.errors import Code, Refused
+from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CHUNK_VALUES, MEMBERS_MAX
+from protocol.process import Channel, ChannelClosed, Frame, parent_channel
+from protocol.v1 import barnraise_pb2
+
+EARLY_SECONDS: Final = 5.0  # how long a stream for a group that we do not know yet waits for our own Begin
+ADDRESS_SECONDS: Final = 900.0  # how long the DHT keeps where we are
+PUBLISH_SECONDS: Final = 300.0  # a third of it
+ADDRESS_CHARACTERS_MAX: Final = 256
+
+
+class BarnraisePeer(ServicerBase):  # type: ignore[misc]
+    """What rostered peers may ask of us. The names of the class and its methods are part of the wire."""
+
+    def __init__(
+        self,
+        p2p: GuardedP2P,
+        *,
+        run: str,
+        codec: Codec,
+        parameters: int,
+        blob_dir: Path,
+        deliver: Callable[[PeerID, bytes], Awaitable[None]],
+    ) -> None:
+        self._p2p = p2p
+        self._run = run
+        self._codec = codec
+        self._parameters = parameters
+        self._blob_dir = blob_dir
+        self._deliver = deliver
+        self._groups: dict[bytes, GroupRunner] = {}
+        self._averaging: dict[bytes, asyncio.Task[Any]] = {}
+        self._registered = asyncio.Condition()
+
+    async def rpc_message(self, request: barnraise_pb2.PeerEnvelope, context: P2PContext) -> barnraise_pb2.PeerAck:
+        await self._deliver(context.remote_id, request.SerializeToString())
+        return barnraise_pb2.PeerAck()
+
+    async def rpc_part(
+        self, request: barnraise_pb2.PartRequest, context: P2PContext
+    ) -> Stream[barnraise_pb2.PartChunk]:
+        """A blob we keep, if its size is the one asked for; else nothing."""
+        handle = _open_blob(self._blob_dir, request.digest, request.size)
+        if handle is None:
+            return
+        with os.fdopen(handle, "rb") as blob:
+            while data := await asyncio.to_thread(blob.read, BLOB_CHUNK_BYTES):
+                yield barnraise_pb2.PartChunk(data=data)
+
+    async def rpc_aggregate_part(
+        self, stream: Stream[averaging_pb2.AveragingData], context: P2PContext
+    ) -> Stream[averaging_pb2.AveragingData]:
+        async with asyncio.timeout(EARLY_SECONDS):
+            opening = await anext(stream, averaging_pb2.AveragingData())
+        runner = await self._group(opening.group_id)
+        if runner is None or context.remote_id not in runner:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.BAD_GROUP_ID)
+            return
+        async with aclosing(runner.rpc_aggregate_part(achain(as_aiter(opening), stream), context)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def _group(self, group: bytes) -> GroupRunner | None:
+        """An early bird waits a moment for us to hear of the group."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(EARLY_SECONDS), self._registered:
+                await self._registered.wait_for(lambda: group in self._groups)
+        return self._groups.get(group)
+
+    async def send(self, peer: PeerID, envelope: bytes) -> None:
+        await self._p2p.reach(peer)
+        request = barnraise_pb2.PeerEnvelope.FromString(envelope)
+        await self.get_stub(self._p2p, peer, namespace=self._run).rpc_message(request)
+
+    async def fetch(self, peer: PeerID, digest: str, size: int) -> bytes:
+        await self._p2p.reach(peer)
+        request = barnraise_pb2.PartRequest(digest=digest, size=size)
+        part = bytearray()
+        async with aclosing(await self.get_stub(self._p2p, peer, namespace=self._run).rpc_part(request)) as stream:
+            async for chunk in stream:
+                part += chunk.data
+                if len(part) > size:
+                    raise Refused(Code.BLOB_CORRUPT, f"{peer} sent more than the {size} bytes of {digest}")
+        if len(part) != size:
+            raise Refused(Code.UNREACHABLE, f"{peer} sent {len(part)} of the {size} bytes of {digest}")
+        return bytes(part)
+
+    async def average(self, plan: Plan, payload: bytes) -> tuple[dict[str, Any], bytes]:
+        """The outcome, and the bytes of the spans that it names."""
+        self._check(plan, payload)
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        runner = GroupRunner(
+            p2p=self._p2p,
+            servicer_type=type(self),
+            prefix=self._run,
+            plan=plan,
+            payload=payload,
+            codec=self._codec,
+        )
+        self._groups[plan.group] = runner
+        loop.call_later(plan.deadline_seconds, self._groups.pop, plan.group)  # late members may still want the means
+        async with self._registered:
+            self._registered.notify_all()
+        parts: dict[int, bytes] = {}
+
+        async def collect() -> None:
+            async with asyncio.timeout(plan.deadline_seconds), aclosing(runner.run()) as spans:
+                async for index, encoded in spans:
+                    parts.update({index: encoded})  # one by one: a deadline keeps what is complete
+
+        collecting = self._averaging[plan.group] = loop.create_task(collect())
+        await asyncio.wait({collecting})
+        del self._averaging[plan.group]
+        reason = "given up" if collecting.cancelled() else f"unfinished: {collecting.exception()!r}"
+        failed = runner.failed
+        for index, (start, stop) in enumerate(plan.spans):
+            if start < stop and index not in parts:
+                failed.setdefault(index, reason)
+        outcome = {
+            "parts": [(index, len(part)) for index, part in parts.items()],
+            "included": runner.included if runner.index in parts else (),
+            "failed": failed,
+            "seconds": time.monotonic() - began,
+            "bytes_sent": runner.bytes_sent,
+            "bytes_received": runner.bytes_received,
+        }
+        return outcome, b"".join(parts.values())
+
+    def cancel(self, group: bytes) -> None:
+        if (averaging := self._averaging.get(group)) is not None:
+            averaging.cancel()
+
+    def _check(self, plan: Plan, payload: bytes) -> None:
+        members = len(plan.peers)
+        if plan.group in self._groups:
+            raise Refused(Code.FIELD, f"group {plan.group.hex()[:16]} was averaged before")
+        if len(set(plan.peers)) != members or members > MEMBERS_MAX or self._p2p.peer_id not in plan.peers:
+            raise Refused(Code.FIELD, f"a group of {members} peers, wanted at most {MEMBERS_MAX} different ones and us")
+        if len(plan.weights) != members or len(plan.spans) != members or min(plan.weights) < 0:
+            raise Refused(Code.FIELD, f"{len(plan.weights)} weights and {len(plan.spans)} spans for {members} peers")
+        at = 0
+        for start, stop in plan.spans:
+            if start == stop:
+                continue
+            if start != at or stop < start or start % CHUNK_VALUES:
+                raise Refused(Code.FIELD, f"a span from {start} to {stop}, wanted one from {at} at a chunk's boundary")
+            at = stop
+        if at != self._parameters:
+            raise Refused(Code.FIELD, f"spans of {at} values, wanted {self._parameters}")
+        expected = self._codec.encoded_bytes(self._parameters)
+        if plan.weights[plan.peers.index(self._p2p.peer_id)] and len(payload) != expected:
+            raise Refused(Code.UPDATE_BAD, f"an encoded vector of {len(payload)} bytes, wanted {expected}")
+
+
+class Directory:
+    """Where peers are when the roster is out of date: the run's hivemind DHT. It carries addresses, never trust."""
+
+    def __init__(self, p2p: GuardedP2P, *, run: str, rendezvous: Sequence[str]) -> None:
+        self._p2p = p2p
+        self._run = run
+        self._rendezvous = rendezvous
+        self._node: DHTNode | None = None
+
+    async def keep(self) -> None:
+        """Say where we are, again and again; join first, as soon as a rendezvous answers."""
+        while self._rendezvous:
+            with suppress(P2PDaemonError, P2PHandlerError, TimeoutError, OSError):
+                await self._publish()
+            await asyncio.sleep(PUBLISH_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311  # only spreads the load
+
+    async def look_up(self, peer: PeerID) -> tuple[str, ...]:
+        with suppress(P2PDaemonError, P2PHandlerError, TimeoutError, OSError):
+            async with asyncio.timeout(CONNECT_SECONDS):
+                node = await self._join()
+                found = await node.get(f"{self._run}/{peer}") if node is not None else None
+                return _addresses(found.value) if found is not None else ()
+        return ()
+
+    async def _publish(self) -> None:
+        node = await self._join()
+        if node is None:
+            return
+        addresses, until = list(self._p2p.addresses()), time.time() + ADDRESS_SECONDS
+        await node.store(
+            f"{self._run}/{self._p2p.peer_id}", addresses, until
+        )  # a key for each: nobody writes another's
+
+    async def _join(self) -> DHTNode | None:
+        reached = [address for address in self._rendezvous if await self._p2p.reached(address)]
+        if self._node is None and reached:
+            self._node = await DHTNode.create(
+                self._p2p,
+                initial_peers=reached,
+                client_mode=True,  # asks, and is not asked: the rendezvous holds the few records
+                cache_locally=False,
+                cache_nearest=0,
+                ensure_bootstrap_success=False,
+                strict=False,
+            )
+        return self._node
+
+
+def _addresses(value: object) -> tuple[str, ...]:
+    """The multiaddrs in a stranger's record."""
+    if not isinstance(value, list | tuple) or len(value) > ADDRESSES_MAX:
+        return ()
+    texts = [text for text in value if isinstance(text, str) and len(text) <= ADDRESS_CHARACTERS_MAX]
+    return tuple(text for text in texts if re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d+", text))
+
+
+def _open_blob(folder: Path, digest: str, size: int) -> int | None:
+    """A file descriptor of a regular file named by 64 hex digits, or none."""
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        return None
+    try:
+        handle = os.open(folder / digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and found.st_size == size:
+        return handle
+    os.close(handle)
+    return None
+
+
+class Desk:
+    """The parent's orders, one task each, and the answers to them."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._p2p: GuardedP2P | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def work(self) -> None:
+        """Until the parent closes the channel or ends."""
+        try:
+            with suppress(ChannelClosed):
+                await self._start(await self._channel.receive())
+                while True:
+                    self._take(await self._channel.receive())
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._p2p is not None:
+                await self._p2p.shutdown()
+
+    async def _start(self, frame: Frame) -> None:
+        settings, number = frame.body, frame.body["number"]
+        assert settings["order"] == "start", "the first order is to start"
+        try:
+            self._p2p = p2p = await GuardedP2P.start(
+                runtime_dir=Path(settings["runtime_dir"]),
+                identity_path=Path(settings["identity_path"]),
+                listen=settings["listen"],
+            )
+        except Refused as refused:
+            await self._channel.send({"number": number, "refused": refused.reason.code, "what": refused.what})
+            raise ChannelClosed from refused
+        self._peer = BarnraisePeer(
+            p2p,
+            run=settings["run"],
+            codec=codec(settings["codec"]),
+            parameters=settings["parameters"],
+            blob_dir=Path(settings["blob_dir"]),
+            deliver=self._deliver,
+        )
+        await self._peer.add_p2p_handlers(p2p, namespace=settings["run"])
+        directory = Directory(p2p, run=settings["run"], rendezvous=settings["rendezvous"])
+        p2p.look_up = directory.look_up
+        self._spawn(directory.keep())
+        self._spawn(self._watch(p2p))
+        await self._channel.send({"number": number, "peer": str(p2p.peer_id), "addresses": p2p.addresses()})
+
+    async def _watch(self, p2p: GuardedP2P) -> None:
+        """An engine without p2pd is of no use: end, and let the parent start another."""
+        await p2p.ended()
+        os._exit(1)
+
+    async def _deliver(self, peer: PeerID, envelope: bytes) -> None:
+        await self._channel.send({"message_from": str(peer)}, envelope)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.body["order"] == "roster":  # at once, so that no later order meets the roster before
+            assert self._p2p is not None
+            peers = frame.body["peers"]
+            self._p2p.roster = {PeerID.from_base58(peer): tuple(addresses) for peer, addresses in peers.items()}
+        self._spawn(self._answer(frame))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, frame: Frame) -> None:
+        answer, payload = {"number": frame.body["number"]}, b""
+        try:
+            async with asyncio.timeout(frame.body.get("seconds")):
+                body, payload = await self._obey(frame)
+            answer |= body
+        except Refused as refused:
+            answer |= {"refused": refused.reason.code, "what": refused.what}
+        except TimeoutError:
+            answer |= {"refused": Code.UNREACHABLE.code, "what": f"no answer in {frame.body['seconds']} s"}
+        except (P2PDaemonError, P2PHandlerError, OSError, DecodeError) as error:
+            answer |= {"refused": Code.UNREACHABLE.code, "what": f"{error}"[:200]}
+        with suppress(ChannelClosed):
+            await self._channel.send(answer, payload)
+
+    async def _obey(self, frame: Frame) -> tuple[Mapping[str, Any], bytes]:
+        assert self._p2p is not None
+        body = frame.body
+        match body["order"]:
+            case "roster":
+                pass
+            case "send":
+                await self._peer.send(PeerID.from_base58(body["peer"]), frame.payload)
+            case "fetch":
+                return {}, await self._peer.fetch(PeerID.from_base58(body["peer"]), body["digest"], body["size"])
+            case "average":
+                return await self._peer.average(_plan(body), frame.payload)
+            case "cancel":
+                self._peer.cancel(bytes.fromhex(body["group"]))
+            case "usage":
+                return {"usage": {"sent": self._p2p.bytes_sent, "received": self._p2p.bytes_received}}, b""
+            case order:
+                raise AssertionError(f"unknown order {order}")
+        return {}, b""
+
+
+def _plan(body: Mapping[str, Any]) -> Plan:
+    return Plan(
+        group=bytes.fromhex(body["group"]),
+        peers=tuple(PeerID.from_base58(peer) for peer in body["peers"]),
+        weights=tuple(body["weights"]),
+        spans=tuple((start, stop) for start, stop in body["spans"]),
+        deadline_seconds=body["deadline_seconds"],
+        sender_seconds=body["sender_seconds"],
+    )
+
+
+async def main() -> None:
+    torch.set_num_threads(1)
+    await Desk(await parent_channel()).work()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

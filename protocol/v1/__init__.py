@@ -1,0 +1,1 @@
+"""The wire messages, and the code generated from them by `python -m protocol.generate`."""

@@ -1,0 +1,532 @@
+"""Averaging between real engines on loopback: what is agreed on, who is left out, and what a hostile peer achieves."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hivemind.p2p import PeerID
+from hivemind.proto import averaging_pb2, runtime_pb2
+
+from coordinator.rendezvous import Rendezvous
+from node.engine import AveragingJob, Engine
+from node.p2p import GuardedP2P
+from node.reduction import CODES
+from node.swarm import BarnraisePeer
+from protocol.codec import codec
+from protocol.errors import Code, Refused
+from protocol.identity import Key, libp2p_private_key_bytes
+from protocol.limits import CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
+from protocol.types import Digest, PeerId, RunId
+from protocol.v1 import barnraise_pb2
+
+RUN = RunId("ab" * 32 + ".averaging")
+LOCAL = "/ip4/127.0.0.1/tcp/0"
+VALUES = 5 * CHUNK_VALUES + 1001  # an odd tail
+SPANS = ((0, 2 * CHUNK_VALUES), (2 * CHUNK_VALUES, 4 * CHUNK_VALUES), (4 * CHUNK_VALUES, VALUES))
+WEIGHTS = (1000, 3000, 2000)
+
+
+class Swarm:
+    """Engines in folders of their own, and what they heard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.heard = defaultdict(list)
+
+    async def engine(self, name: str, *, codec_name: str = "int4", rendezvous=(), listen=(LOCAL,)) -> Engine:
+        home = self.folder / name
+        (home / "blobs").mkdir(parents=True, exist_ok=True)
+        if not (home / "identity").exists():
+            (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+        return await Engine.start(
+            runtime_dir=home / "run",
+            identity_path=home / "identity",
+            run=RUN,
+            listen=listen,
+            rendezvous=rendezvous,
+            codec=codec_name,
+            parameters=VALUES,
+            blob_dir=home / "blobs",
+            on_message=lambda peer, envelope: self.heard[name].append((peer, envelope)),
+        )
+
+    async def outsider(self, name: str) -> GuardedP2P:
+        """A peer of the test's own making, that can say anything."""
+        home = self.folder / name
+        home.mkdir()
+        (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+        return await GuardedP2P.start(runtime_dir=home / "run", identity_path=home / "identity", listen=[LOCAL])
+
+
+@contextlib.asynccontextmanager
+async def engines_of(swarm, count, **options):
+    engines = await asyncio.gather(*(swarm.engine(f"engine-{index}", **options) for index in range(count)))
+    try:
+        await introduce(*engines)
+        yield engines
+    finally:
+        await asyncio.gather(*(engine.stop() for engine in engines))
+
+
+async def introduce(*engines, others=()):
+    roster = {engine.peer: engine.addresses for engine in engines} | {str(p.peer_id): p.addresses() for p in others}
+    await asyncio.gather(*(engine.set_roster(roster) for engine in engines))
+
+
+def job_of(*peers, **changes):
+    job = AveragingJob(os.urandom(32), tuple(map(PeerId, peers)), WEIGHTS, SPANS, deadline_seconds=20, sender_seconds=3)
+    return replace(job, **changes)
+
+
+def vectors(count, seed=7):
+    random = np.random.default_rng(seed)
+    return [random.standard_normal(VALUES).astype(np.float32) * 1e-3 for _ in range(count)]
+
+
+def mean_of(how, encoded, weights):
+    total = sum(
+        weight * how.decode(data, VALUES).astype(np.float64) for data, weight in zip(encoded, weights, strict=True)
+    )
+    return total / sum(weights)
+
+
+def within_bound(how, got, wanted):
+    peaks = np.abs(np.pad(wanted, (0, -wanted.size % 64)).reshape(-1, 64)).max(axis=1).repeat(64)[: wanted.size]
+    return bool((np.abs(got - wanted) <= [how.error_max(peak) + 1e-9 for peak in peaks]).all())
+
+
+@pytest.fixture
+def swarm(tmp_path):
+    return Swarm(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
+async def test_everyone_ends_with_the_same_bytes_of_the_weighted_mean(swarm, name):
+    how = codec(name)
+    encoded = [how.encode(vector) for vector in vectors(3)]
+    async with engines_of(swarm, 3, codec_name=name) as engines:
+        job = job_of(*(engine.peer for engine in engines))
+        outcomes = await asyncio.gather(
+            *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True))
+        )
+        await asyncio.sleep(0.2)
+        usages = await asyncio.gather(*(engine.usage() for engine in engines))
+    assert all(outcome.failed == {} and outcome.included == (0, 1, 2) for outcome in outcomes)
+    assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts
+    wanted = mean_of(how, encoded, WEIGHTS)
+    for index, (start, stop) in enumerate(SPANS):
+        got = how.decode(outcomes[0].parts[index], stop - start)
+        assert within_bound(how, got, wanted[start:stop])
+    sizes = [how.encoded_bytes(stop - start) for start, stop in SPANS]
+    for own, outcome in zip(sizes, outcomes, strict=True):  # the others' spans once, our own from two senders
+        assert outcome.bytes_received == sum(sizes) - own + 2 * own
+    assert sum(usage.sent for usage in usages) == sum(usage.received for usage in usages)
+    assert sum(usage.sent for usage in usages) < 4 * sum(sizes) * 1.01
+
+
+async def test_a_peer_without_weight_sends_nothing_and_still_reduces_and_gets_every_mean(swarm):
+    how = codec("int4")
+    encoded = [how.encode(vector) for vector in vectors(3)]
+    async with engines_of(swarm, 3) as engines:
+        job = job_of(*(engine.peer for engine in engines), weights=(5, 0, 7))
+        payloads = [encoded[0], b"", encoded[2]]
+        outcomes = await asyncio.gather(
+            *(engine.average(job, data) for engine, data in zip(engines, payloads, strict=True))
+        )
+    assert [outcome.included for outcome in outcomes] == [(0, 2)] * 3
+    assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts and len(outcomes[0].parts) == 3
+
+
+async def test_a_client_that_nobody_can_dial_takes_part_and_reduces_nothing(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    client, *peers = await asyncio.gather(
+        swarm.engine("client", listen=()), swarm.engine("engine-0"), swarm.engine("engine-1")
+    )
+    try:
+        await introduce(client, *peers)
+        middle = 3 * CHUNK_VALUES
+        spans = ((0, 0), (0, middle), (middle, VALUES))
+        job = job_of(client.peer, *(engine.peer for engine in peers), spans=spans)
+        outcomes = await asyncio.gather(*(engine.average(job, encoded) for engine in (client, *peers)))
+    finally:
+        await asyncio.gather(*(engine.stop() for engine in (client, *peers)))
+    assert client.addresses == () and outcomes[0].included == () and outcomes[1].included == (0, 1, 2)
+    assert all(b"".join(outcome.parts[index] for index in (1, 2)) == encoded for outcome in outcomes)
+
+
+async def test_an_early_bird_waits_for_the_others(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    async with engines_of(swarm, 3) as engines:
+        job = job_of(*(engine.peer for engine in engines), sender_seconds=5)
+
+        async def after(seconds, engine):
+            await asyncio.sleep(seconds)
+            return await engine.average(job, encoded)
+
+        outcomes = await asyncio.gather(*(after(1.5 * index, engine) for index, engine in enumerate(engines)))
+    assert all(outcome.failed == {} and outcome.included == (0, 1, 2) for outcome in outcomes)
+
+
+def chunk(buffer, *, code=averaging_pb2.PART_FOR_AVERAGING, group=b"", codec_code=CODES["int4"]):
+    part = runtime_pb2.Tensor(compression=codec_code, buffer=buffer)
+    return averaging_pb2.AveragingData(code=code, group_id=group, tensor_part=part)
+
+
+def whole(group):
+    data = codec("int4").encode(np.zeros(CHUNK_VALUES, np.float32))
+    return [chunk(data, group=group), chunk(data)]
+
+
+def hostile_chunks(attack, group):
+    good, rest = whole(group)
+    buffer = good.tensor_part.buffer
+    match attack:
+        case "a NaN scale":
+            return [chunk(b"\x00\x7e" + buffer[2:], group=group), rest]
+        case "a wrong shape":
+            return [chunk(buffer[:34], group=group), rest]
+        case "a chunk too large":
+            return [chunk(buffer + b"\0", group=group), rest]
+        case "a message past the bound":
+            return [chunk(bytes(PEER_MESSAGE_BYTES_MAX), group=group), rest]
+        case "another codec":
+            return [chunk(buffer, group=group, codec_code=CODES["fp16"]), rest]
+        case "hivemind's own codec":
+            return [chunk(buffer, group=group, codec_code=0), rest]
+        case "only half":
+            return [good]
+
+
+ATTACKS = [
+    "a NaN scale",
+    "a wrong shape",
+    "a chunk too large",
+    "a message past the bound",
+    "another codec",
+    "hivemind's own codec",
+    "only half",
+]
+
+
+async def replies(p2p, engine, messages):
+    """What an engine answers to a stream of the test's making."""
+
+    async def stream():
+        for message in messages:
+            yield message
+
+    async with asyncio.timeout(15):
+        peer = PeerID.from_base58(engine.peer)
+        await p2p.reach(peer)
+        got = await BarnraisePeer.get_stub(p2p, peer, namespace=RUN).rpc_aggregate_part(stream())
+        return [message async for message in got]
+
+
+async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm):
+    how = codec("int4")
+    encoded = [how.encode(vector) for vector in vectors(2)]
+    hostile = await swarm.outsider("hostile")
+    try:
+        async with engines_of(swarm, 2) as engines:
+            await introduce(*engines, others=[hostile])
+            hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
+            middle = 2 * CHUNK_VALUES
+            for attack in ATTACKS:
+                job = job_of(
+                    *(engine.peer for engine in engines),
+                    str(hostile.peer_id),
+                    spans=((0, middle), (middle, VALUES), (VALUES, VALUES)),
+                )
+                began = time.monotonic()
+                *outcomes, answers = await asyncio.gather(
+                    *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True)),
+                    replies(hostile, engines[0], hostile_chunks(attack, job.group)),
+                )
+                assert outcomes[0].failed == outcomes[1].failed == {}, attack
+                assert outcomes[0].included == outcomes[1].included == (0, 1), attack
+                assert outcomes[0].parts == outcomes[1].parts, attack
+                assert time.monotonic() - began < 3 + 2, attack  # the other engine waits sender_seconds for it
+                means = [answer for answer in answers if answer.code == averaging_pb2.AVERAGED_PART]
+                assert bool(means) == (attack == "only half"), attack  # slow is not hostile
+    finally:
+        await hostile.shutdown()
+
+
+async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    member = await swarm.outsider("member")
+    try:
+        async with engines_of(swarm, 1) as (engine,):
+            await introduce(engine, others=[member])
+            member.roster = {PeerID.from_base58(engine.peer): engine.addresses}
+            spans = ((0, VALUES), (VALUES, VALUES))
+            job = job_of(engine.peer, str(member.peer_id), weights=(0, 5), spans=spans)
+            good = [chunk(encoded[:34816], group=job.group)]
+            good += [chunk(encoded[at : at + 34816]) for at in range(34816, len(encoded), 34816)]
+
+            async def second():
+                await asyncio.sleep(0.3)
+                return await replies(member, engine, whole(job.group))
+
+            async def slowly():
+                async def stream():
+                    for message in good:
+                        yield message
+                        await asyncio.sleep(0.2)
+
+                peer = PeerID.from_base58(engine.peer)
+                await member.reach(peer)
+                got = await BarnraisePeer.get_stub(member, peer, namespace=RUN).rpc_aggregate_part(stream())
+                return [message async for message in got]
+
+            outcome, answers, refused = await asyncio.gather(engine.average(job, b""), slowly(), second())
+    finally:
+        await member.shutdown()
+    assert outcome.included == (1,) and outcome.parts == {0: encoded}
+    assert b"".join(answer.tensor_part.buffer for answer in answers) == encoded
+    assert [answer.code for answer in refused] == [averaging_pb2.PROTOCOL_VIOLATION]
+
+
+async def test_a_stranger_gets_nothing(swarm):
+    stranger = await swarm.outsider("stranger")
+    try:
+        async with engines_of(swarm, 1) as (engine,):
+            digest = "cd" * 32
+            (swarm.folder / "engine-0" / "blobs" / digest).write_bytes(b"secret")
+            peer = PeerID.from_base58(engine.peer)
+            stranger.roster = {peer: engine.addresses}
+            await stranger.reach(peer)
+            stub = BarnraisePeer.get_stub(stranger, peer, namespace=RUN)
+            with pytest.raises(Exception, match="Unwelcome"):
+                await stub.rpc_message(barnraise_pb2.PeerEnvelope(kind="Ready", body=b"x"))
+            request = barnraise_pb2.PartRequest(digest=digest, size=6)
+            assert [part async for part in await stub.rpc_part(request)] == []
+            before = await engine.usage()
+            assert await replies(stranger, engine, whole(os.urandom(32))) == []
+            assert await engine.usage() == before  # no byte of it was read
+    finally:
+        await stranger.shutdown()
+    assert swarm.heard["engine-0"] == []
+
+
+async def test_a_member_of_the_roster_outside_the_group_is_refused(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    async with engines_of(swarm, 2) as (first, second):
+        outsider = await swarm.outsider("outsider")
+        try:
+            await introduce(first, second, others=[outsider])
+            outsider.roster = {PeerID.from_base58(first.peer): first.addresses}
+            job = job_of(first.peer, second.peer, weights=(1, 1), spans=((0, VALUES), (VALUES, VALUES)))
+            one, two, answers = await asyncio.gather(
+                first.average(job, encoded),
+                second.average(job, encoded),
+                replies(outsider, first, whole(job.group)),
+            )
+            unknown = await replies(outsider, first, whole(os.urandom(32)))
+        finally:
+            await outsider.shutdown()
+    assert one.parts == two.parts == {0: encoded} and one.included == (0, 1)
+    assert [answer.code for answer in answers + unknown] == [averaging_pb2.BAD_GROUP_ID] * 2
+
+
+async def test_when_one_engine_is_killed_mid_round_the_others_finish_their_spans_and_say_which_failed(swarm):
+    encoded = [codec("int4").encode(vector) for vector in vectors(3)]
+    async with engines_of(swarm, 3) as engines:
+        job = job_of(*(engine.peer for engine in engines))
+        started = [asyncio.create_task(engine.average(job, encoded[0])) for engine in engines[:2]]
+        await asyncio.sleep(0.5)  # the third has not begun: it is dialled, and its share is awaited
+        os.kill(engines[2].pid, signal.SIGKILL)
+        one, two = await asyncio.gather(*started)
+        assert await engines[2].closed == -signal.SIGKILL
+        with pytest.raises(Refused):
+            await engines[2].average(job, encoded[2])
+    assert one.parts == two.parts and set(one.parts) == {0, 1}
+    assert set(one.failed) == set(two.failed) == {2}
+    assert one.included == two.included == (0, 1)
+
+
+async def test_a_frozen_engine_costs_its_own_span_only(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    async with engines_of(swarm, 3) as engines:
+        job = job_of(*(engine.peer for engine in engines), deadline_seconds=10, sender_seconds=2)
+        for process in [psutil.Process(engines[2].pid), *psutil.Process(engines[2].pid).children()]:
+            process.suspend()
+        outcomes = await asyncio.gather(*(engine.average(job, encoded) for engine in engines[:2]))
+        os.kill(engines[2].pid, signal.SIGKILL)
+    assert all(set(outcome.parts) == {0, 1} and set(outcome.failed) == {2} for outcome in outcomes)
+    assert outcomes[0].parts == outcomes[1].parts
+    assert all(outcome.seconds < 10.5 for outcome in outcomes)
+
+
+async def test_nothing_is_sent_for_a_job_that_is_wrong(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    async with engines_of(swarm, 1) as (engine,):
+        alone = job_of(engine.peer, weights=(1,), spans=((0, VALUES),))
+        wrong = [
+            (alone, encoded[:-1], Code.UPDATE_BAD),
+            (replace(alone, spans=((0, VALUES - 1),)), encoded, Code.FIELD),
+            (replace(alone, weights=(1, 2)), encoded, Code.FIELD),
+            (
+                job_of("12D3KooWDC1Kfp31q8noa7BTRA8oKCXm3ZKYQYfZGKFgL7rpwGSg", weights=(1,), spans=((0, VALUES),)),
+                encoded,
+                Code.FIELD,
+            ),
+        ]
+        for job, payload, code in wrong:
+            with pytest.raises(Refused) as caught:
+                await engine.average(job, payload)
+            assert caught.value.reason is code
+        assert (await engine.average(alone, encoded)).parts == {0: encoded}
+        with pytest.raises(Refused):
+            await engine.average(alone, encoded)  # a group is averaged once
+
+
+async def test_a_group_given_up_returns_at_once_with_what_is_complete(swarm):
+    encoded = codec("int4").encode(vectors(1)[0])
+    async with engines_of(swarm, 3) as engines:
+        job = job_of(*(engine.peer for engine in engines))
+        waiting = asyncio.create_task(engines[0].average(job, encoded))
+        await asyncio.sleep(0.3)
+        await engines[0].cancel(job.group)
+        outcome = await waiting
+    assert outcome.parts == {} and set(outcome.failed) == {0, 1, 2} and outcome.seconds < 2
+
+
+async def test_a_message_arrives_with_the_sender_that_libp2p_proved(swarm):
+    envelope = barnraise_pb2.PeerEnvelope(sender="ab", kind="Ready", body=b"x" * 100_000).SerializeToString()
+    async with engines_of(swarm, 2) as (first, second):
+        await first.send(second.peer, envelope, timeout_seconds=5)
+        with pytest.raises(Refused) as large:
+            await first.send(second.peer, bytes(PEER_MESSAGE_BYTES_MAX + 1), timeout_seconds=5)
+        await second.set_roster({})
+        with pytest.raises(Refused) as unknown:
+            await first.send(second.peer, envelope, timeout_seconds=5)
+        os.kill(second.pid, signal.SIGKILL)
+        with pytest.raises(Refused) as gone:
+            await first.send(second.peer, envelope, timeout_seconds=5)
+    assert swarm.heard["engine-1"] == [(first.peer, envelope)]
+    assert large.value.reason is Code.LIMIT
+    assert unknown.value.reason is gone.value.reason is Code.UNREACHABLE
+
+
+async def test_a_part_is_fetched_whole_or_refused(swarm):
+    data, digest = os.urandom(700_001), Digest("5e" * 32)
+    async with engines_of(swarm, 2) as (first, second):
+        blobs = swarm.folder / "engine-1" / "blobs"
+        (blobs / digest).write_bytes(data)
+        (blobs / ("aa" * 32)).symlink_to(swarm.folder / "engine-1" / "identity")
+        assert await first.fetch_part(second.peer, digest, len(data), timeout_seconds=10) == data
+        missing = [
+            (digest, len(data) - 1),
+            (Digest("00" * 32), 10),
+            (Digest("../identity"), 68),
+            (Digest("aa" * 32), 68),
+        ]
+        for name, size in missing:
+            with pytest.raises(Refused):
+                await first.fetch_part(second.peer, name, size, timeout_seconds=5)
+
+
+async def test_a_peer_that_moved_is_found_through_the_rendezvous(swarm):
+    home = swarm.folder / "rendezvous"
+    home.mkdir()
+    (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+    meeting = await Rendezvous.start(runtime_dir=home / "run", identity_path=home / "identity", run=RUN, listen=[LOCAL])
+    try:
+        # Peers are known from their keys, so they are rostered before they start.
+        first = await swarm.engine("engine-0")
+        second = await swarm.engine("engine-1")
+        await asyncio.gather(first.stop(), second.stop())
+        await meeting.set_roster([first.peer, second.peer])
+        first = await swarm.engine("engine-0", rendezvous=meeting.addresses)
+        second = await swarm.engine("engine-1", rendezvous=meeting.addresses)
+        try:
+            roster = {first.peer: first.addresses, second.peer: ("/ip4/127.0.0.1/tcp/1",)}
+            await asyncio.gather(first.set_roster(roster), second.set_roster(roster))
+            await asyncio.sleep(1)
+            envelope = barnraise_pb2.PeerEnvelope(kind="Ready").SerializeToString()
+            await first.send(second.peer, envelope, timeout_seconds=15)
+        finally:
+            await asyncio.gather(first.stop(), second.stop())
+    finally:
+        await meeting.stop()
+    assert swarm.heard["engine-1"] == [(first.peer, envelope)]
+
+
+def alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize("victim", ["engine", "p2pd"])
+async def test_a_killed_engine_leaves_no_p2pd_and_the_next_start_sweeps_its_sockets(swarm, victim):
+    engine = await swarm.engine("engine-0")
+    children = psutil.Process(engine.pid).children()
+    assert [child.name() for child in children] == ["p2pd"]
+    os.kill(engine.pid if victim == "engine" else children[0].pid, signal.SIGKILL)
+    async with asyncio.timeout(5):
+        await engine.closed
+        while any(map(alive, children)):
+            await asyncio.sleep(0.05)
+    run = swarm.folder / "engine-0" / "run"
+    left = {path.name for path in run.glob("*.sock")}
+    again = await swarm.engine("engine-0")
+    assert again.peer == engine.peer
+    assert not left & {path.name for path in run.glob("*.sock")}
+    await again.stop()
+    assert list(run.glob("*.sock")) == []
+
+
+DAEMON = """
+import asyncio, sys
+from pathlib import Path
+from node.engine import Engine
+
+async def main(home):
+    engine = await Engine.start(
+        runtime_dir=home / "run", identity_path=home / "identity", run="run", listen=[], rendezvous=[], codec="int4",
+        parameters=1, blob_dir=home, on_message=print,
+    )
+    print(engine.pid, flush=True)
+    await engine.closed
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+async def test_a_killed_daemon_leaves_neither_engine_nor_p2pd(tmp_path):
+    (tmp_path / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+    daemon = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DAEMON, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(60):
+        engine = psutil.Process(int(await daemon.stdout.readline()))
+        family = [engine, *engine.children()]
+        assert len(family) == 2
+        daemon.kill()
+        await daemon.wait()
+        while any(map(alive, family)):
+            await asyncio.sleep(0.05)
+
+
+async def test_a_port_that_is_taken_is_refused_by_name(swarm):
+    async with engines_of(swarm, 1) as (engine,):
+        with pytest.raises(Refused) as caught:
+            await swarm.engine("engine-1", listen=engine.addresses)
+    assert caught.value.reason is Code.PORT_IN_USE
+
+
+async def test_a_runtime_folder_with_a_long_name_is_no_obstacle(tmp_path):
+    swarm = Swarm(tmp_path / ("long-" * 20))
+    async with engines_of(swarm, 1) as (engine,):
+        assert engine.addresses

@@ -1,0 +1,521 @@
+"""`barnraise` as a volunteer meets it: real processes for words and signals, a ten-line daemon behind `join`."""
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from node import cli, screen
+from node.config import MARKER, Home, home_of, settings
+from node.control import Control
+from protocol import console, identity, invite
+from protocol.errors import Code, Refused
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "hivemind", "grpc", "transformers", "numpy", "sqlalchemy", "aiohttp", "cryptography")
+STATUS = {
+    "version": 1,
+    "run": "tidewater",
+    "activity": "training",
+    "reason": "2 of 25 steps",
+    "round": 1851,
+    "loss": float("nan"),
+    "tokens_per_second": 4080,
+    "peers": 1,
+    "linked": True,
+    "round_steps": 2,
+    "round_steps_goal": 25,
+    "recent": [{"round": 1850, "outcome": "accepted", "tokens": 512000}],
+    "trouble": None,
+}
+DAEMON = """
+import asyncio, sys, types
+async def run(settings, invite, *, on_status, stopper):
+    on_status({"version": 1, "activity": "training", "run": "tidewater"})
+    BODY
+    return 0
+daemon = types.ModuleType("node.daemon"); daemon.run = run; sys.modules["node.daemon"] = daemon
+from node import cli
+cli.POLITE_SECONDS, cli.ABRUPT_SECONDS = 0.5, 0.3
+cli.main()
+"""
+
+
+@pytest.fixture
+def text():
+    return an_invite("tidewater")
+
+
+def an_invite(name, expires_ms=None):
+    return invite.encode(
+        invite.issue(
+            identity.Key.generate(),
+            addresses=("192.0.2.1:49300",),
+            fingerprint="ab" * 32,
+            name=name,
+            token=b"0" * 16,
+            uses=1,
+            expires_ms=expires_ms or (int(time.time()) + 3600) * 1000,
+        )
+    )
+
+
+def command(*words, code=None, env=None, **options):
+    start = ["-c", code] if code else ["-m", "node.cli"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.run(
+        [sys.executable, *start, *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        **options,
+    )
+
+
+def joining(body, *words):
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", DAEMON.replace("BODY", body), "join", *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(stream, words):
+    seen = ""
+    while words not in seen:
+        line = stream.readline()
+        assert line, seen
+        seen += line
+    return seen
+
+
+def run(capsys, *words):
+    code = console.main(cli.app, program="barnraise", short_help=cli._SHORT_HELP, arguments=words)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A home whose control socket answers from another thread."""
+    import threading
+
+    home, asked, loop = Home(tmp_path / "home"), [], asyncio.new_event_loop()
+    home.prepare()
+
+    async def handler(verb, arguments):
+        asked.append((verb, arguments))
+        return STATUS if verb == "status" else {}
+
+    server = Control(home.control, handler)
+    loop.run_until_complete(server.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield home, asked
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+# words
+
+
+def test_no_arguments_shows_how_to_join_and_is_a_usage_error(capsys):
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "") and "barnraise join INVITE" in err and len(err.splitlines()) < 8
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["jion"], "did you mean join?"),
+        (["status", "--jsn"], "did you mean --json?"),
+        (["join", "--max-dsk", "5GB"], "did you mean --max-disk?"),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest_one(capsys, words, meant):
+    code, _, err = run(capsys, *words)
+    assert code == 2 and meant in err and "Fix: See: barnraise" in err and len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("word", ["../../bin/sh", "x;y", "\x1b[31m", "no-such-thing"])
+def test_an_unknown_word_runs_nothing(capsys, word):
+    code, _, err = run(capsys, word)
+    assert code == 2 and "\x1b" not in err
+
+
+def test_an_unknown_word_runs_the_program_of_that_name(tmp_path):
+    program = tmp_path / "barnraise-greet"
+    program.write_text('#!/bin/sh\necho "hello $*"; exit 9\n')
+    program.chmod(0o755)
+    done = command("greet", "a b", "--debug", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (done.returncode, done.stdout) == (9, b"hello a b --debug\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["join", "--help"], ["status", "--home", "/nonexistent"], ["stauts"]])
+def test_help_and_status_import_nothing_heavy(words):
+    loaded = f"""
+import sys
+from node import cli
+try: cli.main()
+except SystemExit: pass
+print("heavy:", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+    assert command(*words, code=loaded).stdout.splitlines()[-1] == b"heavy:"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status"]])
+def test_help_and_status_take_little_of_the_processor(running, words):
+    home, _ = running
+    before = os.times()
+    assert command(*words, env={"BARNRAISE_HOME": str(home.path)}).returncode == 0
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 0.5  # of processor time: a busy test machine may take longer by the wall clock
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LC_ALL": "C"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"COLUMNS": "20"},
+        {"COLUMNS": "1", "TERM": "dumb"},
+        {"TZ": "Nonsense/Where"},
+    ],
+)
+def test_any_terminal_will_do(running, env):
+    home, _ = running
+    for words in (["--help"], ["join", "--help"], ["status"], ["join", "barnraise:x"]):
+        done = command(*words, env={"BARNRAISE_HOME": str(home.path), **env})
+        assert done.returncode in (0, 3) and b"Traceback" not in done.stderr and b"E-BUG" not in done.stderr
+
+
+def test_a_surprise_is_one_sentence_and_its_traceback_is_in_the_log(tmp_path, text):
+    child = joining("raise KeyError('odd\\x1b')", text, "--home", str(tmp_path / "home"))
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 70
+    assert "E-BUG-001" in err and "Traceback" not in err and "\x1b" not in err and "crash.log" in err
+    assert "KeyError" in (tmp_path / "home/logs/crash.log").read_text()
+    child = joining("raise KeyError('odd')", text, "--home", str(tmp_path / "home"), "--debug")
+    assert "Traceback" in child.communicate(timeout=60)[1]
+
+
+# verbs
+
+
+def test_status_says_what_the_node_does_and_why(running, capsys):
+    home, _ = running
+    code, out, _ = run(capsys, "status", "--home", str(home.path))
+    assert code == 0 and "training · tidewater · round 1,851 · 4,080 tokens/s · 1 peer" in out and "nan" not in out
+    code, out, _ = run(capsys, "status", "--home", str(home.path), "--json")
+    import json
+
+    assert json.loads(out, parse_constant=pytest.fail) == {**STATUS, "loss": None}
+
+
+def test_the_verbs_reach_the_node(running, capsys):
+    home, asked = running
+    at = ("--home", str(home.path))
+    assert "until" in run(capsys, "pause", "--for", "1h30m", *at)[1]
+    assert [run(capsys, verb, *at)[0] for verb in ("pause", "resume", "finish")] == [0, 0, 0]
+    assert asked == [("pause", {"seconds": 5400.0}), ("pause", {"seconds": None}), ("resume", {}), ("finish", {})]
+
+
+def test_without_a_node_the_next_command_is_named(tmp_path, capsys):
+    code, _, err = run(capsys, "status", "--home", str(tmp_path))
+    assert code == 2 and "E-HOME-003" in err and "barnraise join INVITE" in err
+    Home(tmp_path).membership.write_text("{}")
+    assert "barnraise start" in run(capsys, "status", "--home", str(tmp_path))[2]
+
+
+@pytest.mark.parametrize("span", ["-2h", "0s", "nan", "2", "1e9h", "9999999d", ""])
+def test_a_pause_has_a_sensible_length(span, capsys):
+    assert run(capsys, "pause", "--for", span)[0] == 2
+
+
+# leaving
+
+
+def test_purge_removes_what_a_node_made_and_nothing_else(tmp_path, capsys):
+    home, outside = Home(tmp_path / "home"), tmp_path / "outside"
+    home.prepare()
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    (home.blobs / "blob").write_bytes(b"x" * 5000)
+    (home.blobs / "link").symlink_to(outside)
+    home.key.write_text("key")
+    (home.path / "notes.txt").write_text("mine")
+    code, out, _ = run(capsys, "leave", "--purge", "--home", str(home.path))
+    assert code == 0 and "kB freed" in out
+    assert sorted(entry.name for entry in home.path.iterdir()) == [MARKER, "node.key", "notes.txt"]
+    assert (outside / "precious").exists()
+    home.prepare()  # with its key it is still a node's folder
+    (home.path / "notes.txt").unlink()
+    assert run(capsys, "leave", "--purge", "--forget-me", "--home", str(home.path))[0] == 0
+    assert not home.path.exists()
+
+
+def test_leave_deletes_nothing_in_a_folder_that_is_not_ours(tmp_path, capsys):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "node.key").write_text("somebody's")
+    code, _, err = run(capsys, "leave", "--purge", "--forget-me", "--home", str(tmp_path))
+    assert code == 3 and "E-HOME-002" in err
+    assert (tmp_path / "blobs").exists() and (tmp_path / "node.key").exists()
+
+
+# home
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
+    for path in (str(tmp_path), str(link), "/"):
+        with pytest.raises(Refused) as refused:
+            home_of(path).prepare()
+        assert refused.value.reason is Code.HOME_FOREIGN
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["a b", "new\nline", "🦦", "\u202ertl", "x.", "ü" * 100])
+def test_a_home_may_have_any_name(tmp_path, name):
+    home = home_of(str(tmp_path / name))
+    home.prepare()
+    home.prepare()
+    assert home.path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 2100])
+def test_a_home_that_cannot_be_made_is_refused(tmp_path, name):
+    with pytest.raises(Refused) as refused:
+        home_of(str(tmp_path / name)).prepare()
+    assert refused.value.reason is Code.HOME_FOREIGN
+
+
+def test_a_second_node_in_one_home_is_refused_and_a_killed_one_frees_it(tmp_path, text):
+    home = str(tmp_path / "home")
+    first = joining("await asyncio.sleep(60)", text, "--home", home)
+    until(first.stderr, "Z training")
+    second = joining("pass", text, "--home", home)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 3 and "E-HOME-001" in err and str(first.pid) in err
+    first.kill()
+    first.communicate()
+    third = joining("pass", text, "--home", home)
+    third.communicate(timeout=60)
+    assert third.returncode == 0
+
+
+# settings
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path):
+    home = Home(tmp_path)
+    home.config.write_text('name = "file"\nthreads = 1\nbatch = 2\nmax_disk = "5 GiB"\n')
+    found = settings(home, {"name": "flag", "threads": None}, {"BARNRAISE_NAME": "env", "BARNRAISE_THREADS": "3"})
+    assert (found.name, found.threads, found.batch, found.max_disk_bytes) == ("flag", 3, 2, 5 << 30)
+    assert (found.device, found.listen_multiaddrs) == ("auto", ("/ip4/0.0.0.0/tcp/0",))
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "words"),
+    [
+        ('max_dsk = "5GB"', Code.SPEC_UNKNOWN_KEY, "did you mean max_disk?"),
+        ('threads = "ten"', Code.SPEC_VALUE, "threads"),
+        ("threads = true", Code.SPEC_VALUE, "threads"),
+        ("threads = 0", Code.SPEC_VALUE, "threads"),
+        ("name = 5", Code.SPEC_VALUE, "name"),
+        ("max_disk = nan", Code.SPEC_VALUE, "max_disk"),
+        ("name = \n", Code.SPEC_SYNTAX, "line 1, column 8"),
+        ('name = "a"\nname = "b"\nbatch = 1', Code.SPEC_SYNTAX, "line 2"),
+    ],
+)
+def test_a_bad_config_file_is_refused_by_name(tmp_path, file, code, words):
+    Home(tmp_path).config.write_text(file)
+    with pytest.raises(Refused) as refused:
+        settings(Home(tmp_path), {}, {})
+    assert refused.value.reason is code and words in refused.value.what and "config.toml" in refused.value.what
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("listen", "0.0.0.0:70000"),
+        ("listen", "abc"),
+        ("listen", "example.org:5000"),
+        ("device", "gpu"),
+        ("device", "cuda:-1"),
+        ("batch", "-1"),
+        ("name", ""),
+        ("name", "x" * 41),
+        ("name", "a\x1b[2J"),
+        ("name", "a\u202eb"),
+    ],
+)
+def test_a_flag_out_of_range_is_a_usage_error(tmp_path, key, value):
+    with pytest.raises(Refused) as refused:
+        settings(Home(tmp_path), {key: value}, {})
+    assert refused.value.reason is Code.USAGE and refused.value.what.startswith(f"--{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("10 GB", 10**10), ("10GiB ", 10 << 30), ("5G", 5 * 10**9), ("1.5 mb", 1_500_000), ("7", 7), ("0.5KiB", 512)],
+)
+def test_a_size_is_read_as_people_write_it(text, size):
+    assert console.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["-5G", "0", "1e400", "NaN", "inf", "", "5 X", "5iB", "1,000", "9" * 400, "99999999P"])
+def test_a_size_that_is_none_is_refused_with_the_forms_that_are(text):
+    with pytest.raises(Refused):
+        console.parse_size(text)
+
+
+def test_numbers_are_short_enough_for_a_status_line():
+    assert [console.size_text(size) for size in (0, 999, 1000, 1_234_567, 10**18)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 kB",
+        "1.23 MB",
+        "1,000 PB",
+    ]
+    assert [console.number_text(number) for number in (4080, 999_999, 9_200_000)] == ["4,080", "999,999", "9.2 M"]
+    assert [console.duration_text(s) for s in (0, 59.4, 3600, 7500, 90000)] == [
+        "0 s",
+        "59 s",
+        "1 h",
+        "2 h 5 min",
+        "1 d 1 h",
+    ]
+
+
+# joining
+
+
+def test_an_invite_that_a_mail_program_wrapped_is_joined_again(tmp_path, text):
+    child = joining("pass", text[:60], text[60:150], text[150:], "--home", str(tmp_path / "home"), "--max-disk", "5GB")
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert "tidewater, from 192.0.2.1:49300" in err and "never code" in err and "5,000,000,000 bytes" in err
+
+
+def test_a_bad_invite_leaves_nothing_behind(tmp_path, text, capsys):
+    home = tmp_path / "home"
+    changed = text[:-1] + ("a" if text[-1] != "a" else "b")
+    for bad, expected in (("hello", 3), (changed, 3), (an_invite("old", 1000), 7)):
+        assert run(capsys, "join", bad, "--home", str(home))[0] == expected
+    assert not home.exists()
+
+
+def test_a_node_is_a_member_of_one_run(tmp_path, text, capsys):
+    home = Home(tmp_path / "home")
+    home.prepare()
+    home.remember(an_invite("first"))
+    code, _, err = run(capsys, "join", text, "--home", str(home.path))
+    assert code == 3 and "a member of the run first" in err
+
+
+def test_start_needs_a_membership(tmp_path, capsys):
+    code, _, err = run(capsys, "start", "--home", str(tmp_path))
+    assert code == 7 and "barnraise join INVITE" in err
+
+
+def test_json_output_is_one_status_a_line(tmp_path, text):
+    import json
+
+    child = joining("pass", text, "--home", str(tmp_path / "home"), "--json")
+    out, _ = child.communicate(timeout=60)
+    assert [json.loads(line)["activity"] for line in out.splitlines()] == ["training"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_asks_for_a_polite_end(tmp_path, text, number):
+    child = joining("await stopper.polite.wait(); print('polite', stopper.asked)", text, "--home", str(tmp_path / "h"))
+    until(child.stderr, "Z training")
+    child.send_signal(number)
+    out, _ = child.communicate(timeout=30)
+    assert (child.returncode, out) == (130, "polite 1\n")
+
+
+def test_a_second_signal_ends_a_node_that_ignores_the_first(tmp_path, text):
+    child = joining("await asyncio.sleep(600)", text, "--home", str(tmp_path / "home"))
+    until(child.stderr, "Z training")
+    child.send_signal(signal.SIGINT)
+    until(child.stderr, "Ending within")
+    child.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    child.communicate(timeout=30)
+    assert child.returncode == 130 and time.monotonic() - start < 5
+
+
+def test_a_second_signal_ends_a_node_whose_loop_is_stuck(tmp_path, text):
+    child = joining("import time; [time.sleep(0.1) for _ in range(600)]", text, "--home", str(tmp_path / "home"))
+    until(child.stderr, "Z training")
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+
+
+def test_patience_with_a_polite_end_has_a_limit(tmp_path, text):
+    child = joining("await asyncio.sleep(600)", text, "--home", str(tmp_path / "home"))
+    until(child.stderr, "Z training")
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+
+
+# screens
+
+
+@pytest.mark.parametrize("status", [{}, STATUS, dict.fromkeys(STATUS), dict.fromkeys(STATUS, "\x1b[2J[red]")])
+@pytest.mark.parametrize("width", [1, 20, 80])
+def test_a_screen_takes_any_status_in_any_width(status, width):
+    from rich.console import Console
+
+    file = io.StringIO()
+    live = screen.LiveScreen(Console(file=file, force_terminal=True, width=width, height=5, markup=False))
+    live.update(status)
+    live.update({**status, "download": {"what": "weights", "done": 5, "size": 10}})
+    live.notice("Ending.")
+    live.close()
+    assert "\x1b[2J" not in file.getvalue()
+    lines = screen.LogLines(io.StringIO())
+    lines.update(status)
+    assert screen.status_lines(status)
+
+
+def test_a_log_has_a_sentence_for_each_change_and_none_without():
+    stream = io.StringIO()
+    lines = screen.LogLines(stream)
+    lines.update(STATUS)
+    first = stream.getvalue()
+    assert "round 1,850: accepted · 512,000 tokens" in first and "training: 2 of 25 steps" in first
+    lines.update({**STATUS, "tokens_per_second": 1, "uptime_seconds": 9})
+    assert stream.getvalue() == first
+    lines.update({**STATUS, "linked": False})
+    assert "not reached" in stream.getvalue()
+
+
+def test_a_closed_terminal_ends_the_drawing_and_not_the_node():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    lines = screen.LogLines(Closed())
+    lines.update(STATUS)
+    assert not lines.open

@@ -1,0 +1,72 @@
+"""The distribution: its names are ours alone, and what it needs is what it says."""
+
+import ast
+import importlib
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = ("node", "coordinator", "protocol")
+DISTRIBUTION_OF = {"google": "protobuf", "grpc": "grpcio", "annotated_types": "pydantic", "pydantic_core": "pydantic"}
+
+
+def plain(requirement):
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
+
+
+def imported(package):
+    """Names at the root of every import in a package, wherever in a file it stands."""
+    for path in (ROOT / package).rglob("*.py"):
+        for statement in ast.walk(ast.parse(path.read_text())):
+            if isinstance(statement, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in statement.names)
+            elif isinstance(statement, ast.ImportFrom) and statement.level == 0:
+                yield statement.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_other_installed_distribution_owns_our_package_names(package):
+    owners = set(importlib.metadata.packages_distributions().get(package, [])) - {"barnraise"}
+    assert not owners
+    assert Path(importlib.import_module(package).__file__).is_relative_to(ROOT)
+
+
+def test_every_import_is_a_declared_dependency_and_every_dependency_is_imported():
+    outside = {name for package in PACKAGES for name in imported(package)} - set(PACKAGES) - sys.stdlib_module_names
+    used = {DISTRIBUTION_OF.get(name, name).lower().replace("_", "-") for name in outside}
+    declared = {plain(line) for line in PROJECT["dependencies"]}
+    development = {plain(line) for line in PROJECT["optional-dependencies"]["dev"]}
+    assert used - declared - development == set()
+    assert declared - used == set()
+
+
+def test_every_dependency_has_an_exact_version_among_the_constraints():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {plain(line) for line in lines}
+    for wanted in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
+        assert {plain(line) for line in wanted} <= pinned
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
+
+
+@pytest.mark.parametrize(("script", "target"), PROJECT["scripts"].items())
+def test_every_command_leads_to_a_function(script, target):
+    module, function = target.split(":")
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    assert function in {
+        statement.name for statement in ast.parse(source).body if isinstance(statement, ast.FunctionDef)
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_that_it_is_typed(package):
+    assert (ROOT / package / "py.typed").is_file()
+
+
+def test_the_vendored_chart_keeps_its_licence():
+    assert "Leon Sorokin" in (ROOT / "coordinator/web/uPlot.LICENSE").read_text()

@@ -1,0 +1,949 @@
+"""The door and the link: real gRPC over TLS on loopback, a real store, real blobs, the real machine."""
+
+import asyncio
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from coordinator import service as door
+from coordinator.core import machine
+from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
+from coordinator.store import Store
+from node.link import Beat, Door, Link
+from protocol import canonical, identity, invite, tls
+from protocol.blobs import BlobStore, digest_of
+from protocol.errors import Code, Exit, Refused
+from protocol.identity import Key, peer_id_of
+from protocol.limits import BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION
+from protocol.log import VOTE, check_certificate, genesis_head, record_hash, vote_bytes
+from protocol.state import Consumed
+from protocol.types import (
+    Ballot,
+    BaseCheckpoint,
+    Certificate,
+    Contribution,
+    LogEntry,
+    Manifest,
+    Part,
+    Record,
+    Shard,
+    Signature,
+    VoteBody,
+)
+from protocol.v1 import barnraise_pb2 as wire
+
+GENESIS = "11" * 32
+PARAMETERS = 65536
+DAY_MS = 86_400_000
+
+
+def certified(entry, roster):
+    try:
+        check_certificate(entry, roster)
+    except Refused:
+        return False
+    return True
+
+
+class RealDesk:
+    """A coordinator's loop without folding: the real machine, store and blobs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.key = Key.generate()
+        self.blobs = BlobStore(folder / "blobs")
+        self.store = Store(folder / "coordinator.db")
+        self.run = identity.run_id(self.key.public, "test")
+        tokenizer = self.blobs.put_bytes(b"{}")
+        data = self.blobs.put_bytes(bytes(range(256)) * 16)
+        self.heldout = self.blobs.put_bytes(b"secret" * 100)
+        self.shards = (Shard(data.digest, data.size, 2048, 128),)
+        manifest = Manifest(self.run, "test", "{}", "{}", tokenizer, 256, PARAMETERS, "22" * 32, GENESIS, 16, 2)
+        self.manifest = identity.sign_manifest(self.key, manifest)
+        self.checkpoint = BaseCheckpoint(
+            0, genesis_head(manifest).hash, GENESIS, self.blobs.put_bytes(b"base" * 300_000)
+        )
+        self.rendezvous = ("/ip4/127.0.0.1/tcp/4001/p2p/12D3",)
+        self.heartbeat_seconds = 1.0
+        self.over = False
+        self.skew_ms = 0
+        self.rules = machine.Rules(self.run, PARAMETERS, 1, 0, 60.0, 60.0, 32, 64, 10**9, 1, 100, certified)
+        self.state = machine.State(
+            genesis_head(manifest), genesis_head(manifest), GENESIS, Consumed(), self.store.load_leases(self.shards)
+        )
+        self.events = []
+        self.news = asyncio.Event()
+
+    def base(self):
+        return self.checkpoint
+
+    def now_ms(self):
+        return int(time.time() * 1000) + self.skew_ms
+
+    def finished(self):
+        return self.over
+
+    def submit(self, event):
+        self.events.append(event)
+        self.state, effects = machine.step(self.state, event, self.now_ms() / 1000, self.rules)
+        for effect in effects:
+            match effect:
+                case machine.SignRoster(roster):
+                    signed = identity.sign_roster(self.key, roster)
+                    self.store.save_roster(signed)
+                    self.submit(machine.RosterSigned(signed))
+                case machine.SaveLeases():
+                    self.store.save_leases(self.state.leases)
+                case machine.SaveEntry(entry):
+                    self.store.append_entry(entry, {c.node: c.tokens for c in entry.record.contributions})
+                case machine.Announce():
+                    self.announce()
+        return effects
+
+    def announce(self):
+        self.news.set()
+        self.news = asyncio.Event()
+
+    async def changed(self, timeout_seconds):
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self.news.wait()
+        except TimeoutError:
+            pass
+
+    def part_stored(self, digest):
+        self.submit(machine.PartStored(digest))
+
+
+class World:
+    def __init__(self, desk, service, server, cert):
+        self.desk, self.service, self.server = desk, service, server
+        self.fingerprint = tls.fingerprint(cert)
+        self.address = f"127.0.0.1:{server.port}"
+        self.links = []
+
+    def invite(self, *, uses=1, expires_ms=None, token=None, store=True, run="test", key=None):
+        token = token or Key.generate().private_bytes()[:16]
+        expires_ms = expires_ms or self.desk.now_ms() + DAY_MS
+        if store:
+            self.desk.store.add_invite(token.hex(), uses=uses, expires_ms=expires_ms)
+        return invite.encode(
+            invite.issue(
+                key or self.desk.key,
+                addresses=(self.address,),
+                fingerprint=self.fingerprint,
+                name=run,
+                token=token,
+                uses=uses,
+                expires_ms=expires_ms,
+            )
+        )
+
+    def link(self, *, key=None, transport_key=None, **changes):
+        where = replace(Door((self.address,), self.fingerprint, self.desk.run), **changes)
+        link = Link(where, key=key or Key.generate(), transport_key=transport_key or Key.generate())
+        self.links.append(link)
+        return link
+
+    async def member(self, **options):
+        link = self.link()
+        await link.open(invite=self.invite(), **options)
+        return link
+
+    async def training(self):
+        """A member that is the whole roster."""
+        link = await self.member()
+        news = await link.heartbeat(Beat("training"))
+        assert news.roster is not None
+        return link, news.roster.roster
+
+    def decide(self, link, roster, parts, lease):
+        """The next record, certified by this one node."""
+        head, node = self.desk.state.head, link._key.public
+        named = tuple(
+            Part(i, i * 65536, (i + 1) * 65536, digest_of(data), len(data), node, (node,))
+            for i, data in enumerate(parts)
+        )
+        told = Contribution(node, 16, (lease.range,))
+        record = Record(self.desk.run, head.round, head.hash, roster.epoch, node, (told,), named, GENESIS)
+        ballot, digest = Ballot(roster.epoch, 0), record_hash(record)
+        vote = link._key.sign(VOTE, vote_bytes(VoteBody(self.desk.run, head.round, ballot, digest)))
+        return LogEntry(record, Certificate(digest, ballot, (Signature(node, vote),)))
+
+
+@pytest.fixture
+async def world(tmp_path):
+    desk = RealDesk(tmp_path)
+    key, cert = tmp_path / "tls.key", tmp_path / "tls.pem"
+    tls.make_certificate(key, cert, [])
+    service = CoordinatorService(desk)
+    server = await serve(service, listen="127.0.0.1:0", key=key, certificate=cert)
+    world = World(desk, service, server, cert.read_bytes())
+    yield world
+    for link in world.links:
+        await link.close()
+    await server.stop(None)
+    desk.store.close()
+
+
+async def refused(awaitable):
+    with pytest.raises(Refused) as caught:
+        await awaitable
+    return caught.value
+
+
+# admission
+
+
+async def test_an_invited_node_is_let_in_with_all_it_needs(world):
+    link = world.link()
+    opened = await link.open(invite=world.invite(), name="My box", addresses=["/ip4/127.0.0.1/tcp/4001"])
+    body = identity.check_pass(world.desk.key.public, opened.signed_pass, world.desk.now_ms())
+    assert (body.node, body.peer, body.name) == (link._key.public, link.peer, "My box")
+    assert opened.manifest == world.desk.manifest
+    assert opened.base == world.desk.checkpoint
+    assert opened.shards == world.desk.shards
+    assert opened.rendezvous == world.desk.rendezvous
+    assert opened.roster is None
+    assert abs(opened.skew_seconds) < 5
+    stored = world.desk.store.node(link._key.public)
+    assert (stored.peer, stored.name, stored.signed_pass) == (link.peer, "My box", opened.signed_pass)
+    assert world.desk.state.nodes[link._key.public].addresses == ("/ip4/127.0.0.1/tcp/4001",)
+
+
+async def test_an_admitted_node_comes_back_without_an_invite(world):
+    link = await world.member(name="heron")
+    await link.close()
+    opened = await link.open()
+    assert opened.signed_pass.body.name == "heron"
+    assert world.desk.store.invites()[0].used == 1
+
+
+async def test_a_node_with_the_same_invite_twice_spends_it_once(world):
+    link, text = world.link(), world.invite(uses=2)
+    await link.open(invite=text)
+    await link.open(invite=text)
+    assert world.desk.store.invites()[0].used == 1
+
+
+async def test_a_stranger_without_an_invite_is_not_admitted(world):
+    assert (await refused(world.link().open())).reason is Code.NOT_ADMITTED
+    assert world.desk.store.nodes() == ()
+
+
+async def test_wrong_invites_are_refused_by_name(world):
+    used = world.invite()
+    await world.link().open(invite=used)
+    cases = {
+        "no invite": Code.INVITE_MALFORMED,
+        used[:-3] + ("a" if used[-3] != "a" else "b") + used[-2:]: Code.INVITE_MISTYPED,
+        used: Code.INVITE_USED,
+        world.invite(store=False): Code.INVITE_UNKNOWN,
+        world.invite(expires_ms=world.desk.now_ms() - 1000): Code.INVITE_EXPIRED,
+        world.invite(key=Key.generate()): Code.INVITE_FORGED,
+        world.invite(run="other"): Code.INVITE_FORGED,
+    }
+    for text, reason in cases.items():
+        assert (await refused(world.link().open(invite=text))).reason is reason
+    assert len(world.desk.store.nodes()) == 1
+    assert world.service.refusals["E-INVITE-004"] == 1
+
+
+async def test_a_single_use_invite_raced_by_twenty_nodes_admits_one(world):
+    text = world.invite()
+    answers = await asyncio.gather(*(world.link().open(invite=text) for _ in range(20)), return_exceptions=True)
+    refusals = [answer.reason for answer in answers if isinstance(answer, Refused)]
+    assert refusals == [Code.INVITE_USED] * 19
+    assert len(world.desk.store.nodes()) == 1
+    assert world.desk.store.invites()[0].used == 1
+
+
+async def test_a_peer_id_belongs_to_one_node_and_a_node_has_one_peer_id(world):
+    first = await world.member()
+    twin = world.link(transport_key=first._transport_key)
+    text = world.invite()
+    assert (await refused(twin.open(invite=text))).reason is Code.IDENTITY_TAKEN
+    moved = world.link(key=first._key)
+    assert (await refused(moved.open())).reason is Code.IDENTITY_TAKEN
+    await world.link().open(invite=text)  # the refused twin did not use it up
+
+
+async def test_a_banned_node_is_shut_out_at_once(world):
+    link = await world.member()
+    world.desk.store.ban(link._key.public)
+    assert (await refused(link.heartbeat(Beat("training")))).reason is Code.BANNED
+    assert (await refused(link.open())).reason is Code.BANNED
+
+
+async def test_another_protocol_version_is_refused_with_both_versions(world, monkeypatch):
+    monkeypatch.setattr("node.link.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    refusal = await refused(world.link().open(invite=world.invite()))
+    assert refusal.reason is Code.VERSION
+    assert refusal.reason.exit is Exit.VERSION
+    assert str(PROTOCOL_VERSION) in refusal.what
+    assert str(PROTOCOL_VERSION + 1) in refusal.what
+
+
+async def test_a_node_whose_clock_is_wrong_is_let_in_and_told(world):
+    world.desk.skew_ms = -40 * 365 * DAY_MS
+    opened = await world.link().open(invite=world.invite())
+    assert opened.skew_seconds < -39 * 365 * 86400
+
+
+# the pin
+
+
+async def test_another_certificate_is_a_hard_stop_before_anything_is_sent(world):
+    refusal = await refused(world.link(fingerprint="00" * 32).open(invite=world.invite()))
+    assert refusal.reason is Code.PIN_MISMATCH
+    assert refusal.reason.exit is Exit.INTEGRITY
+    assert not world.service._nonces
+    assert not world.desk.events
+
+
+async def test_the_next_address_is_tried_when_one_is_silent(world):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        silent = f"127.0.0.1:{closed.getsockname()[1]}"
+        await world.link(addresses=(silent, world.address)).open(invite=world.invite())
+        refusal = await refused(world.link(addresses=(silent,)).open(invite=world.invite()))
+        assert refusal.reason is Code.UNREACHABLE
+
+
+SERVE = """
+import asyncio, sys
+from pathlib import Path
+from coordinator.service import CoordinatorService, serve
+
+async def main():
+    key, cert = (Path(text) for text in sys.argv[1:])
+    server = await serve(CoordinatorService(None), listen="127.0.0.1:0", key=key, certificate=cert)
+    print(server.port, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+
+asyncio.run(main())
+"""
+
+
+def test_nothing_older_than_tls_1_3_is_spoken(tmp_path):
+    """In a process of its own: grpcio reads its settings when it is imported first."""
+
+    def connect(newest):
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.maximum_version = newest
+        context.set_alpn_protocols(["h2"])
+        with socket.create_connection(("127.0.0.1", port), 5) as plain, context.wrap_socket(plain) as secured:
+            return secured.version()
+
+    tls.make_certificate(tmp_path / "tls.key", tmp_path / "tls.pem", [])
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "tls.key"), str(tmp_path / "tls.pem")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        port = int(server.stdout.readline())
+        assert connect(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            connect(ssl.TLSVersion.TLSv1_2)
+        server.stdin.close()
+
+
+async def test_a_manifest_of_another_signer_is_refused(world):
+    world.desk.manifest = identity.sign_manifest(Key.generate(), world.desk.manifest.manifest)
+    assert (await refused(world.link().open(invite=world.invite()))).reason is Code.SIGNATURE
+
+
+# the challenge, by hand
+
+
+async def proof(world, link, **changes):
+    """An honest OpenRequest over the link's own channel, then changed."""
+    await link._connect()
+    node = link._key.public
+    challenge = await link._stub.Challenge(wire.ChallengeRequest(node=node, protocol=PROTOCOL_VERSION))
+    body = challenge.nonce + world.desk.run.encode()
+    fields = {
+        "node": node,
+        "nonce": challenge.nonce,
+        "signature": bytes.fromhex(link._key.sign("open", body)),
+        "invite": world.invite(),
+        "peer": link.peer,
+        "peer_public_key": link._transport_key.public_bytes,
+        "peer_signature": bytes.fromhex(link._transport_key.sign("peer", body + node.encode())),
+        "protocol": PROTOCOL_VERSION,
+    }
+    return wire.OpenRequest(**(fields | changes))
+
+
+async def status_of(call):
+    """The gRPC status and our code of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), dict(caught.value.trailing_metadata()).get("barnraise-code")
+
+
+UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_an_answer_is_good_once(world):
+    link = world.link()
+    request = await proof(world, link)
+    await link._stub.Open(request)
+    assert await status_of(link._stub.Open(request)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+
+
+async def test_a_wrong_answer_spends_the_challenge(world):
+    link = world.link()
+    right = await proof(world, link)
+    wrong = wire.OpenRequest()
+    wrong.CopyFrom(right)
+    wrong.signature = bytes(64)
+    assert await status_of(link._stub.Open(wrong)) == (UNAUTHENTICATED, Code.SIGNATURE.code)
+    assert await status_of(link._stub.Open(right)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+    assert world.desk.store.nodes() == ()
+
+
+async def test_an_answer_after_thirty_seconds_is_late(world):
+    link = world.link()
+    request = await proof(world, link)
+    world.desk.skew_ms = 30_001
+    assert await status_of(link._stub.Open(request)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+
+
+async def test_a_challenge_is_for_one_node_on_one_connection(world):
+    link, thief = world.link(), world.link()
+    request = await proof(world, link)
+    await thief._connect()
+    assert await status_of(thief._stub.Open(request)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+    other = await proof(world, thief, node=link._key.public)
+    assert await status_of(thief._stub.Open(other)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+
+
+async def test_a_signature_for_another_run_opens_nothing(world):
+    link = world.link()
+    request = await proof(world, link)
+    request.signature = bytes.fromhex(link._key.sign("open", request.nonce + b"another run"))
+    assert await status_of(link._stub.Open(request)) == (UNAUTHENTICATED, Code.SIGNATURE.code)
+
+
+async def test_a_peer_id_must_be_proved(world):
+    victim, link = Key.generate(), world.link()
+    stolen = {"peer": peer_id_of(victim.public_bytes)}
+    for changes, code in (
+        (stolen, Code.FIELD),
+        (stolen | {"peer_public_key": victim.public_bytes}, Code.SIGNATURE),
+        ({"peer_public_key": b"short"}, Code.FIELD),
+        ({"peer_signature": bytes(64)}, Code.SIGNATURE),
+    ):
+        request = await proof(world, link, **changes)
+        assert (await status_of(link._stub.Open(request)))[1] == code.code
+    assert world.desk.store.nodes() == ()
+
+
+async def test_unanswered_challenges_are_bounded(world, monkeypatch):
+    monkeypatch.setattr(door, "NONCES_MAX", 8)
+    link = world.link()
+    request = await proof(world, link)
+    for _ in range(20):
+        await link._stub.Challenge(wire.ChallengeRequest(node=link._key.public, protocol=PROTOCOL_VERSION))
+    assert len(world.service._nonces) == 8
+    assert await status_of(link._stub.Open(request)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/ip4/0.0.0.0/tcp/1", "/ip4/1.2.3.4/tcp/0", "/ip4/1.2.3.4/tcp/70000", "/ip6/1.2.3.4/tcp/1", "/unix/tmp/x",
+        "/ip4/224.0.0.1/udp/9", "/ip4/1.2.3.4/tcp/1/p2p/12D3", "/dns4/x.org/tcp/1", "1.2.3.4:5", "",
+    ],
+)  # fmt: skip
+async def test_addresses_that_nobody_could_use_are_refused(world, text):
+    refusal = await refused(world.link().open(invite=world.invite(), addresses=[text]))
+    assert refusal.reason is Code.FIELD
+    assert world.desk.store.nodes() == ()
+
+
+# sessions
+
+
+async def test_without_a_session_nothing_is_answered(world):
+    link = await world.member()
+    for session in ("", "0" * 64):
+        stub, metadata = link._stub, (("session", session),)
+        calls = [
+            stub.Heartbeat(wire.HeartbeatRequest(activity="training"), metadata=metadata),
+            stub.AcquireLeases(wire.LeaseRequest(sequences=1), metadata=metadata),
+            stub.ReadLog(wire.ReadLogRequest(), metadata=metadata),
+            stub.PushEntry(wire.PushEntryRequest(), metadata=metadata),
+            stub.ReadLeaves(wire.ReadLeavesRequest(), metadata=metadata),
+            stub.Leave(wire.LeaveRequest(), metadata=metadata),
+            stub.WriteBlob(iter([wire.BlobChunk()]), metadata=metadata),
+        ]
+        for call in calls:
+            assert await status_of(call) == (UNAUTHENTICATED, Code.SESSION.code)
+        blob = stub.ReadBlob(wire.ReadBlobRequest(digest=world.desk.checkpoint.blob.digest), metadata=metadata)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await blob.read()
+        assert caught.value.code() is UNAUTHENTICATED
+
+
+async def test_a_newer_session_replaces_the_older(world):
+    link = await world.member()
+    older = link._session
+    await link.open()
+    assert await status_of(
+        link._stub.Heartbeat(wire.HeartbeatRequest(activity="training"), metadata=(("session", older),))
+    ) == (UNAUTHENTICATED, Code.SESSION.code)
+    assert len(world.service._sessions) == 1
+
+
+async def test_the_link_opens_a_forgotten_session_again_by_itself(world):
+    link = await world.member()
+    world.service._end_session(link._key.public)
+    news = await asyncio.gather(*(link.heartbeat(Beat("training")) for _ in range(4)))
+    assert len(news) == 4
+    assert sum(isinstance(event, machine.NodeOpened) for event in world.desk.events) == 2
+
+
+async def test_the_link_says_unreachable_when_the_coordinator_is_away_and_works_when_it_is_back(world, tmp_path):
+    link = await world.member()
+    port = world.server.port
+    await world.server.stop(None)
+    assert (await refused(link.heartbeat(Beat("training")))).reason is Code.UNREACHABLE
+    world.server = again = await serve(
+        CoordinatorService(world.desk),
+        listen=f"127.0.0.1:{port}",
+        key=tmp_path / "tls.key",
+        certificate=tmp_path / "tls.pem",
+    )
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await link.heartbeat(Beat("training"))
+                break
+            except Refused as refusal:
+                assert refusal.reason is Code.UNREACHABLE
+                await asyncio.sleep(0.2)
+    await link.close()
+    await again.stop(None)
+
+
+async def test_closing_the_link_ends_a_waiting_heartbeat_as_unreachable(world):
+    link, roster = await world.training()
+    waiting = asyncio.create_task(link.heartbeat(Beat("training", epoch=roster.epoch), wait_seconds=20))
+    await asyncio.sleep(0.1)
+    await link.close()
+    assert (await refused(waiting)).reason is Code.UNREACHABLE
+
+
+async def test_a_port_in_use_is_refused_by_name(world, tmp_path):
+    again = serve(world.service, listen=world.address, key=tmp_path / "tls.key", certificate=tmp_path / "tls.pem")
+    assert (await refused(again)).reason is Code.PORT_IN_USE
+
+
+async def test_leaving_gives_the_leases_back_and_ends_the_session(world):
+    link, _ = await world.training()
+    assert await link.acquire_leases(10)
+    await link.leave("the owner \x1b[31mneeds\nthe machine")
+    assert not world.desk.state.leases.held
+    assert world.desk.store.load_leases(world.desk.shards) == world.desk.state.leases
+    assert not world.service._sessions
+    assert "(the owner [31mneeds the machine)" in world.desk.state.events[-1][1]
+
+
+# heartbeats and leases
+
+
+async def test_a_waiting_heartbeat_wakes_on_a_new_roster(world):
+    first, roster = await world.training()
+    began = time.monotonic()
+    waiting = asyncio.create_task(first.heartbeat(Beat("training", epoch=roster.epoch), wait_seconds=20))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    second = await world.member()
+    await second.heartbeat(Beat("training"))
+    news = await waiting
+    assert time.monotonic() - began < 5
+    assert set(news.roster.roster.nodes) == {first._key.public, second._key.public}
+
+
+async def test_a_heartbeat_without_news_is_answered_after_its_wait(world):
+    link, roster = await world.training()
+    began = time.monotonic()
+    news = await link.heartbeat(Beat("training", epoch=roster.epoch), wait_seconds=0.4)
+    assert 0.35 < time.monotonic() - began < 3
+    assert news.roster is None
+    assert news.wanted == ()
+    assert not news.finished
+
+
+async def test_news_that_was_told_is_no_news(world):
+    """A part that nobody has must not turn heartbeats into a busy loop."""
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    await link.push_entry(world.decide(link, roster, [b"x" * 9], lease))
+    beat = Beat("training", epoch=roster.epoch, known_round=1)
+    assert (await link.heartbeat(beat, wait_seconds=20)).wanted == (digest_of(b"x" * 9),)
+    began = time.monotonic()
+    assert (await link.heartbeat(beat, wait_seconds=0.4)).wanted == (digest_of(b"x" * 9),)
+    assert time.monotonic() - began > 0.35
+    world.desk.over = True
+    assert (await link.heartbeat(beat, wait_seconds=20)).finished
+
+
+async def test_a_heartbeat_wakes_when_the_head_moves(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    waiting = asyncio.create_task(link.heartbeat(Beat("training", epoch=roster.epoch), wait_seconds=20))
+    await asyncio.sleep(0.1)
+    await link.push_entry(world.decide(link, roster, [b"x" * 9], lease))
+    assert (await waiting).head_round == 1
+
+
+async def test_leases_are_granted_renewed_and_kept(world):
+    link, roster = await world.training()
+    leases = await link.acquire_leases(40)
+    assert [(lease.range.start, lease.range.stop) for lease in leases] == [(0, 32), (32, 40)]
+    assert world.desk.store.load_leases(world.desk.shards) == world.desk.state.leases
+    ids = tuple(lease.lease_id for lease in leases)
+    news = await link.heartbeat(Beat("training", epoch=roster.epoch, lease_ids=(*ids, "fff")))
+    assert news.renewed == ids
+    assert len(await link.acquire_leases(1000)) == 1  # up to 64 sequences for one node
+    assert await link.acquire_leases(1) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"activity": "dancing"}, "activity"),
+        ({"activity": ""}, "activity"),
+        ({"tokens_per_second": -1.0}, "tokens_per_second"),
+        ({"tokens_per_second": float("nan")}, "tokens_per_second"),
+        ({"busy_share": float("inf")}, "busy_share"),
+        ({"wait_seconds": float("nan")}, "wait_seconds"),
+        ({"head_round": 2**63}, "head_round"),
+        ({"bytes_sent": 2**64 - 1}, "bytes_sent"),
+        ({"lease_ids": [""]}, "lease_ids"),
+        ({"lease_ids": ["0"] * 300}, "lease_ids"),
+        ({"addresses": ["/ip4/1.2.3.4/tcp/1"] * 9}, "addresses"),
+    ],
+)
+async def test_a_field_out_of_its_range_is_refused_by_name(world, fields, named):
+    link = await world.member()
+    before = world.desk.state
+    request = wire.HeartbeatRequest(**({"activity": "training"} | fields))
+    with pytest.raises(grpc.aio.AioRpcError, match=named) as caught:
+        await link._stub.Heartbeat(request, metadata=link._metadata())
+    assert caught.value.code() is INVALID
+    assert world.desk.state is before
+
+
+async def test_no_sequences_and_too_many_are_refused(world):
+    link = await world.member()
+    for sequences in (0, 2**40):
+        assert (await refused(link.acquire_leases(sequences))).reason is Code.FIELD
+
+
+async def test_a_message_over_the_cap_is_refused_and_the_connection_survives(world):
+    link = await world.member()
+    huge = wire.PushEntryRequest(entry=bytes(CONTROL_BYTES_MAX + (1 << 20)))
+    bare = grpc.aio.secure_channel(
+        world.address,
+        grpc.ssl_channel_credentials((world.desk.folder / "tls.pem").read_bytes()),
+        [("grpc.ssl_target_name_override", tls.SERVER_NAME), ("grpc.max_send_message_length", -1)],
+    )
+    async with bare:
+        call = bare.unary_unary("/barnraise.v1.Coordinator/PushEntry")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(huge.SerializeToString(), metadata=link._metadata())
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        ok = bare.unary_unary("/barnraise.v1.Coordinator/ReadLog")
+        assert await ok(wire.ReadLogRequest().SerializeToString(), metadata=link._metadata())
+
+
+async def test_one_node_has_so_many_calls_at_a_time(world, monkeypatch):
+    monkeypatch.setattr(door, "CALLS_PER_NODE_MAX", 3)
+    link, roster = await world.training()
+    beat = Beat("training", epoch=roster.epoch)
+    waiting = [asyncio.create_task(link.heartbeat(beat, wait_seconds=20)) for _ in range(3)]
+    await asyncio.sleep(0.3)
+    assert (await refused(link.heartbeat(beat))).reason is Code.LIMIT
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    await asyncio.sleep(0.2)
+    await link.heartbeat(beat)
+
+
+async def test_a_surprise_is_an_id_and_no_traceback(world, monkeypatch):
+    link = await world.member()
+
+    def broken(event):
+        raise RuntimeError("secret path /home/researcher")
+
+    monkeypatch.setattr(world.desk, "submit", broken)
+    refusal = await refused(link.heartbeat(Beat("training")))
+    assert refusal.reason is Code.INTERNAL
+    assert "secret" not in refusal.what
+    assert world.service.refusals[Code.INTERNAL.code] == 1
+
+
+# the log and its blobs
+
+
+async def test_a_certified_record_goes_in_with_its_parts_and_comes_out(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    part = bytes(range(256)) * 3000
+    entry = world.decide(link, roster, [part], lease)
+    digest = digest_of(part)
+    assert await link.push_entry(entry) == (digest,)
+    assert world.desk.state.wanted
+    assert await link.upload_part(digest, part)
+    assert world.desk.blobs.read(digest) == part
+    assert world.desk.state.wanted == ()
+    assert not await link.upload_part(digest, part)
+    assert await link.push_entry(entry) == ()
+
+    page = await link.read_log(0)
+    assert page.entries == (entry,)
+    assert page.rosters == (world.desk.state.roster,)
+    assert page.base == world.desk.checkpoint
+    assert (await link.read_log(1)).entries == ()
+    assert world.desk.store.node(link._key.public).credit_tokens == 16
+
+
+async def test_an_uncertified_record_changes_nothing(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    entry = world.decide(link, roster, [b"x" * 9], lease)
+    forged = replace(entry, certificate=replace(entry.certificate, signatures=()))
+    assert await link.push_entry(forged) == ()
+    assert world.desk.store.entry_count == 0
+    stub, metadata = link._stub, link._metadata()
+    for data in (b"", b"{}", b"\xff", canonical.to_bytes(entry)[:-1], canonical.to_bytes(entry) + b" "):
+        assert await status_of(stub.PushEntry(wire.PushEntryRequest(entry=data), metadata=metadata)) == (
+            INVALID,
+            Code.FIELD.code,
+        )
+
+
+async def test_the_log_is_read_in_bounded_pages(world, monkeypatch):
+    monkeypatch.setattr(door, "PAGE_ENTRIES_MAX", 3)
+    link, roster = await world.training()
+    for number in range(5):
+        (lease,) = await link.acquire_leases(1)
+        await link.push_entry(world.decide(link, roster, [b"%d" % number], lease))
+    assert [len((await link.read_log(start)).entries) for start in (0, 3, 5)] == [3, 2, 0]
+    monkeypatch.setattr(door, "PAGE_BYTES_MAX", 1)
+    assert len((await link.read_log(0)).entries) == 1  # never none, or a reader would stand still
+
+
+async def test_wrong_uploads_are_refused_and_leave_nothing(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    part = bytes(BLOB_CHUNK_BYTES + 5)
+    digest = digest_of(part)
+    assert (await refused(link.upload_part(digest, part))).reason is Code.BLOB_MISSING  # no record names it
+    await link.push_entry(world.decide(link, roster, [part], lease))
+    wrong = part[:-1] + b"\1"
+    assert (await refused(link.upload_part(digest, wrong))).reason is Code.BLOB_CORRUPT
+    assert (await refused(link.upload_part(digest, part[:-1]))).reason is Code.FIELD
+    assert (await refused(link.upload_part(digest, part + b"\0"))).reason is Code.FIELD
+    stub, metadata = link._stub, link._metadata()
+    chunk = {"digest": digest, "size": len(part)}
+    for chunks, code in (
+        ([], Code.FIELD),
+        ([{"digest": "../../etc/passwd", "size": 5, "data": b"x"}], Code.FIELD),
+        ([chunk | {"data": b""}], Code.LIMIT),
+        ([chunk | {"data": part}], Code.LIMIT),
+        ([chunk | {"data": part[:9], "offset": 7}], Code.BLOB_CORRUPT),
+        ([chunk | {"data": part[:9]}], Code.BLOB_CORRUPT),
+    ):
+        upload = stub.WriteBlob(iter([wire.BlobChunk(**fields) for fields in chunks]), metadata=metadata)
+        assert (await status_of(upload))[1] == code.code
+    assert world.desk.state.wanted
+    assert list((world.desk.folder / "blobs" / "partial").iterdir()) == []
+    assert await link.upload_part(digest, part)
+
+
+async def test_two_uploads_of_one_part_at_once_store_it_once(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    part = bytes(5 * BLOB_CHUNK_BYTES)
+    await link.push_entry(world.decide(link, roster, [part], lease))
+    stored = await asyncio.gather(*(link.upload_part(digest_of(part), part) for _ in range(3)))
+    assert sorted(stored) == [False, False, True]
+
+
+async def test_an_upload_that_dribbles_is_ended_and_leaves_nothing(world, monkeypatch):
+    monkeypatch.setattr(door, "CHUNK_SECONDS_MAX", 0.2)
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    part = bytes(99)
+    await link.push_entry(world.decide(link, roster, [part], lease))
+
+    async def dribble():
+        yield wire.BlobChunk(digest=digest_of(part), size=99, data=part[:1])
+        await asyncio.sleep(5)
+
+    upload = link._stub.WriteBlob(dribble(), metadata=link._metadata())
+    assert await status_of(upload) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Code.LIMIT.code)
+    assert list((world.desk.folder / "blobs" / "partial").iterdir()) == []
+    assert await link.upload_part(digest_of(part), part)
+
+
+async def test_a_blob_is_fetched_whole_with_progress(world, tmp_path):
+    link = await world.member()
+    store, seen = BlobStore(tmp_path / "node"), []
+    ref = world.desk.checkpoint.blob
+    await link.fetch_blob(ref, store, lambda done, size: seen.append((done, size)))
+    assert store.read(ref.digest) == b"base" * 300_000
+    assert seen[-1] == (ref.size, ref.size)
+    assert len(seen) == 5
+    await link.fetch_blob(ref, store, lambda *_: pytest.fail("it is here already"))
+
+
+async def test_a_cut_download_goes_on_where_it_stopped(world, tmp_path, monkeypatch):
+    link = await world.member()
+    store, ref, offsets = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob, []
+    whole = world.service._read_blob
+
+    async def cut(request, context):
+        offsets.append(request.offset)
+        if len(offsets) > 2:
+            return await whole(request, context)
+        data = (b"base" * 300_000)[request.offset :][:BLOB_CHUNK_BYTES]
+        await context.write(wire.BlobChunk(data=data, offset=request.offset, digest=ref.digest, size=ref.size))
+        return await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    monkeypatch.setattr(world.service, "_read_blob", cut)
+    await link.fetch_blob(ref, store)
+    assert offsets == [0, BLOB_CHUNK_BYTES, 2 * BLOB_CHUNK_BYTES]
+    assert store.has(ref.digest)
+
+
+async def test_a_download_that_was_stopped_goes_on_with_another_process(world, tmp_path):
+    link = await world.member()
+    ref, offsets = world.desk.checkpoint.blob, []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done, size):
+        if done > 2 * BLOB_CHUNK_BYTES:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        await link.fetch_blob(ref, BlobStore(tmp_path / "node"), stop)
+    store = BlobStore(tmp_path / "node")
+    await link.fetch_blob(ref, store, lambda done, size: offsets.append(done))
+    assert offsets[0] == 4 * BLOB_CHUNK_BYTES
+    assert store.has(ref.digest)
+
+
+async def test_a_session_lost_in_a_download_is_opened_again(world, tmp_path):
+    link = await world.member()
+    world.service._end_session(link._key.public)
+    await link.fetch_blob(world.desk.manifest.manifest.tokenizer, BlobStore(tmp_path / "node"))
+
+
+async def test_a_corrupted_blob_is_refused_and_not_kept(world, tmp_path):
+    link = await world.member()
+    store, ref = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob
+    path = world.desk.blobs.path(ref.digest)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"!")
+    assert (await refused(link.fetch_blob(ref, store))).reason is Code.BLOB_CORRUPT  # the hashes lead elsewhere
+    path.write_bytes(good)
+    assert not store.has(ref.digest)
+    await link.fetch_blob(ref, store)
+
+
+async def test_bytes_that_are_not_the_leaves_are_stopped_at_the_first_wrong_chunk(world, tmp_path, monkeypatch):
+    link = await world.member()
+    store, ref, seen = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob, []
+    leaves = world.desk.blobs.leaves(ref.digest)
+    monkeypatch.setattr(world.desk.blobs, "leaves", lambda digest: leaves)
+    data = bytearray(b"base" * 300_000)
+    data[BLOB_CHUNK_BYTES + 3] ^= 1
+    world.desk.blobs.path(ref.digest).write_bytes(data)
+    refusal = await refused(link.fetch_blob(ref, store, lambda done, size: seen.append(done)))
+    assert refusal.reason is Code.BLOB_CORRUPT
+    assert seen == [BLOB_CHUNK_BYTES]
+    assert not store.has(ref.digest)
+    world.desk.blobs.path(ref.digest).write_bytes(b"base" * 300_000)
+    await link.fetch_blob(ref, store)
+
+
+async def test_only_the_runs_own_blobs_are_served(world, tmp_path):
+    link = await world.member()
+    store = BlobStore(tmp_path / "node")
+    await link.fetch_blob(world.desk.manifest.manifest.tokenizer, store)
+    for ref in (world.desk.heldout, world.desk.blobs.put_bytes(b"something else")):
+        assert (await refused(link.fetch_blob(ref, store))).reason is Code.BLOB_MISSING
+    for digest in ("", "../coordinator.db", "AA" * 32):
+        call = link._stub.ReadBlob(wire.ReadBlobRequest(digest=digest), metadata=link._metadata())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is INVALID
+    ref = world.desk.checkpoint.blob
+    call = link._stub.ReadBlob(wire.ReadBlobRequest(digest=ref.digest, offset=ref.size + 1), metadata=link._metadata())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is INVALID
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("wished", "shown"),
+    [
+        ("", None),
+        ("\x00\x1b\u200b\u202e", None),
+        ("  My \t\n box  ", "My box"),
+        ("<script>alert(1)</script>", "<script>alert(1)</script>"),
+        ("'; DROP TABLE nodes;--", "'; DROP TABLE nodes;--"),
+        ("abc\u202edef\u200bghi\x00", "abcdefghi"),
+        ("e\u0301toile", "\u00e9toile"),
+        ("x" * 10_000, "x" * 40),
+        ("a" + "\u0301" * 50, "\u00e1\u0301\u0301"),
+        ("\U0001f9a6 otter", "\U0001f9a6 otter"),
+    ],
+)
+async def test_a_hostile_name_becomes_one_that_can_be_shown(world, wished, shown):
+    link = world.link()
+    opened = await link.open(invite=world.invite(), name=wished)
+    assert opened.signed_pass.body.name == (shown or generated_name(link._key.public))
+
+
+@pytest.mark.parametrize("twin", ["Heron", "heron", "h\u0435ron", "her0n", "he\u0301ron", "HERON ", "h e r o n"])
+def test_a_name_that_looks_like_anothers_gets_a_part_of_the_key(twin):
+    name = distinct_name(twin, "ab" * 32, ["heron"])
+    assert name.endswith("-abababab")
+    assert len(name) <= 40
+
+
+def test_nobody_is_called_coordinator():
+    assert distinct_name("C\u043eordinator", "ab" * 32, []) != "C\u043eordinator"
+    assert len(distinct_name("x" * 40, "ab" * 32, ["x" * 40])) == 40
+    assert distinct_name("heron", "ab" * 32, ["otter"]) == "heron"
+
+
+def test_generated_names_are_two_words_that_stay():
+    assert generated_name("ab" * 32) == generated_name("ab" * 32)
+    assert visible(generated_name("cd" * 32)).count("-") == 1
+
+
+def test_a_door_is_kept_and_found_again(tmp_path):
+    kept = Door(("127.0.0.1:1",), "00" * 32, identity.run_id(Key.generate().public, "test"))
+    kept.save(tmp_path / "door.json")
+    assert Door.load(tmp_path / "door.json") == kept

@@ -1,0 +1,287 @@
+"""The store: real SQLite files, second connections, and a process that is killed."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from coordinator.core import leases as data
+from coordinator.core.leases import Leases
+from coordinator.store import EVENTS_KEPT, SCHEMA, Evaluation, Store, StoredNode
+from protocol import identity
+from protocol.errors import Code, Refused
+from protocol.identity import Key, peer_id_of
+from protocol.log import record_hash
+from protocol.types import (
+    Ballot,
+    BaseCheckpoint,
+    BlobRef,
+    Certificate,
+    Contribution,
+    DataRange,
+    LogEntry,
+    Member,
+    Part,
+    Pass,
+    Record,
+    Roster,
+    Shard,
+)
+
+OWNER = Key.generate()
+RUN = identity.run_id(OWNER.public, "test")
+SHARDS = (Shard("aa" * 32, 4096, 2048, 128), Shard("bb" * 32, 2048, 1024, 64))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "coordinator.db"
+
+
+@pytest.fixture
+def store(path):
+    store = Store(path)
+    yield store
+    store.close()
+
+
+def admitted(key=None, *, peer=None, name="quiet-otter", invite=None):
+    key = key or Key.generate()
+    peer = peer or peer_id_of(Key.generate().public_bytes)
+    signed = identity.sign_pass(OWNER, Pass(RUN, key.public, peer, name, 5, 1000))
+    return StoredNode(key.public, peer, name, invite, signed, 5)
+
+
+def entry(number, node="cc" * 32, *, previous="00" * 32, tokens=320):
+    used = DataRange(0, "aa" * 32, number * 10, number * 10 + 10)
+    part = Part(0, 0, 64, f"{number:064x}", 36, node, (node,))
+    record = Record(RUN, number, previous, 0, node, (Contribution(node, tokens, (used,)),), (part,), "11" * 32)
+    return LogEntry(record, Certificate(record_hash(record), Ballot(0, 0), ()))
+
+
+def refused(act, *arguments, **options):
+    with pytest.raises(Refused) as caught:
+        act(*arguments, **options)
+    return caught.value.reason
+
+
+def test_everything_survives_closing_and_opening_again(path):
+    store = Store(path)
+    node = admitted()
+    roster = identity.sign_roster(OWNER, Roster(RUN, 0, (Member(node.node, node.peer, (), 1000),), 7))
+    base = BaseCheckpoint(0, "00" * 32, "11" * 32, BlobRef("22" * 32, 99))
+    leases, _ = data.grant(Leases(SHARDS), node.node, sequences=50, largest=20, until_ms=9)
+    leases = data.give_back(leases, ["1"])
+    store.set("manifest", b"signed")
+    store.save_node(node)
+    store.save_roster(roster)
+    store.append_entry(entry(0), {})
+    store.save_shards(SHARDS, Shard("dd" * 32, 64, 32, 2))
+    store.save_leases(leases)
+    store.save_base(base)
+    store.save_evaluation(Evaluation(0, 320, 5.5, None, 12, 3, 4096))
+    store.say(12, "it began")
+    store.close()
+
+    again = Store(path)
+    assert again.get("manifest") == b"signed"
+    assert again.get("nothing") is None
+    assert again.node(node.node) == node
+    assert again.nodes() == (node,)
+    assert again.rosters() == (roster,)
+    assert again.entries() == (entry(0),)
+    assert again.has_part("0" * 64)
+    assert not again.has_part("1" * 64)
+    assert again.shards() == SHARDS
+    assert again.heldout() == Shard("dd" * 32, 64, 32, 2)
+    assert again.load_leases(SHARDS) == leases
+    assert again.newest_base() == base
+    assert again.history() == (Evaluation(0, 320, 5.5, None, 12, 3, 4096),)
+    assert again.recent(9) == ((12, "it began"),)
+    again.close()
+
+
+def test_leases_that_were_taken_back_are_gone_from_the_store_too(store):
+    leases, granted = data.grant(Leases(SHARDS), "cc" * 32, sequences=40, largest=20, until_ms=9)
+    store.save_leases(leases)
+    leases = data.consume(leases, [granted[0].range])
+    store.save_leases(leases)
+    assert store.load_leases(SHARDS) == leases
+    assert len(store.load_leases(SHARDS).held) == 1
+
+
+def test_a_fresh_store_has_granted_nothing(store):
+    assert store.load_leases(SHARDS) == Leases(SHARDS)
+    assert store.entry_count == 0
+    assert store.newest_base() is None
+    assert store.heldout() is None
+
+
+def test_a_record_and_its_credit_are_written_together_or_not_at_all(store, monkeypatch):
+    node = admitted()
+    store.save_node(node)
+    store.append_entry(entry(0), {node.node: 320})
+    with pytest.raises(OverflowError):  # SQLite holds 63 bits: the last statement of the transaction fails
+        store.append_entry(entry(1), {node.node: 1 << 70})
+    assert store.entry_count == 1
+    assert not store.has_part(f"{1:064x}")
+    assert store.node(node.node).credit_tokens == 320
+    store.append_entry(entry(1), {node.node: 80, "ee" * 32: 7})
+    assert store.node(node.node).credit_tokens == 400
+
+
+def test_a_record_that_is_not_the_next_is_a_bug(store):
+    store.append_entry(entry(0), {})
+    for number in (0, 2):
+        with pytest.raises(AssertionError):
+            store.append_entry(entry(number), {})
+    assert store.entries() == (entry(0),)
+
+
+def test_entries_are_read_in_pages(store):
+    for number in range(5):
+        store.append_entry(entry(number), {})
+    assert [e.record.round for e in store.entries(1, 3)] == [1, 2, 3]
+    assert store.entries(5) == ()
+
+
+def test_an_invite_is_spent_as_often_as_it_says_and_once_per_node(store):
+    store.add_invite("t1", uses=2, expires_ms=100, note="for friends")
+    store.spend_invite("t1", "n1", 50)
+    store.spend_invite("t1", "n1", 50)
+    assert store.invites()[0].used == 1
+    store.spend_invite("t1", "n2", 50)
+    assert refused(store.spend_invite, "t1", "n3", 50) is Code.INVITE_USED
+    store.spend_invite("t1", "n2", 500)  # it is in already, whatever the time
+    assert refused(store.spend_invite, "t1", "n3", 100) is Code.INVITE_EXPIRED
+    assert refused(store.spend_invite, "t2", "n1", 50) is Code.INVITE_UNKNOWN
+    store.revoke_invite("t1")
+    assert refused(store.spend_invite, "t1", "n3", 50) is Code.INVITE_UNKNOWN
+    assert refused(store.revoke_invite, "t2") is Code.INVITE_UNKNOWN
+    assert store.invites()[0].used == 2
+
+
+def test_a_single_use_invite_raced_over_many_connections_admits_one(store, path):
+    store.add_invite("t1", uses=1, expires_ms=100)
+    outcomes, start = [], threading.Barrier(8)
+
+    def race(number):
+        other = Store(path)
+        start.wait()
+        try:
+            other.spend_invite("t1", f"n{number}", 50)
+            outcomes.append(None)
+        except Refused as refusal:
+            outcomes.append(refusal.reason)
+        finally:
+            other.close()
+
+    threads = [threading.Thread(target=race, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes, key=str) == [Code.INVITE_USED] * 7 + [None]
+
+
+def test_one_peer_id_belongs_to_one_node_and_stays_with_it(store):
+    node = admitted()
+    store.save_node(node)
+    assert refused(store.save_node, admitted(peer=node.peer)) is Code.IDENTITY_TAKEN
+    other_peer = StoredNode(node.node, peer_id_of(OWNER.public_bytes), "x", None, node.signed_pass, 5)
+    assert refused(store.save_node, other_peer) is Code.IDENTITY_TAKEN
+    assert store.nodes() == (node,)
+    assert store.peer_owner(node.peer) == node.node
+
+
+def test_renewing_a_node_keeps_its_credit_and_its_ban(store):
+    node = admitted()
+    store.save_node(node)
+    store.append_entry(entry(0), {node.node: 320})
+    store.ban(node.node)
+    store.save_node(StoredNode(node.node, node.peer, "new name", None, node.signed_pass, 77))
+    kept = store.node(node.node)
+    assert (kept.name, kept.credit_tokens, kept.banned, kept.admitted_ms) == ("new name", 320, True, 5)
+    assert refused(store.ban, "ff" * 32) is Code.NOT_ADMITTED
+
+
+def test_hostile_text_is_text(store):
+    name = "'; DROP TABLE nodes;--"
+    store.save_node(admitted(name=name))
+    assert store.nodes()[0].name == name
+
+
+def test_old_lines_of_history_go(store, monkeypatch):
+    monkeypatch.setattr("coordinator.store.EVENTS_KEPT", 3)
+    for number in range(5):
+        store.say(number, f"line {number}")
+    assert store.recent(10) == ((2, "line 2"), (3, "line 3"), (4, "line 4"))
+    assert store.recent(1) == ((4, "line 4"),)
+    assert EVENTS_KEPT > 1000
+
+
+def test_a_newer_schema_is_refused_by_name(path):
+    Store(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (b"%d" % (SCHEMA + 1),))
+    connection.close()
+    with pytest.raises(Refused, match=f"schema {SCHEMA + 1}, this program reads schema {SCHEMA}") as caught:
+        Store(path)
+    assert caught.value.reason is Code.VERSION
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a database at all, but long enough to be one" * 50, b"SQLite format 3\0" * 100]
+)
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert refused(Store, path) is Code.STORE_BAD
+    assert path.read_bytes() == content
+
+
+def test_another_programs_database_is_refused(path):
+    path.parent.mkdir()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE bookmarks (url)")
+    connection.close()
+    assert refused(Store, path) is Code.STORE_BAD
+
+
+def test_the_file_is_private_and_written_through(store, path):
+    store.set("a", b"b")
+    assert path.stat().st_mode & 0o077 == 0
+    with store._reading() as connection:
+        pragmas = {p: connection.exec_driver_sql(f"PRAGMA {p}").scalar() for p in ("journal_mode", "synchronous")}
+        assert pragmas == {"journal_mode": "wal", "synchronous": 2}
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from coordinator.store import Store
+store = Store(Path(sys.argv[1]))
+number = 0
+while True:
+    store.say(number, f"line {number}")
+    print(number, flush=True)
+    number += 1
+"""
+
+
+def test_what_was_written_before_a_kill_is_there_after_it(path):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    for _ in range(20):
+        last = int(writer.stdout.readline())
+    writer.send_signal(signal.SIGKILL)
+    last = max([last, *(int(line) for line in writer.stdout.read().splitlines())])
+    writer.wait()
+    store = Store(path)
+    lines = [text for _, text in store.recent(1 << 20)]
+    store.close()
+    assert lines[: last + 1] == [f"line {n}" for n in range(last + 1)]
+    assert len(lines) <= last + 2
