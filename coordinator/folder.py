@@ -55,7 +55,7 @@ class RunFolder:
     def find(cls, given: Path | None) -> RunFolder:
         """The folder named, or the one we are in."""
         folder = cls((given or Path()).absolute())
-        if folder.run_file.is_file():
+        if folder.exists:
             return folder
         what = f"{folder.path} holds no {RUN_FILE}"
         fix = "Go to a run's folder or name one with --run; make one with: barnraise-coordinator new NAME"
@@ -77,6 +77,13 @@ class RunFolder:
         atomic_write(folder.run_file, runspec.template(name).encode())
         folder.run_file.chmod(0o644)
         return folder
+
+    @property
+    def exists(self) -> bool:
+        try:
+            return self.run_file.is_file()
+        except OSError:  # a name too long, or a folder that is not ours to look into
+            return False
 
     @property
     def run_file(self) -> Path:

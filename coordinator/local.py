@@ -159,8 +159,8 @@ class Swarm:
                     raise Refused(Code.CHILD_DIED, "the coordinator did not start", fix=f"See {self.coordinator.log}")
                 await asyncio.sleep(0.1)
         self.page = f"http://127.0.0.1:{self.coordinator.status['http']}"
-        words = ("invite", "create", "--uses", str(len(self.names)), "--expires", "1d", "--run", str(self.run))
-        self.invite = (await call("barnraise-coordinator", *words, log=self.log("invite"))).strip()
+        asked = ("invite", "create", "--uses", str(len(self.names)), "--expires", "1d", "--run", str(self.run))
+        self.invite = (await call("barnraise-coordinator", *asked, log=self.log("invite"))).strip()
         for name in self.names:
             await self.start_node(name)
 

@@ -66,7 +66,7 @@ SEND_SECONDS = 10.0  # a small message that takes longer is lost; the round has 
 FETCH_SECONDS = 60.0
 LOG_PAGE = 16  # entries in one answer to a peer
 ROUNDS_AHEAD = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
-POLITE_SECONDS = 10.0  # Ctrl-C waits so long for the round to end
+POLITE_SECONDS = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
 RECENT_ROUNDS = 20  # shown by status
 
 log = structlog.get_logger()
@@ -342,6 +342,7 @@ class Daemon:
         self._post(session.LinkOpened())
         self._spawn(self._start_engine())
         await self._retrying(self._catch_up)
+        self._post(session.DataUsed(0, self._sequences_wanted()))
         self._post(session.CaughtUp())
         self._spawn(self._start_trainer())
         self._spawn(self._heartbeat())
@@ -478,7 +479,8 @@ class Daemon:
         match event:
             case Stepped():
                 self._stepped = event
-                self._losses.append(event.loss)
+                if event.loss is not None:
+                    self._losses.append(event.loss)
                 self._post(rounds.Progressed(event.steps))
                 self._post(session.DataUsed(event.queued_sequences, self._sequences_wanted()))
             case OutOfData():
@@ -770,7 +772,7 @@ class Daemon:
         self._notice = reply.notice or self._notice
         if reply.roster is not None:
             self._learn_roster(reply.roster)
-        await self._lose_leases(frozenset(self._leases) - frozenset(reply.renewed))
+        await self._lose_leases(frozenset(beat.lease_ids) - frozenset(reply.renewed))
         self._known_round = reply.head_round
         assert self._rounds is not None
         head = self._rounds.head.round
@@ -792,8 +794,10 @@ class Daemon:
     async def _lose_leases(self, lost: frozenset[str]) -> None:
         ranges = [self._leases.pop(lease_id).range for lease_id in lost if lease_id in self._leases]
         if ranges and self._trainer is not None:
+            log.warning("leases were lost", sequences=sum(each.stop - each.start for each in ranges))
             with suppress(Refused):
                 await self._trainer.drop(ranges)
+            self._post(session.DataUsed(0, self._sequences_wanted()))  # asks for more; the next step says how much is left
 
     # people
 

@@ -27,6 +27,7 @@ from node import hardware, workloads
 from node.training import TrainerSpec, Vectors, plain, ranged
 from protocol import canonical, model
 from protocol.errors import Code, Refused
+from protocol.order import sequence_at
 from protocol.process import Channel, ChannelClosed, parent_channel
 from protocol.types import DataRange
 
@@ -109,32 +110,34 @@ class Feed:
 
     def read(self, pieces: Sequence[Piece]) -> tuple[Tokens, Tokens]:
         """Inputs and targets, each (sequences, context). Read and not mapped: a file cut short must not kill us."""
-        runs = [self._read_one(each, path) for each, path in pieces]
-        shape = (-1, self._context)
-        return (
-            np.concatenate([run[:-1].reshape(shape) for run in runs]),
-            np.concatenate([run[1:].reshape(shape) for run in runs]),
-        )
+        runs = np.concatenate([self._read_one(each, path) for each, path in pieces])
+        return np.ascontiguousarray(runs[:, :-1]), np.ascontiguousarray(runs[:, 1:])
 
     def _read_one(self, each: DataRange, path: Path) -> Tokens:
+        """The runs of `context` + 1 tokens at the range's positions, one after the other."""
         size = self._type.itemsize
-        wanted = ((each.stop - each.start) * self._context + 1) * size
+        run_bytes = (self._context + 1) * size
         try:
             with path.open("rb", buffering=0) as file:
-                start = each.start * self._context * size
-                short = os.fstat(file.fileno()).st_size < start + wanted
-                data = b"" if short else os.pread(file.fileno(), wanted, start)
+                sequences = (os.fstat(file.fileno()).st_size // size - 1) // self._context
+                if each.stop > sequences:
+                    what = f"shard {each.shard} ends before sequence {each.stop}"
+                    raise ShardError(Code.BLOB_CORRUPT, what, each.shard)
+                data = bytearray()
+                for position in range(each.start, each.stop):
+                    at = sequence_at(position, sequences=sequences, pass_number=each.pass_number)
+                    data += os.pread(file.fileno(), run_bytes, at * self._context * size)
         except OSError as error:
             raise ShardError(
                 Code.BLOB_CORRUPT, f"shard {each.shard} cannot be read: {error.strerror}", each.shard
             ) from error
-        if len(data) < wanted:
+        if len(data) < (each.stop - each.start) * run_bytes:
             raise ShardError(Code.BLOB_CORRUPT, f"shard {each.shard} ends before sequence {each.stop}", each.shard)
         tokens = np.frombuffer(data, self._type).astype(np.int64)
         if (largest := int(tokens.max())) >= self._vocabulary:
             what = f"shard {each.shard} holds token {largest}, the vocabulary ends at {self._vocabulary - 1}"
             raise ShardError(Code.TOKEN_RANGE, what, each.shard)
-        return tokens
+        return tokens.reshape(-1, self._context + 1)
 
 
 class Learner:

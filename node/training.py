@@ -67,7 +67,7 @@ class Stepped:
 
     steps: int  # since the last snapshot
     tokens: int  # since the last snapshot
-    loss: float  # mean since the event before
+    loss: float | None  # mean since the event before; none without a step
     tokens_per_second: float  # while stepping, since the event before
     queued_sequences: int
 

@@ -63,7 +63,7 @@ class SignedRoster:
 
 @dataclass(frozen=True)
 class DataRange:
-    """Sequences [start, stop) of one shard in one pass over the data. A sequence has `context` tokens."""
+    """Positions [start, stop) in one shard's order of one pass (protocol/order.py). A sequence is `context` tokens."""
 
     pass_number: int
     shard: Digest
@@ -145,7 +145,7 @@ class VoteBody:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Signatures of a strict majority of the record's roster on one ballot."""
+    """Signatures of a strict majority of the ballot's roster; a record proposed again may name an earlier one."""
 
     record: Digest
     ballot: Ballot

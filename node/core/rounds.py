@@ -100,6 +100,7 @@ class Rounds:
     finishing: bool = False
     round_started: float = 0.0
     readies: Mapping[NodeId, SignedReady] = field(default_factory=dict)
+    wanted_since: float | None = None  # when a majority was first seen to wait only for this node
     majority_since: float | None = None  # when a majority of promises was first seen
     begin: Begin | None = None
     have: frozenset[Digest] = frozenset()  # parts of this round that are on disk here
@@ -387,21 +388,25 @@ def _train(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
         return _promise(state, roster, state.ballot, now, rules)
     if state.snapshot_asked:
         return state, ()
-    if not _round_is_over(state, roster, now, rules):
+    others = len(_promises(state, roster).keys() - {rules.me})
+    if state.wanted_since is None and others and others + 1 >= roster.quorum:
+        state = replace(state, wanted_since=now)
+    if not _round_is_over(state, now, rules):
         return state, ()
     if state.steps == 0 and state.carried is None:
         return replace(state, contribution=Contribution(rules.me, 0, ())), ()
     return replace(state, snapshot_asked=True), (TakeSnapshot(state.head.round),)
 
 
-def _round_is_over(state: Rounds, roster: Roster, now: float, rules: Rules) -> bool:
-    """Enough steps, or enough time, or a majority that waits only for this node."""
+def _round_is_over(state: Rounds, now: float, rules: Rules) -> bool:
+    """Enough steps, or enough time, or a majority that waits only for this node: with a step to bring, or in vain."""
     if state.steps >= rules.inner_steps(state.head.round):
         return True
     if state.steps and (state.finishing or now - state.round_started >= rules.round_seconds_max):
         return True
-    others = len(_promises(state, roster).keys() - {rules.me})
-    return others > 0 and others + 1 >= roster.quorum
+    if state.wanted_since is None:
+        return False
+    return state.steps > 0 or state.carried is not None or now - state.wanted_since >= rules.gather_seconds
 
 
 def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:

@@ -1,0 +1,619 @@
+"""The researcher's command: every word against a real folder, database and archive; `start` as a real process."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator import archive, cli
+from coordinator.folder import RunFolder
+from coordinator.plan import plan, steps_in
+from coordinator.store import Evaluation, StoredNode
+from protocol import address, console, identity, invite, runspec
+from protocol.codec import codec
+from protocol.errors import Code, Refused
+from protocol.fold import fold
+from protocol.identity import Key, peer_id_of
+from protocol.log import genesis_head, next_head
+from protocol.types import Ballot, Certificate, Contribution, DataRange, LogEntry, Part, Pass, Record
+
+ROOT = Path(__file__).parents[2]
+RUN = """\
+[run]
+name = "tiny"
+title = "A tiny run"
+rounds = 4
+[model.config]
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+[data]
+context = 16
+[train]
+batch_sequences = 2
+[rounds]
+inner_steps = [[2, 1], [1, 3]]
+[coordinator]
+listen = "127.0.0.1:0"
+http = "127.0.0.1:0"
+p2p = "127.0.0.1:0"
+"""
+
+
+def call(*words):
+    """The exit code of one command line."""
+    arguments = [str(word) for word in words]
+    return console.main(cli.app, program="barnraise-coordinator", short_help="short help", arguments=arguments)
+
+
+def write_text(folder, documents=40, seed=0):
+    draw = random.Random(seed)
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    folder.mkdir(exist_ok=True)
+    for number in range(documents):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, k=12)) + f" {seed} {number}\n")
+    return folder
+
+
+def make_run(path, text=RUN):
+    path.mkdir()
+    (path / "run.toml").write_text(text)
+    return RunFolder(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def ready(folder, tmp_path, capsys):
+    assert call("data", "add", write_text(tmp_path / "text"), "--run", folder.path) == 0
+    capsys.readouterr()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published_once(tmp_path_factory):
+    at = tmp_path_factory.mktemp("published")
+    folder = make_run(at / "run")
+    assert call("data", "add", write_text(at / "text"), "--run", folder.path) == 0
+    store = folder.open_store()
+    folder.publish(store, folder.open_blobs())
+    store.close()
+    return folder
+
+
+@pytest.fixture
+def published(published_once, tmp_path):
+    shutil.copytree(published_once.path, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def store(published):
+    store = published.open_store()
+    yield store
+    store.close()
+
+
+def admit(store, folder, name, seed):
+    key = Key.generate()
+    peer = peer_id_of(key.public_bytes)
+    body = Pass(folder.run_id(), key.public, peer, name, 0, 1 << 50)
+    store.save_node(StoredNode(key.public, peer, name, None, identity.sign_pass(folder.key(), body), 1000 + seed))
+    return key.public
+
+
+def grow(folder, store, rounds):
+    """Certified rounds of random updates, as the engine leaves them; answers the states' digests, the first included."""
+    manifest, blobs = folder.manifest(store).manifest, folder.open_blobs()
+    state, packing = archive.rebuild(store, blobs, manifest), codec("int4")
+    outer = archive.outer_of(folder.spec().update)
+    nodes = [admit(store, folder, name, index) for index, name in enumerate(("ann", "bob"))]
+    shard = store.shards()[0].digest
+    head, digests = genesis_head(manifest), [state.digest()]
+    for number in range(rounds):
+        values = np.random.default_rng(number).standard_normal(manifest.parameters).astype(np.float32) / 100
+        data = packing.encode(values)
+        ref = blobs.put_bytes(data)
+        part = Part(0, 0, manifest.parameters, ref.digest, ref.size, nodes[0], tuple(nodes))
+        contributions = tuple(
+            Contribution(
+                node, 32 * (place + 1), (DataRange(0, shard, 4 * number + 2 * place, 4 * number + 2 * place + 2),)
+            )
+            for place, node in enumerate(nodes)
+        )
+        record = Record(manifest.run, head.round, head.hash, 0, nodes[0], contributions, (part,), digests[-1])
+        head = next_head(record)
+        store.append_entry(
+            LogEntry(record, Certificate(head.hash, Ballot(0, 0), ())),
+            {each.node: each.tokens for each in contributions},
+        )
+        fold(state, record, {0: data}, packing, outer)
+        digests.append(state.digest())
+    return digests
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "short help"),
+        (["dta"], "did you mean data?"),
+        (["data", "ad"], "add"),
+        (["check", "--jsn"], "did you mean --json?"),
+        (["data", "add"], "needs a file or a folder"),
+        (["invite", "create", "--uses", "0"], "--uses"),
+        (["invite", "create", "--expires", "soon"], "not a time span"),
+        (["new"], "NAME"),
+    ],
+)
+def test_a_mistyped_command_line_is_a_sentence_and_exit_code_2(words, says, capsys):
+    assert call(*words) == 2
+    output = capsys.readouterr()
+    assert says in output.err and not output.out and "Traceback" not in output.err
+
+
+def test_help_loads_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'hivemind', 'pyarrow', 'numpy', 'sqlalchemy', 'grpc'}"
+    code = f"import coordinator.cli, sys; sys.exit(' '.join({heavy} & set(sys.modules)) or None)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_new_makes_a_run_file_that_loads_and_never_touches_an_existing_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("new", "tidewater") == 0
+    assert RunFolder.find(tmp_path / "tidewater").spec().run.name == "tidewater"
+    before = (tmp_path / "tidewater/run.toml").read_bytes()
+    assert call("new", "tidewater") == 3 and call("new", "other", "--dir", "tidewater") == 3
+    assert (tmp_path / "tidewater/run.toml").read_bytes() == before
+    assert call("new", "Not A Name") == 3 and call("new", "../escape") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["tidewater"]
+    assert "E-RUN-002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["check"], ["start"], ["data", "show"], ["invite", "create"], ["peers"], ["export", "x"]]
+)
+def test_a_folder_without_a_run_file_is_named(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 3
+    assert "E-RUN-001" in capsys.readouterr().err and not list(tmp_path.iterdir()), "something was made there"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_no_surprise(tmp_path, capsys):
+    for path in (tmp_path / ("x" * 5000), tmp_path / "line\nbreak \u202e", "/proc/1/root/secret"):
+        assert call("check", "--run", path) == 3 and call("runs", path) == 3
+    assert "E-RUN-001" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_is_named_with_its_place(folder, capsys):
+    folder.run_file.write_text(RUN.replace("rounds = 4", "runds = 4"))
+    assert call("check", "--run", folder.path) == 3
+    error = capsys.readouterr().err
+    assert "run.toml:4:1" in error and "did you mean [run] rounds?" in error
+
+
+def test_what_is_ours_is_closed_to_others(published):
+    published.peer_key()
+    published.tls()
+    assert stat.S_IMODE(published.ours.stat().st_mode) == 0o700
+    for path in (*published.keys.iterdir(), published.database):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
+    assert {path.name for path in published.keys.iterdir()} == {"coordinator.key", "p2p.key", "tls.key", "tls.crt"}
+
+
+# data
+
+
+def test_data_is_added_shown_and_replaced(folder, tmp_path, capsys):
+    assert call("data", "add", write_text(tmp_path / "a"), "--run", folder.path) == 0
+    said = capsys.readouterr().out
+    assert "40" in said and "sequences of 16" in said
+    first = set(folder.open_blobs().digests())
+    assert call("data", "add", write_text(tmp_path / "b", 30, seed=1), "--run", folder.path) == 0
+    capsys.readouterr()
+    assert call("data", "show", "--json", "--run", folder.path) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["documents"], shown["vocabulary"], shown["tokenizer"]) == (30, 257, "bytes")
+    left = set(folder.open_blobs().digests())
+    assert len(left) == shown["shards"] + 1 and not left & first, "the data before was kept"
+    assert not list(folder.runtime.iterdir()), "scratch was left behind"
+
+
+def test_data_that_is_refused_leaves_what_was_there(ready, tmp_path, capsys):
+    before = ready.open_blobs().digests()
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
+    assert call("data", "add", tmp_path / "bad.jsonl", "--run", ready.path) == 3
+    error = capsys.readouterr().err
+    assert "bad.jsonl:1" in error and "Traceback" not in error
+    assert ready.open_blobs().digests() == before
+    assert call("data", "show", "--run", ready.path) == 0
+
+
+def test_a_tokenizer_is_made_or_read_and_not_both(folder, tmp_path, capsys):
+    text = write_text(tmp_path / "text", 60)
+    assert call("data", "add", text, "--tokenizer", "x", "--train-tokenizer", "300", "--run", folder.path) == 2
+    assert call("data", "add", text, "--train-tokenizer", "270", "--run", folder.path) == 0
+    store = folder.open_store()
+    made = folder.corpus(store)
+    store.close()
+    assert made.vocabulary == 270 and folder.open_blobs().has(made.tokenizer.digest)
+    (folder.path / "mine.json").write_bytes(folder.open_blobs().read(made.tokenizer.digest))
+    folder.run_file.write_text(RUN.replace("[data]", '[data]\ntokenizer = "mine.json"'))
+    assert call("data", "add", text, "--run", folder.path) == 0
+    store = folder.open_store()
+    assert folder.corpus(store) == made
+    store.close()
+    assert call("data", "add", text, "--tokenizer", tmp_path / "none.json", "--run", folder.path) == 3
+
+
+# check
+
+
+def test_check_says_what_the_run_will_take(ready, capsys):
+    assert call("check", "--json", "--run", ready.path) == 0
+    found = json.loads(capsys.readouterr().out)
+    parameters = found["plan"]["parameters"]
+    assert found["problems"] == [] and not found["started"]
+    assert parameters == 257 * 16 * 2 + 4 * 16 * 16 + 3 * 16 * 32 + 3 * 16
+    assert found["plan"]["update_bytes"] == codec("int4").encoded_bytes(parameters)
+    assert found["plan"]["tokens_planned"] == (1 + 1 + 3 + 3) * 2 * 16
+    assert call("check", "--run", ready.path) == 0
+    said = capsys.readouterr().out
+    assert f"{parameters:,} parameters" in said and "Ready" in said
+
+
+def test_check_names_every_problem(folder, capsys):
+    folder.run_file.write_text(RUN.replace("hidden_size = 16", "hidden_sizes = 16"))
+    assert call("check", "--json", "--run", folder.path) == 3
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert [each["code"] for each in problems] == [Code.DATA_EMPTY.code, Code.MODEL_BAD.code]
+    assert "data add" in problems[0]["fix"] and "did you mean hidden_size?" in problems[1]["what"]
+
+
+def test_check_refuses_data_of_another_context_and_data_that_is_gone(ready, capsys):
+    ready.run_file.write_text(RUN.replace("context = 16", "context = 32"))
+    assert call("check", "--run", ready.path) == 3
+    assert "[data] context = 32, but the data was added with 16" in capsys.readouterr().err
+    ready.run_file.write_text(RUN)
+    blobs = ready.open_blobs()
+    blobs.delete(blobs.digests()[0])
+    assert call("check", "--run", ready.path) == Code.BLOB_MISSING.exit.value
+
+
+def test_a_round_of_a_butterfly_costs_less_than_twice_the_update():
+    spec = runspec.parse(RUN.replace('title = "A tiny run"', "min_nodes = 4"))
+    found = plan(spec, parameters=1_000_000, vocabulary=257, sequences=1000)
+    assert found.update_bytes == codec("int4").encoded_bytes(1_000_000)
+    assert found.round_bytes == 2 * 3 * found.update_bytes // 4 < found.round_bytes_many == 2 * found.update_bytes
+    assert (found.sequences_first, found.sequences_last) == (2, 6)
+    assert found.tokens_planned == 8 * 2 * 16 * 4 and found.passes == found.tokens_planned / 16000
+    endless = runspec.parse(RUN.replace("rounds = 4", "rounds = 0"))
+    assert plan(endless, parameters=1, vocabulary=257, sequences=1).tokens_planned is None
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 100])
+def test_steps_are_summed_as_they_are_taken(rounds):
+    section = runspec.parse(RUN).rounds
+    assert steps_in(section, rounds) == sum(section.steps(number) for number in range(rounds))
+
+
+# what nodes are promised
+
+
+def test_a_run_is_published_once_and_says_nothing_of_this_machine(published, store):
+    blobs = published.open_blobs()
+    first = published.publish(store, blobs)
+    assert first == published.publish(store, blobs)
+    manifest = first.manifest.manifest
+    assert identity.check_manifest(published.key().public, first.manifest) == manifest
+    assert manifest.run == identity.run_id(published.key().public, "tiny")
+    spec = runspec.RunSpec.from_json(manifest.spec)
+    assert spec.coordinator.listen == "0.0.0.0:49300" and spec.data.tokenizer == "bytes"
+    assert "127.0.0.1:0" not in manifest.spec and str(published.path) not in manifest.spec
+    assert first.base.head == genesis_head(manifest).hash and first.base.state == manifest.genesis
+    assert store.shards() == first.corpus.shards and store.heldout() == first.corpus.heldout
+    state = archive.rebuild(store, blobs, manifest)
+    assert state.digest() == manifest.genesis and state.params.size == manifest.parameters
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("hidden_size = 16", "hidden_size = 32", "[model] config.hidden_size = 32, was 16"),
+        ("context = 16", "context = 32", "[data] context = 32, was 16"),
+        ("batch_sequences = 2", "batch_sequences = 4", "[train] batch_sequences = 4, was 2"),
+        ("[[2, 1], [1, 3]]", "[[2, 1]]", "[rounds] inner_steps"),
+        ("[data]", '[update]\ncodec = "fp16"\n[data]', "[update] codec = fp16, was int4"),
+        ("rounds = 4", "rounds = 4\nseed = 7", "[run] seed = 7, was 0"),
+        ('name = "tiny"', 'name = "other"', "[run] name = other, was tiny"),
+    ],
+)
+def test_a_run_file_that_describes_another_run_is_refused_by_key(published, store, old, new, names):
+    published.run_file.write_text(RUN.replace(old, new))
+    with pytest.raises(Refused) as caught:
+        published.publish(store, published.open_blobs())
+    assert caught.value.reason is Code.SPEC_VALUE and names in caught.value.what
+
+
+def test_what_only_the_coordinator_does_may_change(published, store):
+    before = published.publish(store, published.open_blobs())
+    text = RUN.replace("rounds = 4", "rounds = 9\nmin_nodes = 2").replace("127.0.0.1:0", "127.0.0.1:50000", 1)
+    published.run_file.write_text(text + 'addresses = ["example.org:49300"]\n[evaluate]\nsequences = 8\n')
+    assert published.publish(store, published.open_blobs()) == before
+
+
+def test_data_stays_once_the_run_was_published(published, tmp_path, capsys):
+    before = published.open_blobs().digests()
+    assert call("data", "add", write_text(tmp_path / "more"), "--run", published.path) == 7
+    assert "E-DATA-006" in capsys.readouterr().err and published.open_blobs().digests() == before
+
+
+def test_a_second_coordinator_of_one_folder_is_refused(published, capsys):
+    with published.lock():
+        assert published.busy
+        assert call("start", "--run", published.path) == 3
+        assert "E-HOME-001" in capsys.readouterr().err
+        assert call("peers", "--run", published.path) == 0
+    assert not published.busy
+
+
+def test_scratch_of_a_killed_coordinator_is_swept_and_a_link_is_not_followed(published, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine").touch()
+    (published.runtime / "old").mkdir()
+    (published.runtime / "old.f32").touch()
+    (published.runtime / "sockets").symlink_to(tmp_path / "elsewhere")
+    with published.lock():
+        assert [path.name for path in published.runtime.iterdir()] == ["sockets"]
+    assert (tmp_path / "elsewhere/mine").exists()
+
+
+def test_a_start_without_data_says_what_to_type(folder, capsys):
+    assert call("start", "--run", folder.path) == 3
+    assert "data add PATH" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_exit_code_6_and_nothing_is_left_running(published, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        published.run_file.write_text(RUN.replace('http = "127.0.0.1:0"', f'http = "127.0.0.1:{port}"'))
+        assert call("start", "--run", published.path) == 6
+    error = capsys.readouterr().err
+    assert "E-NET-002" in error and str(port) in error and "Traceback" not in error
+    assert not published.busy
+
+
+# invites
+
+
+def test_an_invite_is_the_only_line_on_stdout_and_works_offline(published, store, capsys):
+    words = ["--uses", "5", "--expires", "2h", "--note", "friends", "--address", "train.example.org:49300"]
+    assert call("invite", "create", *words, "--run", published.path) == 0
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 1 and "barnraise join" in output.err
+    found = invite.decode(output.out)
+    assert found.addresses == ("train.example.org:49300",) and found.uses == 5
+    assert found.coordinator == published.key().public and found.fingerprint == published.fingerprint()
+    assert 7_100_000 < found.expires_ms - time.time() * 1000 < 7_200_001
+    (kept,) = store.invites()
+    assert (kept.token_id, kept.uses, kept.note) == (found.token, 5, "friends")
+
+
+def test_an_invite_can_be_taken_back_by_its_first_digits_or_by_itself(folder, capsys):
+    lines = []
+    for _ in range(2):
+        assert call("invite", "create", "--address", "127.0.0.1:5", "--run", folder.path) == 0
+        lines.append(capsys.readouterr().out.strip())
+    assert call("invite", "revoke", invite.decode(lines[0]).token[:10], "--run", folder.path) == 0
+    assert call("invite", "revoke", lines[1], "--run", folder.path) == 0
+    capsys.readouterr()
+    assert call("invite", "list", "--json", "--run", folder.path) == 0
+    assert [each["revoked"] for each in json.loads(capsys.readouterr().out)] == [True, True]
+    assert call("invite", "list", "--run", folder.path) == 0
+    assert capsys.readouterr().out.count("revoked") == 2
+    for unknown in ("ffff", "", "-"):
+        assert call("invite", "revoke", "--run", folder.path, "--", unknown) in (3, 7)
+
+
+def test_an_invite_leads_where_the_run_file_says_or_where_the_coordinator_listens(folder, capsys):
+    def create():
+        code = call("invite", "create", "--run", folder.path)
+        output = capsys.readouterr()
+        return (invite.decode(output.out).addresses if code == 0 else code), output.err
+
+    where, error = create()
+    assert where == 3 and "port 0" in error, "nobody knows the port yet"
+    store = folder.open_store()
+    assert store.invites() == ()
+    store.set("ports", json.dumps({"grpc": 4321, "http": 1, "p2p": 2}).encode())
+    store.close()
+    where, error = create()
+    assert where == ("127.0.0.1:4321",) and "only nodes on this machine" in error
+    folder.run_file.write_text(RUN.replace('listen = "127.0.0.1:0"', 'listen = "0.0.0.0:49300"'))
+    (where,), error = create()
+    assert address.parse(where).port == 49300 and not address.parse(where).unspecified
+    folder.run_file.write_text(RUN + 'addresses = ["a.example:1", "b.example:2"]\n')
+    assert create()[0] == ("a.example:1", "b.example:2")
+
+
+def test_a_machine_without_any_address_of_its_own_invites_to_loopback_with_a_warning(folder, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_own_address", lambda: None)
+    folder.run_file.write_text(RUN.replace('listen = "127.0.0.1:0"', 'listen = "[::]:49300"'))
+    assert call("invite", "create", "--run", folder.path) == 0
+    output = capsys.readouterr()
+    assert invite.decode(output.out).addresses == ("127.0.0.1:49300",) and "Warning" in output.err
+
+
+@pytest.mark.parametrize("bad", ["example.org", "0.0.0.0:49300", "http://x:1", "a:0", "x" * 999])
+def test_an_address_nobody_can_reach_makes_no_invite(folder, bad, capsys):
+    assert call("invite", "create", "--address", bad, "--run", folder.path) == 2
+    assert not capsys.readouterr().out
+    store = folder.open_store()
+    assert store.invites() == ()
+    store.close()
+
+
+# what came of it
+
+
+def test_runs_are_found_below_with_their_state(published, store, tmp_path, capsys):
+    make_run(tmp_path / "new", RUN.replace("tiny", "other"))
+    make_run(tmp_path / "broken", "[run]\nnam = 1\n")
+    grow(published, store, 2)
+    store.save_evaluation(Evaluation(2, 192, 3.25, float("inf"), 1, 2, 10))
+    assert call("runs", tmp_path, "--json") == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    tiny = found["tiny"]
+    assert (tiny["state"], tiny["round"], tiny["rounds"], tiny["nodes"]) == ("stopped", 2, 4, 2)
+    assert (tiny["heldout_loss"], tiny["train_loss"]) == (3.25, None)
+    assert found["other"]["state"] == "new" and found["broken"]["state"].startswith("broken: E-SPEC")
+    with published.lock():
+        assert call("runs", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"tiny +running +2 of 4 +2 +3\.2500 +", said)
+    assert call("runs", tmp_path / "nowhere") == 3
+
+
+def test_peers_are_listed_with_their_credit(published, store, capsys):
+    grow(published, store, 2)
+    admit(store, published, "eve\x1b[2J", 9)
+    assert call("peers", "--json", "--run", published.path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["name"], each["credit_tokens"]) for each in found[:2]] == [("ann", 64), ("bob", 128)]
+    assert call("peers", "--run", published.path) == 0
+    said = capsys.readouterr().out
+    assert found[0]["node"][:8] in said and found[0]["node"] not in said and "\x1b" not in said
+
+
+# the archive
+
+
+def test_the_archive_folds_to_any_round_from_the_nearest_checkpoint(published, store, tmp_path):
+    from protocol.state import write_base
+    from protocol.types import BaseCheckpoint
+
+    digests = grow(published, store, 4)
+    manifest, blobs = published.manifest(store).manifest, published.open_blobs()
+    for number, digest in enumerate(digests):
+        assert archive.rebuild(store, blobs, manifest, number).digest() == digest
+    assert archive.rebuild(store, blobs, manifest).round == 4
+    state = archive.rebuild(store, blobs, manifest, 3)
+    write_base(tmp_path / "base", state)
+    ref = blobs.put_file(tmp_path / "base")
+    store.save_base(BaseCheckpoint(3, next_head(store.entries(2, 1)[0].record).hash, state.digest(), ref))
+    for entry in store.entries(0, 3):
+        blobs.delete(entry.record.parts[0].digest)
+    assert archive.rebuild(store, blobs, manifest).digest() == digests[4], "the newer checkpoint was not used"
+    for number in (5, -1):
+        with pytest.raises(Refused):
+            archive.rebuild(store, blobs, manifest, number)
+
+
+def test_a_bad_checkpoint_is_passed_over_for_an_older_one(published, store):
+    from protocol.types import BaseCheckpoint
+
+    digests = grow(published, store, 2)
+    blobs = published.open_blobs()
+    store.save_base(BaseCheckpoint(2, "0" * 64, digests[2], blobs.put_bytes(b"rotten")))
+    assert archive.rebuild(store, blobs, published.manifest(store).manifest).digest() == digests[2]
+
+
+def test_the_archive_stops_before_a_part_that_is_missing_or_has_rotted(published, store):
+    digests = grow(published, store, 3)
+    manifest, blobs = published.manifest(store).manifest, published.open_blobs()
+    part = store.entries(1, 1)[0].record.parts[0].digest
+    blobs.path(part).write_bytes(b"x" * blobs.size(part))
+    assert archive.rebuild(store, blobs, manifest).digest() == digests[1]
+    assert not blobs.has(part), "nobody will be asked for it again"
+    with pytest.raises(Refused) as caught:
+        archive.rebuild(store, blobs, manifest, 3)
+    assert caught.value.reason is Code.BLOB_MISSING
+
+
+def test_a_log_that_starts_from_another_state_is_refused(published, store):
+    grow(published, store, 1)
+    (entry,) = store.entries()
+    manifest, blobs = published.manifest(store).manifest, published.open_blobs()
+    forged = replace(entry.record, round=1, previous=next_head(entry.record).hash, state=manifest.genesis)
+    store.append_entry(LogEntry(forged, entry.certificate), {})
+    with pytest.raises(Refused) as caught:
+        archive.rebuild(store, blobs, manifest)
+    assert caught.value.reason is Code.STATE_MISMATCH and "record 1" in caught.value.what
+
+
+def test_the_export_is_the_state_of_the_log(published, store, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from protocol import model
+
+    digests = grow(published, store, 2)
+    store.save_evaluation(Evaluation(2, 192, 3.25, None, 1, 2, 10))
+    assert call("export", tmp_path / "model", "--run", published.path) == 0
+    assert digests[2][:16] in capsys.readouterr().out
+    facts = json.loads((tmp_path / "model/barnraise.json").read_text())["facts"]
+    assert (facts["round"], facts["state"], facts["tokens"], facts["heldout_loss"]) == (2, digests[2], 192, 3.25)
+    assert [(each["name"], each["tokens"]) for each in facts["contributors"]] == [("bob", 128), ("ann", 64)]
+    assert str(tmp_path) not in (tmp_path / "model/README.md").read_text()
+    state = archive.rebuild(store, published.open_blobs(), published.manifest(store).manifest)
+    loaded = np.empty_like(state.params)
+    model.flatten(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), loaded)
+    assert np.array_equal(loaded, state.params)
+    assert call("export", tmp_path / "model", "--round", "1", "--run", published.path) == 0
+    facts = json.loads((tmp_path / "model/barnraise.json").read_text())["facts"]
+    assert (facts["round"], facts["state"], facts["heldout_loss"]) == (1, digests[1], None)
+    assert call("export", tmp_path / "model", "--round", "3", "--run", published.path) == 3
+    assert call("export", tmp_path / "text", "--run", published.path) == 0
+
+
+def test_a_run_that_never_started_has_no_export(ready, tmp_path, capsys):
+    assert call("export", tmp_path / "model", "--run", ready.path) == 3
+    assert "never started" in capsys.readouterr().err and not (tmp_path / "model").exists()
+
+
+# the real process
+
+
+def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_it(published, capsys):
+    command = [sys.executable, "-m", "coordinator.cli", "start", "--run", str(published.path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            lines = [process.stdout.readline() for _ in range(4)]
+            said = "".join(lines)
+            page = re.search(r"http://127\.0\.0\.1:(\d+)", said)
+            assert page and "invite create" in said, said
+            socket.create_connection(("127.0.0.1", int(page[1])), timeout=5).close()
+            assert call("invite", "create", "--run", published.path) == 0
+            where = address.parse(invite.decode(capsys.readouterr().out).addresses[0])
+            socket.create_connection((where.host, where.port), timeout=5).close()
+            assert f"{where}" in said
+            assert call("start", "--run", published.path) == 3
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    with pytest.raises(OSError):
+        socket.create_connection((where.host, where.port), timeout=5)
+    assert not published.busy
