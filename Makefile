@@ -26,12 +26,13 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m protocol.generate --check
 
 sim: $(STAMP)
 	$(BIN)/python -m tests.sim $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench $(if $(PART),--part $(PART)) $(ARGS)
 
 proto: $(STAMP)
 	$(BIN)/python -m protocol.generate

@@ -182,6 +182,7 @@ def check(run: RunOption = None, as_json: JsonOption = False) -> int:
 def start(
     run: RunOption = None,
     json_log: Annotated[bool, typer.Option("--json-log", help="One JSON object a line on stderr.")] = False,
+    as_json: JsonOption = False,
 ) -> int:
     """Serve the run until Ctrl-C; started again, it goes on where it was."""
     folder, spec = _run(run)
@@ -189,7 +190,7 @@ def start(
     with _store(folder) as store:
         folder.corpus(store)  # what is missing is said before seconds go into loading
     with console.crash_log(folder.logs / "crash.log"):
-        return asyncio.run(_serve(folder, spec, json_log=json_log, named=run))
+        return asyncio.run(_serve(folder, spec, as_json=as_json, named=run))
 
 
 @invite_app.command("create")
@@ -545,19 +546,14 @@ class Stopper:
         structlog.get_logger().info("Stopping; Ctrl-C again stops now")
 
 
-async def _serve(folder: RunFolder, spec: RunSpec, *, json_log: bool, named: Path | None) -> int:
+async def _serve(folder: RunFolder, spec: RunSpec, *, as_json: bool, named: Path | None) -> int:
     stopper = Stopper()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stopper.ask)
     from coordinator.engine import run
 
     def ready(ports: Mapping[str, int]) -> None:
-        if json_log:
-            import structlog
-
-            structlog.get_logger().info("The coordinator is up", **ports)
-        else:
-            print(_rows(_ready_rows(spec, ports, named)), flush=True)
+        print(_json({"run": spec.run.name, **ports}) if as_json else _rows(_ready_rows(spec, ports, named)), flush=True)
 
     return await run(folder, stopper=stopper, on_ready=ready)
 

@@ -97,15 +97,17 @@ class Coordinator:
         self._rules = self._make_rules()
         self.state = self._restore()
         self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase] = asyncio.Queue()
-        self._changed = asyncio.Condition()
-        self._version = 0
+        self._changed = asyncio.Event()  # set and replaced at every change
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._rendezvous: Rendezvous | None = None
         self._evaluator: Evaluator | None = None
-        self._to_measure: tuple[RoundNumber, Floats, Evaluation] | None = None
+        self._to_measure: list[tuple[Floats, Evaluation]] = []
         self._measure = asyncio.Event()
         self._measured = -1
+        measured = store.history()
+        self._first = next((row for row in measured if row.heldout is not None), None)
+        self._newest = measured[-1] if measured else None
         self._sample = ""
         self._sampled_at = -math.inf
 
@@ -308,18 +310,13 @@ class Coordinator:
                 pass  # the door that asked finds it in what submit returns
 
     def _announce(self) -> None:
-        self._version += 1
-        self._spawn(self._wake())
-
-    async def _wake(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def changed(self, timeout_seconds: float | None = None) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_seconds), self._changed:
-                version = self._version
-                await self._changed.wait_for(lambda: self._version != version)
+            async with asyncio.timeout(timeout_seconds):
+                await self._changed.wait()
 
     def part_stored(self, digest: Digest) -> None:
         self.submit(machine.PartStored(digest))
@@ -371,7 +368,7 @@ class Coordinator:
     # measuring
 
     def _queue_evaluation(self, round_number: RoundNumber) -> None:
-        """The newest state replaces one that still waits: measuring never holds up the log."""
+        """The newest state replaces one that still waits, but for the first: measuring never holds up the log."""
         nodes = [node for node in self.state.nodes.values() if node.activity != "left"]
         losses = [node.train_loss for node in nodes if node.train_loss is not None]
         facts = Evaluation(
@@ -383,7 +380,8 @@ class Coordinator:
             nodes=len(nodes),
             bytes=sum(node.bytes_sent for node in self.state.nodes.values()),
         )
-        self._to_measure = (round_number, self._replica.params.copy(), facts)
+        del self._to_measure[1 if self._measured < 0 else 0 :]
+        self._to_measure.append((self._replica.params.copy(), facts))
         self._measure.set()
 
     async def _evaluate(self) -> None:
@@ -401,11 +399,14 @@ class Coordinator:
         )
         while True:
             await self._measure.wait()
-            self._measure.clear()
-            assert self._to_measure is not None
-            (round_number, params, facts), self._to_measure = self._to_measure, None
+            params, facts = self._to_measure.pop(0)
+            if not self._to_measure:
+                self._measure.clear()
+            round_number = facts.round
             heldout = await self._evaluator.loss(params)
-            self.store.save_evaluation(replace(facts, heldout=heldout))
+            self._newest = replace(facts, heldout=heldout)
+            self._first = self._first or self._newest
+            self.store.save_evaluation(self._newest)
             if heldout is None:
                 self.submit(machine.Noticed(f"held-out loss after round {round_number} is not a number"))
             over = machine.run_is_over(self.state, self._rules)
@@ -434,8 +435,6 @@ class Coordinator:
     def view(self) -> Mapping[str, Any]:
         """What the page and the API show. No address of anybody is in it."""
         state, manifest = self.state, self.manifest.manifest
-        measured = self.store.history()
-        known = [row for row in measured if row.heldout is not None]
         rostered = state.roster.roster.nodes if state.roster else ()
         sent = sum(node.bytes_sent for node in state.nodes.values())
         rounds = max(1, state.head.round)
@@ -453,9 +452,9 @@ class Coordinator:
                 "codec": self._codec.name,
             },
             "loss": {
-                "heldout": known[-1].heldout if known else None,
-                "heldout_first": known[0].heldout if known else None,
-                "train": measured[-1].train if measured else None,
+                "heldout": self._newest.heldout if self._newest else None,
+                "heldout_first": self._first.heldout if self._first else None,
+                "train": self._newest.train if self._newest else None,
             },
             "nodes": [
                 {

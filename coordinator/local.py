@@ -276,7 +276,7 @@ async def demo(
         screen.say("starting the nodes")
         deeds = await _train(swarm, screen, kill_at)
         screen.say("exporting the model")
-        words = ("export", str(export_to), "--run", str(swarm.run), "--json")
+        words = ("export", str(export_to), "--run", str(swarm.run))
         await call("barnraise-coordinator", *words, log=swarm.log("export"))
         summary = _summary(swarm, export_to, seconds=time.monotonic() - began)
         for deed in deeds:

@@ -25,7 +25,7 @@ from node.core.rounds import Rounds, group
 from node.engine import AveragingJob, Engine
 from node.hardware import usable_threads
 from node.journal import Journal, Promise
-from node.link import Beat, Door, Link, Opened
+from node.link import Beat, Door, Link, News, Opened
 from node.pseudograd import PseudoGradient
 from node.replica import Replica
 from node.training import Event as TrainerEvent
@@ -66,6 +66,7 @@ SEND_SECONDS = 10.0  # a small message that takes longer is lost; the round has 
 FETCH_SECONDS = 60.0
 LOG_PAGE = 16  # entries in one answer to a peer
 ROUNDS_AHEAD = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
+LEAVE_SECONDS = 2.0  # for the coordinator to hear that we go
 POLITE_SECONDS = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
 RECENT_ROUNDS = 20  # shown by status
 
@@ -136,6 +137,7 @@ class Daemon:
         self._ended: asyncio.Future[tuple[Exit, str]] = asyncio.get_running_loop().create_future()
         self._leases: dict[str, Lease] = {}
         self._group = b""
+        self._changed = asyncio.Event()  # another activity than the last heartbeat said
         self._wanted_before: frozenset[str] = frozenset()
         self._known_round = 0
         self._stepped: Stepped | None = None
@@ -198,17 +200,15 @@ class Daemon:
         if self._on_status is not None:
             self._spawn(self._report())
         self._spawn(self._decide())  # a task that fails ends the daemon: see _settled
-        code, why = await self._ended
-        log.info("stopping", why=why)
-        if self._on_status is not None:
-            self._on_status(self.status() | {"activity": "stopped", "reason": why})
-        with suppress(Refused, TimeoutError):
-            await asyncio.wait_for(self._link.leave(), 5.0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if code not in (Exit.OK, Exit.INTERRUPTED):
-            raise Refused(Code.CHILD_DIED, why) if code is Exit.INTERNAL else Refused(Code.STATE_MISMATCH, why)
+        why = "a failure"
+        try:
+            code, why = await self._ended
+        finally:
+            log.info("stopping", why=why)
+            if self._on_status is not None:
+                self._on_status(self.status() | {"activity": "stopped", "reason": why})
+            with suppress(Refused, TimeoutError):
+                await asyncio.wait_for(self._link.leave(why), LEAVE_SECONDS)
         return int(code.value)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -221,10 +221,8 @@ class Daemon:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        if isinstance(error, Refused) and error.reason.exit is Exit.INTEGRITY:
-            self._end(Exit.INTEGRITY, error.what)
-            return
-        log.error("a task failed", error=repr(error), exc_info=error)
+        if not isinstance(error, Refused):
+            log.error("a task failed", error=repr(error), exc_info=error)
         if not self._ended.done():
             self._ended.set_exception(error)
 
@@ -239,7 +237,7 @@ class Daemon:
             if isinstance(event, session.Event):
                 await self._decide_session(event)
             else:
-                await self._decide_round(event)
+                self._step_rounds(event)
 
     async def _decide_session(self, event: session.Event) -> None:
         before = session.activity(self._session)
@@ -247,6 +245,7 @@ class Daemon:
         self._session, effects = session.step(self._session, event, time.monotonic())
         if session.activity(self._session) is not before:
             log.info(session.activity(self._session).value, why=session.reason(self._session, time.monotonic()))
+            self._changed.set()
         for effect in effects:
             await self._carry_out_session(effect)
         if self._session.takes_part != took_part:
@@ -261,9 +260,11 @@ class Daemon:
             case session.Restart(part):
                 self._spawn(self._start_trainer() if part is session.Part.TRAINER else self._start_engine())
             case session.End(failed):
-                self._end(Exit.INTERNAL if failed else Exit.OK, failed or "finished")
+                if failed and not self._ended.done():
+                    self._ended.set_exception(Refused(Code.CHILD_DIED, failed))
+                self._end(Exit.OK, "finished")
 
-    async def _decide_round(self, event: rounds.Event) -> None:
+    def _step_rounds(self, event: rounds.Event) -> None:
         if self._rounds is None:
             return
         phase = self._rounds.phase
@@ -487,13 +488,22 @@ class Daemon:
                 self._post(session.DataUsed(0, self._sequences_wanted()))
             case Skipped(_, what):
                 log.warning("a step was left out", why=what)
-            case Failed(reason, what, _):
+            case Failed(reason, what, shard):
                 log.error("training failed", code=reason.code, why=what)
                 self._notice = f"{reason.code}: {what}"
+                self._spawn(self._set_training(True) if shard is not None else self._replace_trainer(what))
             case Exited(returncode):
                 self._trainer = None
                 self._leases.clear()
                 self._post(session.PartDied(session.Part.TRAINER, f"exit code {returncode}"))
+
+    async def _replace_trainer(self, why: str) -> None:
+        """The local model is past saving: a new trainer starts from the shared state."""
+        trainer, self._trainer = self._trainer, None
+        if trainer is not None:
+            await trainer.stop()
+            self._leases.clear()
+            self._post(session.PartDied(session.Part.TRAINER, why))
 
     def _sequences_wanted(self) -> int:
         assert self._rounds is not None
@@ -530,7 +540,14 @@ class Daemon:
             log.warning("no data", why=refused.what)
             if refused.reason.exit is Exit.RESOURCE:
                 self._notice = f"{refused.reason.code}: {refused.what}"
+                self._forget_shards()
         self._post(session.LeasesArrived(granted))
+
+    def _forget_shards(self) -> None:
+        """Make room: shards that no lease of ours names can be had again."""
+        leased = {lease.range.shard for lease in self._leases.values()}
+        for digest in self._shards.keys() - leased:
+            self._blobs.delete(digest)
 
     async def _take_snapshot(self) -> None:
         ranges: tuple[DataRange, ...] = ()
@@ -599,7 +616,7 @@ class Daemon:
         entries = self._journal.entries(request.round, most=LOG_PAGE)
         named = {entry.certificate.ballot.epoch for entry in entries} | {entry.record.epoch for entry in entries}
         named.add(max(self._rounds.rosters, default=Epoch(0)))
-        known = self._journal.rosters()
+        known = self._rounds.rosters
         rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
         self._send((request.sender,), LogReply(self._manifest.run, request.round, self._me, entries, rosters))
 
@@ -617,11 +634,7 @@ class Daemon:
         assert self._rounds is not None
         if signed.roster.epoch not in self._rounds.rosters:
             self._journal.save_roster(signed)
-            self._rounds, effects = rounds.step(
-                self._rounds, rounds.RosterArrived(signed), time.monotonic(), self._rules
-            )
-            for effect in effects:
-                self._carry_out_round(effect)
+            self._step_rounds(rounds.RosterArrived(signed))
             self._spawn(self._tell_engine())
             log.info("roster", epoch=signed.roster.epoch, members=len(signed.roster.members))
 
@@ -704,7 +717,7 @@ class Daemon:
         self._credit_tokens += tokens if mine else 0
         self._recent.append({"round": record.round, "outcome": "accepted" if mine else "not in it", "tokens": tokens})
         log.info("round folded", round=record.round, members=len(record.contributions), state=digest[:12], mine=mine)
-        await self._decide_round(rounds.Folded(record.round, digest))
+        self._step_rounds(rounds.Folded(record.round, digest))
         assert self._rounds is not None
         self._post(session.RoundSettled(self._rounds.pending))
         self._leases = {
@@ -768,14 +781,19 @@ class Daemon:
             lease_ids=tuple(self._leases),
             known_round=max(self._known_round, state.head.round),
         )
-        reply = await self._link.heartbeat(beat, wait_seconds=self._spec.coordinator.heartbeat_seconds)
+        reply = await self._unless_changed(
+            self._link.heartbeat(beat, wait_seconds=self._spec.coordinator.heartbeat_seconds)
+        )
+        if reply is None:
+            return
         self._notice = reply.notice or self._notice
         if reply.roster is not None:
             self._learn_roster(reply.roster)
-        await self._lose_leases(frozenset(beat.lease_ids) - frozenset(reply.renewed))
         self._known_round = reply.head_round
         assert self._rounds is not None
         head = self._rounds.head.round
+        if head >= reply.head_round:  # else a lease may be missing because a record that we lack consumed it
+            await self._lose_leases(frozenset(beat.lease_ids) - frozenset(reply.renewed))
         if reply.head_round > head and self._rounds.committed is None:
             page = await self._link.read_log(head)
             self._post(rounds.LogArrived(page.entries, page.rosters))
@@ -791,13 +809,26 @@ class Daemon:
         if reply.finished and head >= reply.head_round:
             self._post(session.RunEnded())
 
+    async def _unless_changed(self, asking: Coroutine[Any, Any, News]) -> News | None:
+        """The answer, or none as soon as we do something else: the coordinator should hear of that at once."""
+        self._changed.clear()
+        answer, changed = asyncio.ensure_future(asking), asyncio.ensure_future(self._changed.wait())
+        try:
+            await asyncio.wait([answer, changed], return_when=asyncio.FIRST_COMPLETED)
+            return await answer if answer.done() else None
+        finally:
+            answer.cancel()
+            changed.cancel()
+
     async def _lose_leases(self, lost: frozenset[str]) -> None:
         ranges = [self._leases.pop(lease_id).range for lease_id in lost if lease_id in self._leases]
         if ranges and self._trainer is not None:
             log.warning("leases were lost", sequences=sum(each.stop - each.start for each in ranges))
             with suppress(Refused):
                 await self._trainer.drop(ranges)
-            self._post(session.DataUsed(0, self._sequences_wanted()))  # asks for more; the next step says how much is left
+            self._post(
+                session.DataUsed(0, self._sequences_wanted())
+            )  # asks for more; the next step says how much is left
 
     # people
 

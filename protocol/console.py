@@ -36,6 +36,10 @@ def main(app: typer.Typer, *, program: str, short_help: str, arguments: Sequence
     """Run the command line; everything that can happen becomes an exit code and at most a few lines on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _write_anywhere()
+    if "BARNRAISE_PARENT" in os.environ:  # started by the demo, and not to outlive it
+        from protocol.process import die_with_parent
+
+        die_with_parent()
     if not words:
         complain(short_help)
         return Exit.USAGE.value
@@ -157,7 +161,7 @@ def _run(app: typer.Typer, program: str, words: list[str]) -> int:
     command_line_error: type[Exception] = typer.BadParameter.__mro__[2]
     command: Any = typer.main.get_command(app)
     at = next((index for index, word in enumerate(words) if not word.startswith("-")), None)
-    if at is not None and words[at] not in command.commands:
+    if at is not None and words[at] not in getattr(command, "commands", (words[at],)):  # one command has no others
         _plugin(program, words[at], words[at + 1 :], command.commands)
     if "--debug" in words:
         words.remove("--debug")

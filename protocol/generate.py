@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,5 +29,21 @@ def generate(into: Path) -> None:
         raise SystemExit(f"protoc ended with {failed}")
 
 
+def stale() -> list[str]:
+    """Committed files that are not what the .proto file generates now."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder)
+        generate(fresh)
+        made = [path.relative_to(fresh) for path in sorted(fresh.rglob("*")) if path.is_file()]
+        return [str(name) for name in made if not _same(ROOT / name, fresh / name)]
+
+
+def _same(committed: Path, fresh: Path) -> bool:
+    return committed.exists() and committed.read_bytes() == fresh.read_bytes()
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        old = stale()
+        raise SystemExit(f"run make proto; stale: {', '.join(old)}" if old else 0)
     generate(ROOT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -32,6 +33,7 @@ HELPER_SHARES: Final = 2  # a helper has a public address and chose to reduce mo
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+@lru_cache(maxsize=64)  # each record of the current rounds is named in dozens of votes
 def record_hash(record: Record) -> Digest:
     return canonical.digest(record)
 
@@ -90,7 +92,7 @@ def check_record_shape(record: Record, parameters: int) -> None:
     if not 0 < len(members) <= MEMBERS_MAX or len(set(members)) != len(members):
         raise Refused(Code.RECORD_BAD, f"{len(members)} contributions, expected 1 to {MEMBERS_MAX} distinct members")
     for contribution in record.contributions:
-        _check_contribution(contribution)
+        check_contribution(contribution)
     if not 0 < len(record.parts) <= MEMBERS_MAX:
         raise Refused(Code.RECORD_BAD, f"{len(record.parts)} parts, expected 1 to {MEMBERS_MAX}")
     index, stop = -1, 0
@@ -147,7 +149,7 @@ def _check_signers(certificate: Certificate, roster: Roster) -> None:
         raise Refused(Code.RECORD_BAD, f"{len(signers)} votes, {roster.quorum} of {len(roster.members)} certify")
 
 
-def _check_contribution(contribution: Contribution) -> None:
+def check_contribution(contribution: Contribution) -> None:
     if contribution.tokens < 0 or len(contribution.ranges) > RANGES_MAX:
         what = f"{contribution.tokens} tokens in {len(contribution.ranges)} ranges, at most {RANGES_MAX} are allowed"
         raise Refused(Code.RECORD_BAD, what)

@@ -93,12 +93,15 @@ def consume(leases: Leases, ranges: Iterable[DataRange]) -> Leases:
     """Strike certified ranges from whatever is held or was given back."""
     for used in ranges:
         returned = [rest for r in leases.returned for rest in _without(r, used)]
-        held: dict[str, Lease] = {}
+        held = dict(leases.held)
         for lease_id, lease in leases.held.items():
+            if not lease.range.overlaps(used):
+                continue
+            del held[lease_id]
             rests = _without(lease.range, used)
             if rests:
-                held[lease_id] = replace(lease, range=rests[0])
-                returned += rests[1:] if len(rests) > 1 else []
+                held[lease_id] = replace(lease, range=rests[-1])  # its holder trains forwards
+                returned += rests[:-1]
         leases = replace(leases, returned=tuple(returned), held=held)
     return leases
 

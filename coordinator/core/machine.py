@@ -33,6 +33,7 @@ from protocol.types import (
 
 TAKES_PART = frozenset({"training", "waiting", "finishing"})  # activities of a node that can be rostered
 BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it holds nobody up
+AHEAD_MAX = 64  # records kept that came before those between; their senders bring them again
 EVENTS_KEPT = 200  # lines of history on the page
 
 
@@ -177,7 +178,16 @@ class Ticked:
 
 
 Event = (
-    NodeOpened | HeartbeatArrived | NodeLeft | LeasesAsked | EntryArrived | PartStored | Folded | RosterSigned | Noticed | Ticked
+    NodeOpened
+    | HeartbeatArrived
+    | NodeLeft
+    | LeasesAsked
+    | EntryArrived
+    | PartStored
+    | Folded
+    | RosterSigned
+    | Noticed
+    | Ticked
 )
 
 
@@ -335,6 +345,8 @@ def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules)
 def _entry(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     """Append a record that follows the head; keep one that is ahead of it until those between arrive."""
     if entry.record.run != rules.run or entry.record.round < state.head.round:
+        return state, ()
+    if entry.record.round > state.head.round + AHEAD_MAX:
         return state, ()
     if entry.record.round > state.head.round:
         return replace(state, waiting={**state.waiting, entry.record.round: entry}), ()

@@ -1,4 +1,4 @@
-"""How long to wait before trying again: exponential with full jitter; luck is an argument."""
+"""How long to wait before trying again: exponential, spread over three quarters; luck is an argument."""
 
 from __future__ import annotations
 

@@ -14,7 +14,16 @@ from enum import Enum
 
 from protocol.errors import Refused
 from protocol.limits import RANGES_MAX
-from protocol.log import check_members, check_ranges, check_record_shape, next_head, ranges_of, record_hash
+from protocol.log import (
+    check_contribution,
+    check_members,
+    check_ranges,
+    check_record_shape,
+    next_head,
+    ranges_of,
+    record_hash,
+    spans,
+)
 from protocol.messages import (
     Accepted,
     Begin,
@@ -90,7 +99,9 @@ class Rounds:
     rosters: Mapping[Epoch, SignedRoster] = field(default_factory=dict)
     last: LogEntry | None = None
     phase: Phase = Phase.TRAINING
-    ballot: Ballot = Ballot(Epoch(-1), 0)
+    ballot: Ballot = Ballot(Epoch(-1), 0)  # nothing below it is signed any more
+    ballot_is_new: bool = False  # no former life of this process can have led it
+    heard: Ballot = Ballot(Epoch(-1), 0)  # the highest that a peer has promised in this round
     accepted: Accepted | None = None
     contribution: Contribution | None = None  # the snapshot made for this round
     carried: Contribution | None = None  # what earlier rounds did not take
@@ -307,9 +318,15 @@ def group(begin: Begin, roster: Roster) -> tuple[tuple[NodeId, int], ...]:
     return tuple((m.node, min(tokens[m.node], m.weight_cap)) for m in roster.members if m.node in tokens)
 
 
+def holds(record: Record, contribution: Contribution) -> bool:
+    """Whether the record took this very contribution, not one that a former life of its node had brought."""
+    taken = any(contribution.node in part.included for part in record.parts)
+    return taken and contribution in record.contributions
+
+
 def step(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
     """Take one event; return the new state and what must be done, in order."""
-    state, effects = _apply(state, event, now, rules)
+    state, effects = _apply(_go_by_newest(state), event, now, rules)
     while True:
         following, more = _advance(state, now, rules)
         effects += more
@@ -323,7 +340,7 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
         case RosterArrived(signed):
             return _learn_rosters(state, (signed,), rules), ()
         case Progressed(steps):
-            return replace(state, steps=steps), ()
+            return (state if steps == state.steps else replace(state, steps=steps)), ()
         case SnapshotTaken(ranges):
             return _snapshot_taken(state, ranges, rules), ()
         case Received(message, signature):
@@ -360,7 +377,7 @@ def _advance(state: Rounds, now: float, rules: Rules) -> Outcome:
         return state, ()
     match state.phase:
         case Phase.TRAINING:
-            return _train(state, roster, now, rules)
+            return _train(state, now, rules)
         case Phase.GATHERING:
             return _gather(state, roster, now, rules)
         case Phase.AVERAGING:
@@ -377,19 +394,31 @@ def _advance(state: Rounds, now: float, rules: Rules) -> Outcome:
 # training and promising
 
 
-def _train(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
-    newest = max(state.rosters)
-    if newest > state.ballot.epoch:
-        state = replace(state, ballot=Ballot(newest, 0), readies=_current(state.readies, state))
-        roster = state.rosters[newest].roster
-    if not state.active or roster.member(rules.me) is None:
+def _go_by_newest(state: Rounds) -> Rounds:
+    """A node without a promise goes by the newest roster that it knows of, and signs for no older one.
+
+    Every majority of an older roster holds a node that knows the newer one: that is why the older one can be closed."""
+    if state.phase is not Phase.TRAINING:
+        return state
+    certified = state.last.certificate.ballot.epoch if state.last is not None else Epoch(-1)
+    newest = Ballot(max(certified, max(state.rosters, default=certified)), 0)
+    return replace(state, ballot=newest, ballot_is_new=True) if newest > state.ballot else state
+
+
+def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
+    state = _go_by_newest(state)
+    ballot = _highest(state)
+    if not state.ballot_is_new and ballot == state.ballot:
+        ballot = Ballot(ballot.epoch, ballot.attempt + 1)
+    signed = state.rosters.get(ballot.epoch)
+    if signed is None or not state.active or signed.roster.member(rules.me) is None:
         return state, ()
     if state.contribution is not None:
-        return _promise(state, roster, state.ballot, now, rules)
+        return _promise(state, signed.roster, ballot, now, rules)
     if state.snapshot_asked:
         return state, ()
-    others = len(_promises(state, roster).keys() - {rules.me})
-    if state.wanted_since is None and others and others + 1 >= roster.quorum:
+    others = len(_promises(state, signed.roster, ballot).keys() - {rules.me})
+    if state.wanted_since is None and others and others + 1 >= signed.roster.quorum:
         state = replace(state, wanted_since=now)
     if not _round_is_over(state, now, rules):
         return state, ()
@@ -402,11 +431,12 @@ def _round_is_over(state: Rounds, now: float, rules: Rules) -> bool:
     """Enough steps, or enough time, or a majority that waits only for this node: with a step to bring, or in vain."""
     if state.steps >= rules.inner_steps(state.head.round):
         return True
-    if state.steps and (state.finishing or now - state.round_started >= rules.round_seconds_max):
+    brings = state.steps > 0 or state.carried is not None
+    if brings and (state.finishing or now - state.round_started >= rules.round_seconds_max):
         return True
     if state.wanted_since is None:
         return False
-    return state.steps > 0 or state.carried is not None or now - state.wanted_since >= rules.gather_seconds
+    return brings or now - state.wanted_since >= rules.gather_seconds
 
 
 def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:
@@ -419,17 +449,33 @@ def _combine(
 ) -> Contribution:
     """What was left over and what is new, without ranges that count elsewhere or twice."""
     free = _unused((carried.ranges if carried else ()) + ranges, consumed)[-RANGES_MAX:]
-    return Contribution(rules.me, sum(r.stop - r.start for r in free) * rules.context, free)
+    return Contribution(rules.me, _tokens(free, rules), free)
+
+
+def _tokens(ranges: tuple[DataRange, ...], rules: Rules) -> int:
+    return sum(r.stop - r.start for r in ranges) * rules.context
 
 
 def _unused(ranges: tuple[DataRange, ...], consumed: Consumed) -> tuple[DataRange, ...]:
-    """Those ranges that overlap neither what is consumed nor one before them."""
+    """What these ranges hold beyond what is consumed, and beyond those before them."""
     free: list[DataRange] = []
     for data in ranges:
-        if not consumed.overlaps(data):
-            free.append(data)
-            consumed = consumed.with_ranges((data,))
+        rests = _rests(data, consumed) if consumed.overlaps(data) else [data]
+        free += rests
+        consumed = consumed.with_ranges(rests)
     return tuple(free)
+
+
+def _rests(data: DataRange, consumed: Consumed) -> list[DataRange]:
+    rests, start = [], data.start
+    bounds = consumed.bounds.get((data.pass_number, data.shard), ())
+    for low, high in zip(bounds[::2], bounds[1::2], strict=True):
+        if high <= start or low >= data.stop:
+            continue
+        if start < low:
+            rests.append(replace(data, start=start, stop=low))
+        start = high
+    return [*rests, replace(data, start=start)] if start < data.stop else rests
 
 
 def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: Rules) -> Outcome:
@@ -440,6 +486,7 @@ def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: R
         state,
         phase=Phase.GATHERING,
         ballot=ballot,
+        ballot_is_new=True,
         begin=None,
         claims={},
         averaged=False,
@@ -459,37 +506,29 @@ def _own_ready(state: Rounds, ballot: Ballot, rules: Rules) -> Ready:
 # gathering
 
 
-def _promises(state: Rounds, roster: Roster) -> dict[NodeId, SignedReady]:
+def _promises(state: Rounds, roster: Roster, ballot: Ballot) -> dict[NodeId, SignedReady]:
     """The promises of rostered members for exactly this round, head and ballot."""
     return {
         node: signed
         for node, signed in state.readies.items()
         if signed.ready.round == state.head.round
         and signed.ready.previous == state.head.hash
-        and signed.ready.ballot == state.ballot
+        and signed.ready.ballot == ballot
         and roster.member(node) is not None
     }
 
 
-def _current(readies: Mapping[NodeId, SignedReady], state: Rounds) -> dict[NodeId, SignedReady]:
-    return {node: signed for node, signed in readies.items() if signed.ready.round >= state.head.round}
+def _highest(state: Rounds) -> Ballot:
+    """The highest ballot to take part in: that of the newest roster, or a higher one that a peer has promised."""
+    heard = state.heard if state.heard.epoch in state.rosters else state.ballot
+    return max(state.ballot, heard, Ballot(max(state.rosters), 0))
 
 
 def _gather(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
-    highest = max(
-        (
-            s.ready.ballot
-            for s in state.readies.values()
-            if s.ready.round == state.head.round and s.ready.ballot.epoch in state.rosters
-        ),
-        default=state.ballot,
-    )
-    newest = max(state.rosters)
-    if newest > state.ballot.epoch:
-        highest = max(highest, Ballot(newest, 0))
+    highest = _highest(state)
     if highest > state.ballot:
         return _move_to(state, highest, now, rules)
-    promises = _promises(state, roster)
+    promises = _promises(state, roster, state.ballot)
     if len(promises) >= roster.quorum and state.majority_since is None:
         state = replace(state, majority_since=now)
     if now >= state.resend_at:
@@ -518,10 +557,12 @@ def _attempt_seconds(state: Rounds, rules: Rules) -> float:
 
 def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady], now: float, rules: Rules) -> Outcome:
     """As leader: carry on with the highest record that anyone has voted for, else average afresh."""
-    accepted = [s.ready.accepted for s in promises.values() if s.ready.accepted is not None]
+    accepted = {node: s.ready.accepted for node, s in promises.items() if s.ready.accepted is not None}
     if accepted:
-        newest = max(accepted, key=lambda a: a.ballot)
-        record = newest.record
+        witness = max(accepted, key=lambda node: accepted[node].ballot)
+        record = accepted[witness].record
+        if record.epoch not in state.rosters:
+            return _ask_log(state, witness, now, rules)
         proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
         state = replace(state, phase=Phase.DECIDING, deadline=now + _attempt_seconds(state, rules), began_at=now)
         return state, (Send(roster.nodes, proposal),)
@@ -531,7 +572,9 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
         signed = promises.get(node)
         if signed is None:
             continue
-        ranges = signed.ready.contribution.ranges
+        ranges, member = signed.ready.contribution.ranges, roster.member(node)
+        if member is None or signed.ready.contribution.tokens > member.weight_cap:
+            continue  # nobody would sign a record with it
         if _unused(ranges, taken) != ranges:
             continue  # trained on data that counts elsewhere; it learns so from the log
         taken = taken.with_ranges(ranges)
@@ -549,19 +592,8 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
 
 def _next_attempt(state: Rounds, now: float, rules: Rules, why: str) -> Outcome:
     """Give up this attempt; nothing is lost, because the contribution and the residual are still there."""
-    seen = max(
-        (
-            s.ready.ballot
-            for s in state.readies.values()
-            if s.ready.round == state.head.round and s.ready.ballot.epoch in state.rosters
-        ),
-        default=state.ballot,
-    )
     following = Ballot(state.ballot.epoch, state.ballot.attempt + 1)
-    newest = max(state.rosters)
-    if newest > state.ballot.epoch:
-        following = Ballot(newest, 0)
-    return _move_to(replace(state, last_failure=why), max(seen, following), now, rules)
+    return _move_to(replace(state, last_failure=why), max(_highest(state), following), now, rules)
 
 
 def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome:
@@ -569,7 +601,9 @@ def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome
     stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
     empty = state.contribution is None or not state.contribution.tokens
     if roster.member(rules.me) is None or not state.active or empty:
-        state = replace(state, phase=Phase.TRAINING, ballot=ballot, proposal=None, begin=None)
+        state = replace(
+            state, phase=Phase.TRAINING, ballot=ballot, ballot_is_new=True, proposal=None, begin=None, averaged=False
+        )
         if empty:
             state = replace(state, contribution=None)
         return state, (*stop, SaveVote(state.head.round, ballot, state.accepted))
@@ -581,7 +615,7 @@ def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome
 
 
 def _received(state: Rounds, message: Message, signature: str, now: float, rules: Rules) -> Outcome:
-    if message.run != rules.run:
+    if message.run != rules.run or (isinstance(message, Ready) and not _contribution_is_sound(message, rules)):
         return state, ()
     if message.round > state.head.round and not isinstance(message, LogRequest):
         if isinstance(message, Ready):
@@ -609,20 +643,36 @@ def _ask_log(state: Rounds, peer: NodeId, now: float, rules: Rules) -> Outcome:
     return replace(state, log_asked_at=now), (Send((peer,), LogRequest(rules.run, state.head.round, rules.me)),)
 
 
+def _contribution_is_sound(ready: Ready, rules: Rules) -> bool:
+    contribution = ready.contribution
+    try:
+        check_contribution(contribution)
+    except Refused:
+        return False
+    return contribution.node == ready.sender and contribution.tokens == _tokens(contribution.ranges, rules)
+
+
 def _ready(state: Rounds, ready: Ready, signature: str, now: float, rules: Rules) -> Outcome:
     if ready.round < state.head.round:
-        if state.last is None or ready.sender == rules.me or ready.round != state.head.round - 1:
+        if state.last is None or ready.sender == rules.me:
             return state, ()
         commit = Commit(rules.run, state.last.record.round, rules.me, state.last.record, state.last.certificate)
         return state, (Send((ready.sender,), commit),)
     if ready.ballot.epoch not in state.rosters:
         return _ask_log(state, ready.sender, now, rules)
-    if ready.ballot.attempt > state.ballot.attempt + ATTEMPT_JUMP_MAX and ready.ballot.epoch == state.ballot.epoch:
-        return state, ()
-    known = state.readies.get(ready.sender)
-    if known is not None and known.ready.round == ready.round and known.ready.ballot > ready.ballot:
-        return state, ()
-    return replace(state, readies={**state.readies, ready.sender: SignedReady(ready, signature)}), ()
+    return _hear(state, SignedReady(ready, signature)), ()
+
+
+def _hear(state: Rounds, signed: SignedReady) -> Rounds:
+    """Take in a promise for this round. Far ahead, it pulls us a jump nearer; the peer repeats itself."""
+    ballot, sender = signed.ready.ballot, signed.ready.sender
+    known = state.readies.get(sender)
+    if known is not None and known.ready.round == signed.ready.round and known.ready.ballot > ballot:
+        return state
+    reach = ATTEMPT_JUMP_MAX + (state.ballot.attempt if ballot.epoch == state.ballot.epoch else 0)
+    heard = max(state.heard, Ballot(ballot.epoch, min(ballot.attempt, reach)))
+    readies = state.readies if ballot.attempt > reach else {**state.readies, sender: signed}
+    return replace(state, heard=heard, readies=readies)
 
 
 def _begun(state: Rounds, begin: Begin, now: float, rules: Rules) -> Outcome:
@@ -700,34 +750,41 @@ def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome
     patience = state.began_at + 0.75 * (state.deadline - state.began_at)
     if not all_spoke and now < patience:
         return state, ()
-    parts = tuple(
-        sorted(
-            (
-                p
-                for node, p in state.claims.items()
-                if p is not None and node in members and set(p.included) <= set(members)
-            ),
-            key=lambda p: p.index,
-        )
-    )
-    if not parts:
-        if not all_spoke:
-            return state, ()
-        return _next_attempt(state, now, rules, "no part was reduced")
-    inside = {node for part in parts for node in part.included}
-    contributions = tuple(signed.ready.contribution for signed in state.begin.readies if signed.ready.sender in inside)
     record = Record(
         run=rules.run,
         round=state.head.round,
         previous=state.head.hash,
         epoch=roster.epoch,
         leader=rules.me,
-        contributions=contributions,
-        parts=parts,
+        contributions=tuple(signed.ready.contribution for signed in state.begin.readies),
+        parts=(),
         state=state.digest,
     )
+    parts = _sound_parts(state, record, members, roster, rules)
+    if not parts:
+        if not all_spoke:
+            return state, ()
+        return _next_attempt(state, now, rules, "no part was reduced")
+    inside = {node for part in parts for node in part.included}
+    contributions = tuple(contribution for contribution in record.contributions if contribution.node in inside)
+    record = replace(record, contributions=contributions, parts=parts)
     proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
     return replace(state, begin=None), (Send(roster.nodes, proposal),)
+
+
+def _sound_parts(
+    state: Rounds, record: Record, members: list[NodeId], roster: Roster, rules: Rules
+) -> tuple[Part, ...]:
+    """The claimed parts that can be signed for: each its reducer's own slice, of members of this group."""
+    roles = [member.role for member in roster.members if member.node in members]
+    claimed = []
+    for index, (node, span) in enumerate(zip(members, spans(rules.parameters, roles), strict=True)):
+        part = state.claims.get(node)
+        if part is None or part.index != index or (part.start, part.stop) != span:
+            continue
+        if _record_is_sound(state, replace(record, parts=(part,)), rules):
+            claimed.append(part)
+    return tuple(claimed)
 
 
 def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Outcome:
@@ -742,6 +799,11 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
     if state.proposal is not None and state.proposal.ballot == proposal.ballot:
         return state, ()
     record = proposal.record
+    if record.epoch not in state.rosters:
+        return _ask_log(state, proposal.sender, now, rules)
+    accepted = state.accepted
+    if accepted is not None and accepted.ballot == proposal.ballot and accepted.record != record:
+        return state, ()
     if not _record_is_sound(state, record, rules):
         return state, ()
     stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
@@ -749,6 +811,7 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
         state,
         phase=Phase.DECIDING,
         ballot=proposal.ballot,
+        ballot_is_new=state.ballot_is_new or proposal.ballot > state.ballot,
         proposal=proposal,
         votes={} if proposal.ballot > state.ballot else state.votes,
         deadline=max(state.deadline, now + _attempt_seconds(state, rules)),
@@ -765,7 +828,7 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
     if record.state != state.digest or signed is None:
         return False
     for contribution in record.contributions:
-        if contribution.tokens != sum(r.stop - r.start for r in contribution.ranges) * rules.context:
+        if contribution.tokens != _tokens(contribution.ranges, rules):
             return False
     try:
         check_members(record, signed.roster)
@@ -853,23 +916,20 @@ def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float
     entry = state.committed
     assert entry is not None and entry.record.round == round_number
     consumed = state.consumed.with_ranges(ranges_of(entry.record))
-    mine = state.contribution
-    left = mine
-    if mine is not None and any(mine.node in part.included for part in entry.record.parts):
+    left = state.contribution
+    if left is not None and holds(entry.record, left):
         left = None
     decide = state.decide_seconds
     if state.began_at:
         took = now - state.began_at
         decide = took if decide is None else 0.7 * decide + 0.3 * took
     head = next_head(entry.record)
-    newest = max(state.rosters)
     fresh = Rounds(
         head=head,
         digest=digest,
         consumed=consumed,
         rosters=state.rosters,
         last=entry,
-        ballot=Ballot(newest, 0),
         carried=left if left is not None and (left.tokens or left.ranges) else state.carried,
         snapshot_asked=state.snapshot_asked,
         steps=state.steps,
@@ -881,7 +941,13 @@ def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float
         fetching=state.fetching,
         last_failure=state.last_failure,
     )
-    return replace(fresh, readies=_current(state.readies, fresh))
+    fresh = _go_by_newest(fresh)
+    for signed in state.readies.values():
+        if signed.ready.round == head.round:
+            fresh = _hear(fresh, signed)
+        elif signed.ready.round > head.round:
+            fresh = replace(fresh, readies={**fresh.readies, signed.ready.sender: signed})
+    return fresh
 
 
 def _learn_rosters(state: Rounds, arrived: tuple[SignedRoster, ...], rules: Rules) -> Rounds:

@@ -204,7 +204,7 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
         case ResumeAsked():
             return replace(state, paused=False, paused_until=None), ()
         case FinishAsked():
-            return replace(state, finishing=True), ()
+            return replace(state, finishing=True, paused=False, paused_until=None), ()  # a round needs it once more
         case RunEnded():
             return replace(state, run_over=True), (End(),)
         case RoundSettled(pending):
@@ -233,7 +233,8 @@ def _died(state: Session, part: Part, why: str, now: float) -> Outcome:
 def _settle(state: Session, now: float) -> Outcome:
     """Whatever follows from the state, whichever event led to it."""
     effects: list[Effect] = [Restart(part) for part, at in state.restart_at if now >= at]
-    state = replace(state, restart_at=tuple((part, at) for part, at in state.restart_at if now < at))
+    if effects:
+        state = replace(state, restart_at=tuple((part, at) for part, at in state.restart_at if now < at))
     train = state.trainer_ready and state.synced and not state.paused and not state.finishing
     if train != state.training and state.trainer_ready:
         state = replace(state, training=train)

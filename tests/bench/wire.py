@@ -1,149 +1,228 @@
-"""What averaging costs on the wire: bytes on the loopback interface against the bytes that the values themselves take.
+"""What a round costs on the wire: bytes on the interface against the bytes that the values themselves take.
 
-    python -m tests.bench.wire --nodes 3 --parameters 1000000 --rounds 10
-
-Everything counts: TCP, TLS, libp2p, the rendezvous and its DHT, acknowledgements. As root it runs in a network
-namespace of its own, so that nobody else's traffic is counted.
+Everything counts: TCP, TLS, libp2p, the rendezvous and its DHT, acknowledgements, and the round's own signed letters
+(promises, the call, claims, the proposal, votes, the certificate). Measured on loopback, in a network namespace of
+its own as root, and on a small Ethernet of namespaces with frames of 1500 bytes where that can be made.
 """
+
+from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
-import fcntl
+import hashlib
 import itertools
-import os
-import socket
-import struct
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import psutil
 
-from coordinator.rendezvous import Rendezvous
-from node.engine import AveragingJob, Engine
-from protocol.codec import NAMES, codec
-from protocol.identity import Key, libp2p_private_key_bytes
-from protocol.limits import CHUNK_VALUES
-from protocol.types import RunId
+from node import letters
+from node.engine import AveragingOutcome, Engine
+from protocol.codec import NAMES, Codec, codec
+from protocol.identity import Key
+from protocol.log import VOTE, record_hash, vote_bytes
+from protocol.messages import Begin, Claim, Commit, Message, Propose, Ready, SignedReady, Vote
+from protocol.types import (
+    Ballot,
+    Certificate,
+    Contribution,
+    DataRange,
+    Digest,
+    Epoch,
+    Part,
+    Record,
+    RoundNumber,
+    Signature,
+    VoteBody,
+)
+from tests.bench import ethernet
+from tests.bench.ethernet import Counted, Network
+from tests.bench.group import LOCAL, RUN, average, engines_of, even_spans
+from tests.bench.table import Row, show
 
-RUN = RunId("ab" * 32 + ".wire")
-LOCAL = "/ip4/127.0.0.1/tcp/0"
-CLONE_NEWNET = 0x40000000
-SIOCSIFFLAGS, IFF_UP = 0x8914, 1
-
-
-def enter_own_network() -> bool:
-    """Leave for an empty network namespace and bring its loopback up; False where that is not allowed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "unshare") or libc.unshare(CLONE_NEWNET):
-        return False
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-    return True
-
-
-def loopback() -> tuple[int, int]:
-    """Bytes and packets sent on lo since it came up."""
-    line = next(line for line in Path("/proc/self/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
-    fields = line.split(":")[1].split()
-    return int(fields[8]), int(fields[9])
-
-
-def even_spans(parameters: int, nodes: int) -> tuple[tuple[int, int], ...]:
-    chunks = -(-parameters // CHUNK_VALUES)
-    cuts = [min(parameters, round(chunks * index / nodes) * CHUNK_VALUES) for index in range(nodes + 1)]
-    return tuple(itertools.pairwise(cuts))
+GOAL = 1.05
+SETTLE_SECONDS = 0.2  # for the last acknowledgements
+HEADER_BYTES = 14 + 20 + 32  # of a frame: Ethernet, IPv4, TCP with its timestamps
+TOKENS = 25 * 16 * 256  # of one node in one round
+RANGES = 3  # of data that a node used in one round
 
 
-def identity(home: Path) -> Path:
-    home.mkdir()
-    (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
-    return home / "identity"
+@dataclass(frozen=True)
+class Measured:
+    sent: float  # bytes of one node in one round, as all below
+    received: float
+    first: float  # sent in the first round, handshakes included
+    packets: float
+    letters: float
+    seconds: float
+    idle: float  # bytes sent in a second between rounds
 
 
-def resident_megabytes(pid: int) -> float:
-    process = psutil.Process(pid)
-    return sum(each.memory_info().rss for each in [process, *process.children()]) / 1e6
+class Talk:
+    """The letters of a round as the round machine sends them, with contents of the usual size."""
 
+    def __init__(self, engines: Sequence[Engine], how: Codec, parameters: int) -> None:
+        self._engines = engines
+        self._how = how
+        self._spans = even_spans(parameters, len(engines))
+        self._keys = [Key.generate() for _ in engines]
+        self.bytes_sent = 0
 
-async def measure(nodes: int, parameters: int, rounds: int, name: str, idle_seconds: float) -> float:
-    how, random = codec(name), np.random.default_rng(0)
-    ideal = 2 * (nodes - 1) / nodes * how.bits / 8 * parameters
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        key = identity(home / "rendezvous")
-        meeting = await Rendezvous.start(runtime_dir=home / "meet", identity_path=key, run=RUN, listen=[LOCAL])
-        engines = []
-        for index in range(nodes):
-            key = identity(home / f"node-{index}")
-            engines.append(
-                await Engine.start(
-                    runtime_dir=key.parent / "run",
-                    identity_path=key,
-                    run=RUN,
-                    listen=[LOCAL],
-                    rendezvous=meeting.addresses,
-                    codec=name,
-                    parameters=parameters,
-                    blob_dir=key.parent,
-                    on_message=lambda peer, envelope: None,
-                )
+    async def before(self, number: int) -> None:
+        """Everyone promises to everyone; the leader calls."""
+        ballot, lead = Ballot(Epoch(3), 0), number % len(self._keys)
+        readies = [
+            Ready(RUN, RoundNumber(number), _digest("previous"), ballot, key.public, self._brought(key, number), None)
+            for key in self._keys
+        ]
+        await asyncio.gather(*(self._to_others(index, ready) for index, ready in enumerate(readies)))
+        signed = tuple(
+            SignedReady(ready, letters.seal(key, ready)[1]) for key, ready in zip(self._keys, readies, strict=True)
+        )
+        begin = Begin(RUN, RoundNumber(number), ballot, self._keys[lead].public, signed)
+        await self._to_others(lead, begin)
+
+    async def after(self, number: int, outcomes: Sequence[AveragingOutcome]) -> None:
+        """Reducers claim to the leader, which proposes; all vote; the leader hands out the certificate."""
+        ballot, lead, round_number = Ballot(Epoch(3), 0), number % len(self._keys), RoundNumber(number)
+        parts = tuple(self._part(index, outcome) for index, outcome in enumerate(outcomes))
+        await asyncio.gather(
+            *(
+                self._to(lead, index, Claim(RUN, round_number, ballot, key.public, part))
+                for (index, key), part in zip(enumerate(self._keys), parts, strict=True)
             )
-        await meeting.set_roster([engine.peer for engine in engines])
-        roster = {engine.peer: engine.addresses for engine in engines}
-        for engine in engines:
-            await engine.set_roster(roster)
+        )
+        leader = self._keys[lead].public
+        brought = tuple(self._brought(key, number) for key in self._keys)
+        record = Record(
+            RUN, round_number, _digest("previous"), ballot.epoch, leader, brought, parts, _digest("state")
+        )
+        await self._to_others(lead, Propose(RUN, round_number, ballot, leader, record))
+        body = VoteBody(RUN, round_number, ballot, record_hash(record))
+        votes = [
+            Vote(RUN, round_number, ballot, key.public, body.record, key.sign(VOTE, vote_bytes(body)))
+            for key in self._keys
+        ]
+        await asyncio.gather(*(self._to(lead, index, vote) for index, vote in enumerate(votes)))
+        signatures = tuple(Signature(vote.sender, vote.signature) for vote in votes)
+        certificate = Certificate(body.record, ballot, signatures)
+        await self._to_others(lead, Commit(RUN, round_number, leader, record, certificate))
+
+    def _brought(self, key: Key, number: int) -> Contribution:
+        ranges = tuple(
+            DataRange(0, _digest(f"shard {index}"), number * 400, number * 400 + 400) for index in range(RANGES)
+        )
+        return Contribution(key.public, TOKENS, ranges)
+
+    def _part(self, index: int, outcome: AveragingOutcome) -> Part:
+        data, (start, stop) = outcome.parts[index], self._spans[index]
+        everyone = tuple(key.public for key in self._keys)
+        digest = Digest(hashlib.sha256(data).hexdigest())
+        return Part(index, start, stop, digest, len(data), self._keys[index].public, everyone)
+
+    async def _to_others(self, author: int, message: Message) -> None:
+        await asyncio.gather(*(self._to(index, author, message) for index in range(len(self._keys))))
+
+    async def _to(self, index: int, author: int, message: Message) -> None:
+        if index == author:
+            return
+        letter, _ = letters.seal(self._keys[author], message)
+        self.bytes_sent += len(letter)
+        await self._engines[author].send(self._engines[index].peer, letter, timeout_seconds=10)
+
+
+async def measure(
+    how: Codec, nodes: int, parameters: int, rounds: int, idle_seconds: float, network: Network | None
+) -> Measured:
+    def counted() -> list[Counted]:
+        return [network.counted(index) for index in range(nodes)] if network else [ethernet.interface("lo")]
+
+    listen = [f"/ip4/{network.address(index)}/tcp/0" if network else LOCAL for index in range(nodes)]
+    meeting = f"/ip4/{network.address(None)}/tcp/0" if network else LOCAL
+    enter = network.enter if network else lambda index: None
+    random, seconds = np.random.default_rng(0), []
+    async with engines_of(parameters, how.name, listen, meeting=meeting, enter=enter) as engines:
         payloads = [how.encode(random.standard_normal(parameters, np.float32)) for _ in engines]
-        seen, seconds = [loopback()], []
-        for _ in range(rounds):
-            job = AveragingJob(
-                group=os.urandom(32),
-                peers=tuple(engine.peer for engine in engines),
-                weights=(1,) * nodes,
-                spans=even_spans(parameters, nodes),
-                deadline_seconds=120,
-                sender_seconds=30,
-            )
-            outcomes = await asyncio.gather(*(e.average(job, data) for e, data in zip(engines, payloads, strict=True)))
-            assert all(not outcome.failed and outcome.parts == outcomes[0].parts for outcome in outcomes)
+        talk = Talk(engines, how, parameters)
+        seen = [counted()]
+        for number in range(rounds):
+            await talk.before(number)
+            outcomes = await average(engines, payloads, [TOKENS] * nodes, parameters)
+            await talk.after(number, outcomes)
             seconds.append(max(outcome.seconds for outcome in outcomes))
-            await asyncio.sleep(0.1)  # the last acknowledgements
-            seen.append(loopback())
-        memory = max(resident_megabytes(engine.pid) for engine in engines)
+            await asyncio.sleep(SETTLE_SECONDS)
+            seen.append(counted())
         await asyncio.sleep(idle_seconds)
-        quiet = loopback()[0] - seen[-1][0]
-        usages = [await engine.usage() for engine in engines]
-        for engine in engines:
-            await engine.stop()
-        await meeting.stop()
-    total, first = (seen[-1][0] - seen[0][0]) / nodes, (seen[1][0] - seen[0][0]) / nodes
-    messages = sum(usage.sent for usage in usages) / nodes / rounds
-    packets = (seen[-1][1] - seen[0][1]) / nodes / rounds
-    print(f"{nodes} nodes, {parameters:,} parameters, {name}, {rounds} rounds in {sum(seconds):.1f} s")
-    print(f"values alone           {ideal:12,.0f} bytes up (and down) for each node and round")
-    print(f"messages               {messages:12,.0f}   ratio {messages / ideal:.4f}")
-    print(
-        f"interface, all rounds  {total / rounds:12,.0f}   ratio {total / rounds / ideal:.4f}   {packets:.0f} packets"
+        quiet = sum(each.sent for each in counted()) - sum(each.sent for each in seen[-1])
+    totals = [[sum(values) for values in zip(*map(_numbers, each), strict=True)] for each in seen]
+    spent = [(last - first) / nodes / rounds for first, last in zip(totals[0], totals[-1], strict=True)]
+    return Measured(
+        sent=spent[0],
+        received=spent[1],
+        first=(totals[1][0] - totals[0][0]) / nodes,
+        packets=spent[2],
+        letters=talk.bytes_sent / nodes / rounds,
+        seconds=float(np.median(seconds)),
+        idle=quiet / nodes / idle_seconds if idle_seconds else 0.0,
     )
-    print(f"interface, first round {first:12,.0f}   ratio {first / ideal:.4f}   with handshakes")
-    if idle_seconds:
-        print(f"interface, idle        {quiet / nodes / idle_seconds:12,.1f}   bytes a second for each node")
-    print(f"round                  {np.median(seconds) * 1000:12,.0f} ms   engine and p2pd {memory:.0f} MB resident")
-    return total / rounds / ideal
+
+
+def rows_of(how: Codec, nodes: int, parameters: int, medium: str, measured: Measured) -> list[Row]:
+    ideal = butterfly(how, nodes, parameters)
+    headers = measured.packets * HEADER_BYTES
+    title = f"{nodes} nodes, {medium}"
+    return [
+        Row(f"{title}: up", measured.sent / ideal, at_most=GOAL, digits=4, note=f"{measured.sent:,.0f} bytes"),
+        Row(f"{title}: down", measured.received / ideal, at_most=GOAL, digits=4, note=f"{measured.received:,.0f} bytes"),
+        Row("  of it headers of frames", headers / ideal, digits=4, note=f"{measured.packets:,.0f} frames"),
+        Row("  of it the round's letters", measured.letters / ideal, digits=4, note=f"{measured.letters:,.0f} bytes"),
+        Row("  first round, with handshakes: up", measured.first / ideal, digits=4),
+        Row("  between rounds", measured.idle, "bytes/s", digits=0),
+        Row("  time of the averaging", measured.seconds * 1000, "ms", digits=0),
+    ]
+
+
+def butterfly(how: Codec, nodes: int, parameters: int) -> float:
+    return 2 * (nodes - 1) / nodes * how.bits / 8 * parameters
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--codec", choices=NAMES, default="int4")
-    parser.add_argument("--idle-seconds", type=float, default=10.0)
-    chosen = parser.parse_args()
-    if not enter_own_network():
-        print("no network namespace (not root): other traffic on lo is counted too")
-    asyncio.run(measure(chosen.nodes, chosen.parameters, chosen.rounds, chosen.codec, chosen.idle_seconds))
+    parser.add_argument("--idle-seconds", type=float, default=5.0)
+    given = parser.parse_args()
+    how, rows, notes = codec(given.codec), [], []
+    media = ("lo", "Ethernet") if ethernet.possible() else ("lo",)
+    if len(media) == 1:
+        notes.append("No Ethernet: it needs root and iproute2.")
+    for nodes, medium in itertools.product(given.nodes, media):
+        network = Network(nodes) if medium == "Ethernet" else None
+        if network is None and not ethernet.enter_own_network():
+            notes.append("No network namespace of its own: other traffic on lo was counted too.")
+        work = measure(how, nodes, given.parameters, given.rounds, given.idle_seconds, network)
+        rows += rows_of(how, nodes, given.parameters, medium, asyncio.run(work))
+    for nodes in given.nodes:
+        share = how.encoded_bytes(given.parameters) / nodes
+        ratio = share / butterfly(how, nodes, given.parameters)
+        rows.append(Row(f"{nodes} nodes: archiving adds, up", ratio, digits=4, note=f"{share:,.0f} bytes, by arithmetic"))
+    notes = [
+        f"1 = the butterfly's own bytes: 2(N-1)/N times {how.bits} bits of {given.parameters:,} parameters, up and down"
+        f" alike; {given.rounds} rounds, the first with its handshakes included.",
+        "Archiving: each part goes to the coordinator once, over gRPC, from the node that reduced it.",
+        *notes,
+    ]
+    show("wire", rows, *notes)
+
+
+def _numbers(each: Counted) -> tuple[int, int, int, int]:
+    return each.sent, each.received, each.packets_sent, each.packets_received
+
+
+def _digest(text: str) -> Digest:
+    return Digest(hashlib.sha256(text.encode()).hexdigest())
 
 
 if __name__ == "__main__":

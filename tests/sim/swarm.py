@@ -1,7 +1,7 @@
 """The simulated world: real node and coordinator machines, a virtual clock, and a network that misbehaves by seed.
 
-Only the edges are simulated: messages are delayed and lost, averaging ends with whoever is there, disks keep what
-was saved, processes are killed between two effects. After every event the invariants are checked.
+Only the edges are simulated: messages are delayed, lost and doubled, averaging ends with whoever is there, disks keep
+what was saved, processes are killed between two effects. After every event the invariants are checked.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from coordinator.core import machine as coordinator
 from coordinator.core.leases import Leases
 from node.core import rounds, session
 from node.core.rounds import Rounds, group
-from protocol.log import record_hash
-from protocol.messages import Accepted, Begin, LogReply, LogRequest, Propose, Ready
+from protocol.log import record_hash, spans
+from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message, Propose, Ready, Vote
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -43,7 +43,10 @@ PARAMETERS = 16 * 65536
 CONTEXT = 16
 GENESIS = Digest("0" * 64)
 HEARTBEAT_SECONDS = 2.0
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.5
+CALM_SECONDS = 60.0  # after the last fault everyone must have gone on within this
+LATE_SECONDS = 20.0  # how long a message can stay on its way
+LOG_PAGE = 16  # entries in one answer, as in the daemon
 
 
 def _hash(*words: object) -> Digest:
@@ -74,9 +77,12 @@ class Faults:
     coordinator_crash_per_minute: float = 0.1
     reduce_failure: float = 0.05
     partition_per_minute: float = 0.1
+    late: float = 0.01  # of messages that come when nobody expects them any more
+    doubled: float = 0.01
+    crash_per_effect: float = 0.0005  # a process ends between two effects of one step
 
 
-CALM = Faults(0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0)
+CALM = Faults(0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class InvariantBroken(AssertionError):
@@ -118,6 +124,10 @@ class World:
         self.states: dict[int, Digest] = {0: _hash("state", 0)}
         self.spent = Consumed()
         self.averagings: dict[object, Averaging] = {}
+        self.promises: dict[tuple[NodeId, int], Ballot] = {}
+        self.votes: dict[tuple[NodeId, int, Ballot], Digest] = {}
+        self.proposals: dict[tuple[int, Ballot], Digest] = {}
+        self.decided: dict[int, Digest] = {}  # what a majority voted for, whether or not anybody knows
         self.cut: set[frozenset[str]] = set()
         self.trace: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -142,11 +152,20 @@ class World:
     def reaches(self, one: str, other: str) -> bool:
         return frozenset((one, other)) not in self.cut
 
-    def deliver(self, sender: str, receiver: str, action: object) -> None:
+    def deliver(self, sender: str, receiver: str, action: object, *, once: bool = False) -> None:
         if not self.reaches(sender, receiver) or self.luck.random() < self.faults.loss:
             self.counts["lost"] += 1
             return
-        self.at(self.luck.uniform(0.001, self.faults.delay_max), action)
+        for _ in range(1 if once or self.luck.random() >= self.faults.doubled else 2):
+            late = self.luck.random() < self.faults.late
+            self.at(self.luck.uniform(0.001, LATE_SECONDS if late else self.faults.delay_max), action)
+
+    def crashes_now(self) -> bool:
+        return self.luck.random() < self.faults.crash_per_effect
+
+    def restart_seconds(self) -> float:
+        """A supervisor starts a process again at once; a person takes their time."""
+        return self.luck.uniform(0.05, 0.5) if self.luck.random() < 0.5 else self.luck.uniform(1.0, 30.0)
 
     def note(self, text: str) -> None:
         self.trace.append(f"{self.now:9.3f}  {text}")
@@ -169,6 +188,26 @@ class World:
             self.records[record.round] = entry
             self.note(f"round {record.round} certified by {who}")
 
+    def said(self, node: NodeId, message: Message) -> None:
+        """What single-decree Paxos rests on, checked as it leaves a node."""
+        match message:
+            case Ready(round=number, ballot=ballot):
+                known = self.promises.get((node, number), ballot)
+                self.promises[node, number] = max(known, ballot)
+            case Vote(round=number, ballot=ballot, record=record):
+                if self.promises.get((node, number), ballot) > ballot:
+                    raise InvariantBroken(f"seed {self.seed}: {node} signs {ballot} below its promise")
+                if self.votes.setdefault((node, number, ballot), record) != record:
+                    raise InvariantBroken(f"seed {self.seed}: {node} signs two records in {ballot} of round {number}")
+                roster = self.coordinator.rosters[ballot.epoch].roster
+                voters = [n for n in roster.nodes if self.votes.get((n, number, ballot)) == record]
+                if len(voters) >= roster.quorum and self.decided.setdefault(number, record) != record:
+                    raise InvariantBroken(f"seed {self.seed}: two majorities signed two records in round {number}")
+            case Propose(round=number, ballot=ballot, record=proposed):
+                hashed = record_hash(proposed)
+                if self.proposals.setdefault((number, ballot), hashed) != hashed:
+                    raise InvariantBroken(f"seed {self.seed}: {node} proposes twice in {ballot} of round {number}")
+
     def folded(self, round_number: int, digest: Digest, who: str) -> None:
         known = self.states.setdefault(round_number, digest)
         if known != digest:
@@ -182,7 +221,7 @@ class World:
         for node in self.nodes.values():
             for start in self._times(faults.crash_per_minute, seconds):
                 self.at(start, node.kill)
-                self.at(start + self.luck.uniform(1, 30), node.start)
+                self.at(start + self.restart_seconds(), node.start)
             for start in self._times(faults.pause_per_minute, seconds):
                 self.at(start, lambda n=node: n.session_event(session.PauseAsked(None)))
                 self.at(start + self.luck.uniform(1, 30), lambda n=node: n.session_event(session.ResumeAsked()))
@@ -277,6 +316,7 @@ class SimNode:
         self.leases: list[Lease] = []
         self.queue: list[DataRange] = []
         self.since_snapshot: list[DataRange] = []
+        self.brought: list[DataRange] = []  # handed to a round, not certified yet
         self.steps = 0
         self.step_credit = 0.0
         self.training = False
@@ -319,18 +359,16 @@ class SimNode:
         self.rounds_event(rounds.Ticked())
 
     def _inner_step(self) -> None:
-        first = self.queue[0]
-        self.queue[0:1] = [replace(first, start=first.start + 1)] if first.stop - first.start > 1 else []
-        one = replace(first, stop=first.start + 1)
-        if (
-            self.since_snapshot
-            and self.since_snapshot[-1].stop == one.start
-            and self.since_snapshot[-1].shard == one.shard
-            and self.since_snapshot[-1].pass_number == one.pass_number
-        ):
-            self.since_snapshot[-1] = replace(self.since_snapshot[-1], stop=one.stop)
+        first = self.queue.pop(0)
+        following = first.start + 1
+        if following < first.stop:
+            self.queue.insert(0, DataRange(first.pass_number, first.shard, following, first.stop))
+        last = self.since_snapshot.pop() if self.since_snapshot else first
+        if (last.pass_number, last.shard, last.stop) == (first.pass_number, first.shard, first.start):
+            self.since_snapshot.append(DataRange(first.pass_number, first.shard, last.start, following))
         else:
-            self.since_snapshot.append(one)
+            self.since_snapshot += [] if last is first else [last]
+            self.since_snapshot.append(DataRange(first.pass_number, first.shard, first.start, following))
         self.steps += 1
 
     def _heartbeat(self) -> None:
@@ -370,12 +408,14 @@ class SimNode:
 
         def request() -> None:
             result = ask(world.coordinator) if world.coordinator.alive else None  # type: ignore[operator]
-            if result is not None:
-                world.deliver(
-                    "coordinator", self.me, lambda: answer(*result) if self.alive and self.life == life else None
-                )  # type: ignore[operator]
+            if result is not None and world.coordinator.alive:
+                world.deliver("coordinator", self.me, lambda: hear(result), once=True)
 
-        world.deliver(self.me, "coordinator", request)
+        def hear(result: tuple[object, ...]) -> None:
+            if self.alive and self.life == life:
+                answer(*result)  # type: ignore[operator]
+
+        world.deliver(self.me, "coordinator", request, once=True)
 
     # the machines
 
@@ -414,10 +454,31 @@ class SimNode:
         if not self.alive:
             return
         self.rounds, effects = rounds.step(self.rounds, event, self.world.now, self.rules)
+        self._check(event)
         for effect in effects:
+            if self.world.crashes_now():
+                self.kill()
+                self.world.at(self.world.restart_seconds(), self.start)
             if not self.alive:
                 return
             self._do(effect)
+
+    def _check(self, event: rounds.Event) -> None:
+        """A replica at round r has digest r, and trained data is either in a record or still on its way to one."""
+        state, seed = self.rounds, self.world.seed
+        if self.world.states.get(state.head.round) != state.digest:
+            raise InvariantBroken(f"seed {seed}: {self.me} is at round {state.head.round} with another state")
+        if not isinstance(event, rounds.SnapshotTaken | rounds.Folded):
+            return
+        pending = [c for c in (state.contribution, state.carried) if c is not None]
+        ranges = [r for contribution in pending for r in contribution.ranges]
+        if sum(c.tokens for c in pending) != sum(r.stop - r.start for r in ranges) * CONTEXT:
+            raise InvariantBroken(f"seed {seed}: {self.me} brings {pending}")
+        self.brought = [r for r in self.brought if not state.consumed.overlaps(r)]
+        known = Consumed().with_ranges(ranges)
+        lost = [r for r in self.brought if not known.overlaps(r)]
+        if lost:
+            raise InvariantBroken(f"seed {seed}: {self.me} lost {lost}")
 
     def _do(self, effect: rounds.Effect) -> None:
         world = self.world
@@ -429,6 +490,7 @@ class SimNode:
                     raise InvariantBroken(f"seed {world.seed}: {self.me} took back a promise")
                 self.disk.vote_round, self.disk.promised, self.disk.accepted = round_number, ballot, accepted
             case rounds.Send(to, message):
+                world.said(self.me, message)
                 for receiver in to:
                     if receiver == self.me:
                         self._later(0.0, lambda m=message: self.rounds_event(rounds.Received(m, "s")))
@@ -447,8 +509,10 @@ class SimNode:
         if not self.alive:
             return
         if isinstance(message, LogRequest):
-            entries = tuple(self.disk.log[message.round : message.round + 16])
-            reply = LogReply(RUN, message.round, self.me, entries, tuple(self.disk.rosters.values()))
+            entries = tuple(self.disk.log[message.round : message.round + LOG_PAGE])
+            last = self.disk.log[-1].certificate.ballot.epoch if self.disk.log else Epoch(0)
+            rosters = named(entries, self.disk.rosters) | {e: s for e, s in self.disk.rosters.items() if e >= last}
+            reply = LogReply(RUN, message.round, self.me, entries, tuple(rosters.values()))
             self.world.deliver(self.me, message.sender, lambda: self.world.nodes[message.sender].hear(reply))
         elif isinstance(message, LogReply):
             self._log(message.entries, message.rosters)
@@ -457,6 +521,7 @@ class SimNode:
 
     def _snapshot(self) -> None:
         ranges, self.since_snapshot, self.steps = tuple(self.since_snapshot), [], 0
+        self.brought += ranges
         self.rounds_event(rounds.SnapshotTaken(ranges))
 
     def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
@@ -467,7 +532,8 @@ class SimNode:
         members = [node for node, _ in group(begin, roster)]
         weights = dict(group(begin, roster))
         index = members.index(self.me)
-        share = PARAMETERS // 65536 // len(members) * 65536
+        roles = [member.role for member in roster.members if member.node in weights]
+        start, stop = spans(PARAMETERS, roles)[index]
 
         def reduce() -> None:
             included = tuple(
@@ -483,9 +549,8 @@ class SimNode:
             )
             part = None
             if included:
-                stop = PARAMETERS if index == len(members) - 1 else (index + 1) * share
                 digest = _hash(key, index, included)
-                part = Part(index, index * share, stop, digest, (stop - index * share) // 2, self.me, included)
+                part = Part(index, start, stop, digest, (stop - start) // 2, self.me, included)
                 self.disk.parts.add(digest)
             averaging.reduced[self.me] = part
 
@@ -609,6 +674,11 @@ class SimCoordinator:
     def _event(self, event: coordinator.Event) -> None:
         self.state, effects = coordinator.step(self.state, event, self.world.now, self.rules)
         for effect in effects:
+            if self.world.crashes_now():
+                self.kill()
+                self.world.at(self.world.restart_seconds(), self.start)
+            if not self.alive:
+                return
             match effect:
                 case coordinator.SignRoster(roster):
                     signed = SignedRoster(roster, "s")
@@ -621,10 +691,18 @@ class SimCoordinator:
                     self.log.append(entry)
                 case coordinator.GrantLeases(_, granted):
                     self.granted = granted
+                    self._check_leases()
                 case coordinator.Fold(entry):
                     digest = _hash(self.state.replica_digest, record_hash(entry.record))
                     self.world.folded(entry.record.round + 1, digest, "coordinator")
                     self._event(coordinator.Folded(entry.record.round, digest))
+
+    def _check_leases(self) -> None:
+        held = Consumed()
+        for span in [lease.range for lease in self.state.leases.held.values()] + list(self.state.leases.returned):
+            if held.overlaps(span):
+                raise InvariantBroken(f"seed {self.world.seed}: {span} is granted twice")
+            held = held.with_ranges((span,))
 
     # what nodes can ask
 
@@ -643,7 +721,9 @@ class SimCoordinator:
         return (self.granted,)
 
     def read_log(self, start: int) -> tuple[object, ...]:
-        return tuple(self.log[start:]), tuple(self.rosters.values())
+        entries = tuple(self.log[start : start + LOG_PAGE])
+        newest = {self.state.roster.roster.epoch: self.state.roster} if self.state.roster else {}
+        return entries, tuple((named(entries, self.rosters) | newest).values())
 
     def push(self, entry: LogEntry) -> tuple[object, ...]:
         self._event(coordinator.EntryArrived(entry))
@@ -655,6 +735,11 @@ class SimCoordinator:
         return ()
 
 
+def named(entries: tuple[LogEntry, ...], rosters: dict[Epoch, SignedRoster]) -> dict[Epoch, SignedRoster]:
+    epochs = {epoch for entry in entries for epoch in (entry.record.epoch, entry.certificate.ballot.epoch)}
+    return {epoch: rosters[epoch] for epoch in sorted(epochs) if epoch in rosters}
+
+
 def simulate(seed: int, *, seconds: float = 120.0, faults: Faults | None = None, nodes: int | None = None) -> World:
     """A swarm under faults, then calm; checks that it then goes on."""
     world = World(seed, faults=faults, nodes=nodes)
@@ -662,16 +747,26 @@ def simulate(seed: int, *, seconds: float = 120.0, faults: Faults | None = None,
     world.run(seconds)
     before = max(world.certified, default=-1)
     world.heal()
-    world.run(seconds + 60.0)
+    while lacks := _lacks(world, before):
+        if world.now >= seconds + CALM_SECONDS:
+            raise InvariantBroken(f"seed {seed}: {CALM_SECONDS:.0f} s after the faults ended, {lacks}")
+        world.run(world.now + 2.0)
+    return world
+
+
+def _lacks(world: World, before: int) -> str:
+    """What is still missing for everyone to have gone on after the round `before`."""
     after = max(world.certified, default=-1)
     if after <= before + 1:
-        raise InvariantBroken(f"seed {seed}: no progress in 60 s after the faults ended (round {after})")
+        return f"no progress: round {after}"
     heads = {node.me: node.rounds.head.round for node in world.nodes.values()}
     if min(heads.values()) < before + 1:
-        raise InvariantBroken(f"seed {seed}: a node lacks a committed record: {heads}, {before + 1} were certified")
+        return f"a node lacks a committed record: {heads}, {before + 1} were certified"
     if len(world.coordinator.log) < before + 1:
-        raise InvariantBroken(f"seed {seed}: the coordinator lacks a committed record")
-    return world
+        return "the coordinator lacks a committed record"
+    if world.coordinator.state.replica.round < before + 1:
+        return "the coordinator's replica lacks a committed record"
+    return ""
 
 
 __all__ = ["CALM", "Faults", "InvariantBroken", "Propose", "Ready", "World", "simulate"]

@@ -1,0 +1,28 @@
+"""What Barnraise costs, measured: `python -m tests.bench [--part NAME ...]`, or `make bench PART=NAME`.
+
+Each part runs in a process of its own, so that none inherits another's threads or network namespace; alone it is
+`python -m tests.bench.NAME --help`. Goals are printed beside what was measured. Nothing fails because it was slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+PARTS = ("startup", "codec", "exactness", "wire", "memory", "trainer", "overhead", "utilisation")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    broken = []
+    for part in parser.parse_args().part:
+        if subprocess.run([sys.executable, "-m", f"tests.bench.{part}"], check=False).returncode:
+            broken.append(part)
+            print(f"\n{part}: it ended with an error and measured nothing", flush=True)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

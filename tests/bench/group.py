@@ -1,0 +1,85 @@
+"""Real engines that know each other, for the parts of the bench that need no daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from coordinator.rendezvous import Rendezvous
+from node.engine import AveragingJob, AveragingOutcome, Engine
+from protocol.identity import Key, libp2p_private_key_bytes
+from protocol.limits import CHUNK_VALUES
+from protocol.types import RunId
+
+RUN = RunId("ab" * 32 + ".bench")
+LOCAL = "/ip4/127.0.0.1/tcp/0"
+
+
+@asynccontextmanager
+async def engines_of(
+    parameters: int, codec: str, listen: Sequence[str], *, meeting: str = LOCAL, enter: Callable[[int | None], object]
+) -> AsyncIterator[list[Engine]]:
+    """One engine for each address, and their rendezvous. `enter` is called before each is started, with its index."""
+    async with AsyncExitStack() as owned:
+        folder = Path(owned.enter_context(tempfile.TemporaryDirectory(prefix="barnraise-bench-")))
+        enter(None)
+        key = _identity(folder / "rendezvous")
+        rendezvous = await Rendezvous.start(
+            runtime_dir=key.parent / "run", identity_path=key, run=RUN, listen=[meeting]
+        )
+        owned.push_async_callback(rendezvous.stop)
+        engines = []
+        for index, address in enumerate(listen):
+            key = _identity(folder / f"node-{index}")
+            enter(index)
+            engine = await Engine.start(
+                runtime_dir=key.parent / "run",
+                identity_path=key,
+                run=RUN,
+                listen=[address],
+                rendezvous=rendezvous.addresses,
+                codec=codec,
+                parameters=parameters,
+                blob_dir=key.parent,
+                on_message=lambda peer, letter: None,
+            )
+            owned.push_async_callback(engine.stop)
+            engines.append(engine)
+        enter(None)
+        await rendezvous.set_roster([engine.peer for engine in engines])
+        for engine in engines:
+            await engine.set_roster({other.peer: other.addresses for other in engines if other is not engine})
+        yield engines
+
+
+async def average(
+    engines: Sequence[Engine], payloads: Sequence[bytes], weights: Sequence[int], parameters: int
+) -> list[AveragingOutcome]:
+    job = AveragingJob(
+        group=os.urandom(32),
+        peers=tuple(engine.peer for engine in engines),
+        weights=tuple(weights),
+        spans=even_spans(parameters, len(engines)),
+        deadline_seconds=120,
+        sender_seconds=30,
+    )
+    outcomes = await asyncio.gather(*(e.average(job, data) for e, data in zip(engines, payloads, strict=True)))
+    assert all(not outcome.failed for outcome in outcomes), [outcome.failed for outcome in outcomes]
+    return outcomes
+
+
+def even_spans(parameters: int, nodes: int) -> tuple[tuple[int, int], ...]:
+    chunks = -(-parameters // CHUNK_VALUES)
+    cuts = [min(parameters, round(chunks * index / nodes) * CHUNK_VALUES) for index in range(nodes + 1)]
+    return tuple(itertools.pairwise(cuts))
+
+
+def _identity(home: Path) -> Path:
+    home.mkdir()
+    (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+    return home / "identity"

@@ -1,0 +1,54 @@
+"""How the bench shows what it measured: a table with the command that repeats it, and the same as JSON in results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value. A goal is the most that it may be; without one the row only says what is."""
+
+    what: str
+    value: float
+    unit: str = ""
+    at_most: float | None = None
+    digits: int = 3  # after the point
+    note: str = ""
+
+    @property
+    def missed(self) -> bool:
+        return self.at_most is not None and not self.value <= self.at_most
+
+
+def show(part: str, rows: Iterable[Row], *notes: str) -> None:
+    """Print the table and write results/PART.json. A missed goal is said aloud; it fails nothing."""
+    rows = tuple(rows)
+    print(f"\n{part}, on {os.cpu_count()} cores. Repeat: make bench PART={part}\n")
+    width = max(len(row.what) for row in rows)
+    for row in rows:
+        goal = "" if row.at_most is None else f"goal <= {row.at_most:,g}"
+        met = "" if row.at_most is None else "MISSED" if row.missed else "met"
+        value = f"{row.value:,.{row.digits}f} {row.unit}"
+        print(f"  {row.what:{width}}  {value:>24}  {goal:14}  {met:6}  {row.note}".rstrip())
+    missed = [row.what for row in rows if row.missed]
+    print("".join(f"\n  {note}" for note in notes))
+    print(f"\n  Goals missed: {'; '.join(missed)}" if missed else "\n  No goal was missed.", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "part": part,
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "rows": [asdict(row) | {"missed": row.missed} for row in rows],
+        "notes": notes,
+    }
+    (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
