@@ -704,21 +704,24 @@ class Daemon:
 
     async def _fold(self, entry: LogEntry) -> None:
         """Apply a certified record, and move the trainer with it without losing its newest steps."""
+        record = entry.record
         async with self._vector_turn:
+            assert self._rounds is not None
+            brought = self._rounds.contribution
+            mine = brought is not None and rounds.holds(record, brought)
+            taken = [part for part in record.parts if mine and self._me in part.included]
             pending = self._gradient.pending
             await asyncio.to_thread(self._gradient.before_fold)
             digest = await asyncio.to_thread(self._replica.fold, entry)
-            mine = await asyncio.to_thread(self._gradient.settle, entry.record, self._me)
+            await asyncio.to_thread(self._gradient.settle, taken)
             if self._trainer is not None:
                 with suppress(Refused):
                     await self._trainer.merge(from_snapshot=pending)
-        record = entry.record
         tokens = next((c.tokens for c in record.contributions if c.node == self._me), 0)
         self._credit_tokens += tokens if mine else 0
         self._recent.append({"round": record.round, "outcome": "accepted" if mine else "not in it", "tokens": tokens})
         log.info("round folded", round=record.round, members=len(record.contributions), state=digest[:12], mine=mine)
         self._step_rounds(rounds.Folded(record.round, digest))
-        assert self._rounds is not None
         self._post(session.RoundSettled(self._rounds.pending))
         self._leases = {
             lease_id: lease

@@ -7,12 +7,14 @@ of it or some slices, simply stays in u.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.codec import Codec
 from protocol.limits import CHUNK_VALUES
-from protocol.types import NodeId, Record
+from protocol.types import Part
 
 
 class PseudoGradient:
@@ -55,20 +57,18 @@ class PseudoGradient:
         if not self.pending:
             self._snapshot[:] = self._shared
 
-    def settle(self, record: Record, me: NodeId) -> bool:
-        """After a fold: take out of u what the record holds of it. True if it holds any."""
-        mine = [part for part in record.parts if me in part.included]
-        for part in mine:
+    def settle(self, parts: Sequence[Part]) -> None:
+        """After a fold: take out of u what these parts, those that hold our contribution, have taken of it."""
+        for part in parts:
             start, stop = self._codec.encoded_bytes(part.start), self._codec.encoded_bytes(part.stop)
             sent = self._codec.decode(memoryview(self.payload)[start:stop], part.stop - part.start)
             assert part.start % CHUNK_VALUES == 0
             self.residual[part.start : part.stop] -= sent
             if self._decay != 1:
                 self.residual[part.start : part.stop] *= self._decay
-        if mine:
+        if parts:
             self.payload = b""
         self.pending = False
-        return bool(mine)
 
     def trainer_restarted(self) -> None:
         """A new trainer starts from the shared state; what the old one had brought stays in u and in its encoding."""

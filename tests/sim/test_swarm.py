@@ -67,7 +67,7 @@ def test_a_seed_replays_to_the_same_trace():
 
 def test_a_failure_names_its_seed(monkeypatch):
     monkeypatch.setattr(rounds, "_round_is_over", lambda *_: False)
-    with pytest.raises(InvariantBroken, match="seed 5: .*no progress"):
+    with pytest.raises(InvariantBroken, match=r"seed 5: .*no progress"):
         simulate(5, seconds=5.0)
 
 

@@ -1,0 +1,533 @@
+"""The rules of a round, each as a short list of events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from node.core import rounds
+from node.core.rounds import Phase, Received, Rounds, step
+from protocol.log import next_head, record_hash
+from protocol.messages import Accepted, Begin, Claim, Commit, LogRequest, Propose, Ready, SignedReady, Vote
+from protocol.state import Consumed
+from protocol.types import (
+    Ballot,
+    Certificate,
+    Contribution,
+    DataRange,
+    Digest,
+    Head,
+    LogEntry,
+    Member,
+    NodeId,
+    Part,
+    PeerId,
+    Record,
+    Roster,
+    Signature,
+    SignedRoster,
+    VoteBody,
+)
+
+RUN = "run"
+A, B, C, D, E = (NodeId(name) for name in "abcde")
+SHARD = Digest("5" * 64)
+GENESIS = Digest("0" * 64)
+STATE = Digest("1" * 64)
+PARAMETERS = 4 * 65536
+CONTEXT = 16
+STEPS = 10
+
+
+def signed_roster(*nodes, epoch=0):
+    members = tuple(Member(node, PeerId(node), (), 10**6) for node in nodes)
+    return SignedRoster(Roster(RUN, epoch, members, 0), "s")
+
+
+def rules(me=A):
+    return rounds.Rules(
+        me=me,
+        run=RUN,
+        parameters=PARAMETERS,
+        context=CONTEXT,
+        inner_steps=lambda _: STEPS,
+        round_seconds_max=100.0,
+        gather_seconds=1.0,
+        attempt_seconds_min=5.0,
+        attempt_seconds_max=20.0,
+        sign=lambda body: f"{me} signs",
+        vote_is_valid=lambda node, body, signature: signature == f"{node} signs",
+        entry_is_certified=lambda entry, roster: len(entry.certificate.signatures) >= roster.quorum,
+    )
+
+
+def data(start, stop):
+    return DataRange(0, SHARD, start, stop)
+
+
+def brings(node, *ranges):
+    return Contribution(node, sum(r.stop - r.start for r in ranges) * CONTEXT, ranges)
+
+
+def part_of(index, nodes, included, share=None):
+    share = share or PARAMETERS // len(nodes) // 65536 * 65536
+    stop = PARAMETERS if index == len(nodes) - 1 else (index + 1) * share
+    return Part(index, index * share, stop, Digest(f"{index:064x}"), 10, nodes[index], included)
+
+
+def record_of(*contributions, nodes=(A, B), epoch=0, round_number=0, previous=GENESIS):
+    included = tuple(c.node for c in contributions)
+    parts = tuple(part_of(index, nodes, included) for index in range(len(nodes)))
+    return Record(RUN, round_number, previous, epoch, nodes[0], contributions, parts, STATE)
+
+
+def ready(node, contribution=None, ballot=Ballot(0, 0), accepted=None, round_number=0, previous=GENESIS):
+    mine = contribution or brings(node)
+    return Received(Ready(RUN, round_number, previous, ballot, node, mine, accepted), "s")
+
+
+def entry_of(record, signers, ballot=Ballot(0, 0)):
+    votes = tuple(Signature(node, f"{node} signs") for node in signers)
+    return LogEntry(record, Certificate(record_hash(record), ballot, votes))
+
+
+class Node:
+    """A machine, its clock, and everything it wanted done."""
+
+    def __init__(self, *roster, me=A, **state):
+        self.rules = rules(me)
+        rosters = {0: signed_roster(*roster)} if roster else {}
+        fields = {"head": Head(0, GENESIS), "digest": STATE, "consumed": Consumed(), "rosters": rosters, "active": True}
+        self.state = Rounds(**fields | state)
+        self.now = 0.0
+        self.effects = []
+
+    def see(self, *events, at=None):
+        """Take the events, and what the node sends to itself, until it is quiet. The newest effects are kept."""
+        self.now = self.now if at is None else at
+        self.effects, waiting = [], list(events)
+        while waiting:
+            self.state, effects = step(self.state, waiting.pop(0), self.now, self.rules)
+            self.effects += effects
+            for effect in effects:
+                if isinstance(effect, rounds.Send) and self.rules.me in effect.to:
+                    waiting.append(Received(effect.message, "s"))
+        return self
+
+    def sent(self, kind):
+        return [e.message for e in self.effects if isinstance(e, rounds.Send) and isinstance(e.message, kind)]
+
+    def did(self, kind):
+        return [e for e in self.effects if isinstance(e, kind)]
+
+    def trained(self, *ranges, at=None):
+        """Trains a whole round, and promises."""
+        self.see(rounds.Progressed(STEPS), at=at)
+        return self.see(rounds.SnapshotTaken(ranges))
+
+
+# training and promising
+
+
+def test_a_round_ends_when_its_steps_are_made():
+    node = Node(A, B).see(rounds.Progressed(STEPS - 1))
+    assert not node.did(rounds.TakeSnapshot)
+    assert node.see(rounds.Progressed(STEPS)).did(rounds.TakeSnapshot) == [rounds.TakeSnapshot(0)]
+
+
+def test_a_slow_node_ends_its_round_when_the_time_is_up():
+    node = Node(A, B).see(rounds.Progressed(1))
+    assert not node.see(rounds.Ticked(), at=99.0).effects
+    assert node.see(rounds.Ticked(), at=100.0).did(rounds.TakeSnapshot)
+
+
+def test_a_node_that_saw_a_majority_ready_stops_training():
+    node = Node(A, B, C).see(rounds.Progressed(1))
+    assert node.see(ready(B)).did(rounds.TakeSnapshot)
+
+
+def test_a_node_that_is_not_needed_for_a_majority_goes_on_training():
+    node = Node(A, B, C, D, E).see(rounds.Progressed(1))
+    assert not node.see(ready(B)).effects
+
+
+def test_a_node_with_nothing_to_bring_still_promises_to_a_waiting_majority():
+    node = Node(A, B).see(ready(B))
+    assert not node.sent(Ready)
+    assert node.see(rounds.Ticked(), at=1.0).sent(Ready)[0].contribution == brings(A)
+
+
+def test_a_majority_that_waits_at_a_later_attempt_is_seen_too():
+    node = Node(A, B).see(rounds.Progressed(1))
+    assert node.see(ready(B, ballot=Ballot(0, 3))).did(rounds.TakeSnapshot)
+    assert node.see(rounds.SnapshotTaken((data(0, 1),))).sent(Ready)[0].ballot == Ballot(0, 3)
+
+
+@pytest.mark.parametrize("why", ["finishing", "time"])
+def test_what_earlier_rounds_left_over_is_brought_without_a_new_step(why):
+    node = Node(A, carried=brings(A, data(0, 4)))
+    event, at = (rounds.Finishing(), 0.0) if why == "finishing" else (rounds.Ticked(), 100.0)
+    assert node.see(event, at=at).did(rounds.TakeSnapshot)
+    assert node.see(rounds.SnapshotTaken(())).sent(Ready)[0].contribution == brings(A, data(0, 4))
+
+
+def test_a_promise_is_durable_before_it_is_sent():
+    kinds = [type(effect) for effect in Node(A, B).trained(data(0, 4)).effects]
+    assert kinds.index(rounds.SaveVote) < kinds.index(rounds.Send)
+
+
+@pytest.mark.parametrize("state", [{"active": False}, {"rosters": {0: signed_roster(B, C)}}, {"rosters": {}}])
+def test_a_node_that_is_paused_or_unrostered_promises_nothing(state):
+    node = Node(A, B, C, **state)
+    node.see(rounds.Progressed(STEPS), ready(B), ready(C), at=200.0)
+    assert node.state.phase is Phase.TRAINING
+    assert not node.sent(Ready)
+    assert not node.did(rounds.TakeSnapshot)
+
+
+def test_a_node_that_the_newest_roster_drops_takes_no_part_any_more():
+    node = Node(A, B, C).trained(data(0, 4))
+    node.see(rounds.RosterArrived(signed_roster(B, C, epoch=1)))
+    assert node.state.phase is Phase.TRAINING
+    assert node.state.contribution == brings(A, data(0, 4))
+
+
+def test_what_counts_elsewhere_is_not_brought():
+    node = Node(A, B, consumed=Consumed().with_ranges((data(0, 8),)), carried=brings(A, data(6, 10)))
+    node.trained(data(9, 12), data(20, 24))
+    assert node.state.contribution == brings(A, data(8, 10), data(10, 12), data(20, 24))
+
+
+# restarts
+
+
+def test_a_restarted_node_does_not_use_a_ballot_that_it_may_have_led():
+    node = Node(A, B, ballot=Ballot(0, 2)).trained(data(0, 4))
+    assert node.sent(Ready)[0].ballot == Ballot(0, 3)
+
+
+def test_a_restarted_node_says_what_it_had_voted_for():
+    accepted = Accepted(Ballot(0, 0), record_of(brings(B, data(0, 4))))
+    node = Node(A, B, ballot=Ballot(0, 0), accepted=accepted).trained(data(8, 9))
+    assert node.sent(Ready)[0].accepted == accepted
+
+
+def test_a_restarted_node_signs_no_second_record_in_one_ballot():
+    record = record_of(brings(A, data(0, 4)))
+    other = replace(record, contributions=(brings(A, data(4, 8)),))
+    have = frozenset(part.digest for part in record.parts)
+    node = Node(A, B, me=B, ballot=Ballot(0, 0), accepted=Accepted(Ballot(0, 0), record), have=have)
+    assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, other))).sent(Vote)
+
+
+def test_a_restarted_node_signs_for_no_roster_older_than_the_newest_that_it_knows():
+    rosters = {0: signed_roster(A, B), 1: signed_roster(A, B, epoch=1)}
+    record = record_of(brings(A, data(0, 4)))
+    have = frozenset(part.digest for part in record.parts)
+    node = Node(me=B, rosters=rosters, have=have)
+    assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record))).sent(Vote)
+
+
+def test_a_node_without_the_roster_of_its_last_record_waits_for_it():
+    last = entry_of(record_of(brings(B, data(0, 4))), (A, B), Ballot(5, 0))
+    node = Node(A, B, head=next_head(last.record), last=last)
+    assert not node.see(rounds.Progressed(STEPS)).effects
+    assert node.see(rounds.RosterArrived(signed_roster(A, B, epoch=5))).did(rounds.TakeSnapshot)
+
+
+# gathering and leading
+
+
+def test_a_late_member_is_not_waited_for_beyond_the_grace():
+    node = Node(A, B, C).trained(data(0, 4)).see(ready(B))
+    assert not node.see(rounds.Ticked(), at=0.9).sent(Begin)
+    begin = node.see(rounds.Ticked(), at=1.0).sent(Begin)[0]
+    assert [signed.ready.sender for signed in begin.readies] == [A, B]
+
+
+def test_a_round_begins_at_once_when_everyone_is_there():
+    node = Node(A, B, C).trained(data(0, 4))
+    assert node.see(ready(B), ready(C)).sent(Begin)
+
+
+def test_a_leaders_silence_costs_one_attempt():
+    node = Node(B, A, C).trained(data(0, 4)).see(ready(C))
+    node.see(rounds.Ticked(), at=30.0)
+    assert node.sent(Ready)[-1].ballot == Ballot(0, 1)
+    assert node.state.last_failure == "the leader did not begin"
+
+
+def test_a_lost_promise_is_sent_again():
+    node = Node(A, B, C).trained(data(0, 4))
+    again = node.see(rounds.Ticked(), at=2.0).did(rounds.Send)
+    assert [send.to for send in again] == [(B, C)]
+
+
+def test_a_member_whose_data_another_brings_too_is_left_out_and_still_counts_for_the_majority():
+    node = Node(A, B).trained(data(0, 4)).see(ready(B, brings(B, data(2, 6))))
+    assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A]
+
+
+def test_a_member_above_its_weight_cap_does_not_spoil_the_round():
+    node = Node(A, B).trained(data(0, 4)).see(ready(B, brings(B, data(100, 10**6))))
+    assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A]
+
+
+def test_a_round_in_which_nobody_trained_is_tried_again():
+    node = Node(A, B).see(ready(B))
+    node.see(rounds.Ticked(), at=1.0)
+    assert not node.sent(Begin)
+    node.see(rounds.Ticked(), at=30.0)
+    assert node.state.last_failure == "nobody had trained"
+
+
+def test_a_peer_far_ahead_is_followed_in_jumps():
+    node = Node(A, B).trained(data(0, 4)).see(ready(B, ballot=Ballot(0, 2**62)))
+    assert node.state.ballot == Ballot(0, rounds.ATTEMPT_JUMP_MAX)
+    assert node.see(ready(B, ballot=Ballot(0, 2**62))).state.ballot == Ballot(0, 2 * rounds.ATTEMPT_JUMP_MAX)
+
+
+@pytest.mark.parametrize(
+    "contribution",
+    [
+        Contribution(B, 64, (data(4, 0),)),
+        Contribution(B, 65, (data(0, 4),)),
+        Contribution(A, 64, (data(0, 4),)),
+        Contribution(B, 64, (replace(data(0, 4), shard="../x"),)),
+    ],
+    ids=["backwards", "more tokens than data", "another's", "no digest"],
+)
+def test_a_promise_that_brings_nonsense_is_not_heard(contribution):
+    node = Node(A, B).trained(data(8, 12)).see(ready(B, contribution))
+    assert not node.effects
+    assert B not in node.state.readies
+
+
+# deciding
+
+
+def averaged(*others, me_brings=data(0, 4)):
+    """A leads a round with the others, and all have reduced."""
+    nodes = (A, *others)
+    node = Node(*nodes).trained(me_brings)
+    node.see(*(ready(other, brings(other, data(100 * i, 100 * i + 4))) for i, other in enumerate(others, 1)))
+    parts = [part_of(index, nodes, nodes) for index in range(len(nodes))]
+    held = {part.index: part.digest for part in parts}
+    node.see(rounds.Averaged(Ballot(0, 0), parts[0], held))
+    claims = [Claim(RUN, 0, Ballot(0, 0), n, p) for n, p in zip(others, parts[1:], strict=True)]
+    return node, claims
+
+
+def test_the_leader_proposes_what_the_reducers_claim():
+    node, claims = averaged(B)
+    record = node.see(*map(Received, claims)).sent(Propose)[0].record
+    assert [part.reducer for part in record.parts] == [A, B]
+    assert record.contributions == (brings(A, data(0, 4)), brings(B, data(100, 104)))
+
+
+def test_a_claim_for_a_slice_that_is_not_the_reducers_is_left_out():
+    node, (claim,) = averaged(B)
+    lie = replace(claim, part=replace(claim.part, start=0))
+    record = node.see(Received(lie)).sent(Propose)[0].record
+    assert [part.reducer for part in record.parts] == [A]
+
+
+def test_a_reducer_that_stays_silent_is_not_waited_for_for_ever():
+    node, _ = averaged(B)
+    assert not node.see(rounds.Ticked(), at=1.0).sent(Propose)
+    assert node.see(rounds.Ticked(), at=0.8 * node.state.deadline).sent(Propose)
+
+
+def test_a_record_is_signed_only_with_its_parts_on_disk():
+    record = record_of(brings(A, data(0, 4)))
+    node = Node(A, B, me=B).trained(data(8, 12))
+    node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
+    assert node.did(rounds.FetchParts)
+    assert not node.sent(Vote)
+    node.see(rounds.PartsArrived(frozenset(part.digest for part in record.parts)))
+    assert [type(effect) for effect in node.effects] == [rounds.SaveVote, rounds.Send]
+
+
+def test_parts_that_nobody_had_are_asked_for_again():
+    record = record_of(brings(A, data(0, 4)))
+    node = Node(A, B, me=B).see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
+    lost = frozenset(part.digest for part in record.parts)
+    assert not node.see(rounds.PartsLost(lost)).did(rounds.FetchParts)
+    assert node.see(rounds.Ticked(), at=2.0).did(rounds.FetchParts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"previous": Digest("9" * 64)},
+        {"state": Digest("9" * 64)},
+        {"contributions": (Contribution(A, 65, (data(0, 4),)),)},
+        {"contributions": (brings(A, data(0, 4), data(3, 5)),)},
+        {"contributions": (brings(A, data(900, 901)),)},
+    ],
+    ids=["another head", "another state", "tokens", "data twice", "data that counts elsewhere"],
+)
+def test_a_record_that_does_not_fit_is_not_signed(change):
+    record = record_of(brings(A, data(0, 4)))
+    have = frozenset(part.digest for part in record.parts)
+    spent = Consumed().with_ranges((data(900, 901),))
+    proposal = Propose(RUN, 0, Ballot(0, 0), A, replace(record, **change))
+    assert not Node(A, B, me=B, have=have, consumed=spent).see(Received(proposal)).sent(Vote)
+    assert Node(A, B, me=B, have=have).see(Received(replace(proposal, record=record))).sent(Vote)
+
+
+def test_nothing_is_signed_below_a_promise():
+    record = record_of(brings(A, data(0, 4)))
+    node = Node(A, B, me=B, have=frozenset(part.digest for part in record.parts), ballot=Ballot(0, 2))
+    assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record))).sent(Vote)
+
+
+def test_a_re_proposal_keeps_the_records_hash():
+    record = record_of(brings(B, data(0, 4)), nodes=(A, B, C))
+    node = Node(A, B, C).trained(data(8, 12))
+    accepted = Accepted(Ballot(0, 0), record)
+    node.see(ready(B, ballot=Ballot(0, 3), accepted=accepted), ready(C, ballot=Ballot(0, 3)))
+    proposal = node.sent(Propose)[0]
+    assert (proposal.ballot, record_hash(proposal.record)) == (Ballot(0, 3), record_hash(record))
+
+
+def test_the_newest_of_several_accepted_records_is_proposed_again():
+    old, new = record_of(brings(B, data(0, 4))), record_of(brings(C, data(4, 8)))
+    node = Node(A, B, C).trained(data(8, 12))
+    node.see(
+        ready(B, ballot=Ballot(0, 3), accepted=Accepted(Ballot(0, 1), old)),
+        ready(C, ballot=Ballot(0, 3), accepted=Accepted(Ballot(0, 2), new)),
+    )
+    assert node.sent(Propose)[0].record == new
+
+
+def test_a_joiner_asks_for_the_roster_of_a_record_that_is_proposed_again():
+    record = record_of(brings(A, data(0, 4)))
+    node = Node(me=C, rosters={1: signed_roster(A, C, epoch=1)})
+    node.see(Received(Propose(RUN, 0, Ballot(1, 0), A, record)))
+    assert node.did(rounds.Send) == [rounds.Send((A,), LogRequest(RUN, 0, C))]
+
+
+def test_a_majority_of_votes_makes_the_certificate():
+    node, claims = averaged(B, C)
+    node.see(*map(Received, claims))
+    hashed = record_hash(node.sent(Propose)[0].record)
+    vote = Vote(RUN, 0, Ballot(0, 0), B, hashed, "b signs")
+    assert not node.see(Received(replace(vote, signature="forged"))).sent(Commit)
+    assert [s.node for s in node.see(Received(vote)).sent(Commit)[0].certificate.signatures] == [A, B]
+    assert node.did(rounds.Fold)
+
+
+def test_a_vote_for_another_record_does_not_count():
+    node, claims = averaged(B)
+    node.see(*map(Received, claims))
+    vote = Vote(RUN, 0, Ballot(0, 0), B, Digest("9" * 64), "b signs")
+    assert not node.see(Received(vote)).sent(Commit)
+
+
+def test_a_pause_in_mid_round_still_lets_the_round_end():
+    node, claims = averaged(B)
+    node.see(rounds.ActivityChanged(False))
+    assert node.see(*map(Received, claims)).sent(Vote)
+
+
+def test_an_attempt_without_a_majority_keeps_the_contribution():
+    node, claims = averaged(B)
+    node.see(*map(Received, claims))
+    again = node.see(rounds.Ticked(), at=60.0).sent(Ready)[0]
+    assert (again.ballot, again.contribution) == (Ballot(0, 1), brings(A, data(0, 4)))
+    assert again.accepted.ballot == Ballot(0, 0)
+
+
+# the log
+
+
+def folding(node, *contributions, **record):
+    entry = entry_of(record_of(*contributions, **record), (A, B))
+    node.see(Received(Commit(RUN, 0, B, entry.record, entry.certificate)))
+    node.see(rounds.PartsArrived(frozenset(part.digest for part in entry.record.parts)))
+    return entry
+
+
+def test_a_folded_record_moves_the_head():
+    node = Node(A, B).trained(data(0, 4))
+    entry = folding(node, brings(A, data(0, 4)))
+    node.see(rounds.Folded(0, Digest("2" * 64)))
+    assert (node.state.head, node.state.digest) == (next_head(entry.record), "2" * 64)
+    assert node.state.consumed.covers(data(0, 4))
+    assert not node.state.pending
+
+
+def test_what_a_round_left_out_is_brought_to_the_next():
+    node = Node(A, B).trained(data(0, 4))
+    folding(node, brings(B, data(8, 12)))
+    node.see(rounds.Folded(0, STATE)).trained(data(4, 6))
+    assert node.state.contribution == brings(A, data(0, 4), data(4, 6))
+
+
+def test_what_a_former_life_had_brought_does_not_settle_what_this_one_brings():
+    node = Node(A, B, ballot=Ballot(0, 0)).trained(data(20, 24))
+    folding(node, brings(A, data(0, 4)))
+    assert node.see(rounds.Folded(0, STATE)).state.carried == brings(A, data(20, 24))
+
+
+def test_a_certificate_without_a_majority_is_not_followed():
+    entry = entry_of(record_of(brings(B, data(0, 4))), (B,))
+    node = Node(A, B).see(Received(Commit(RUN, 0, B, entry.record, entry.certificate)))
+    assert node.state.committed is None
+
+
+def test_a_node_that_is_behind_asks_for_the_log():
+    node = Node(A, B).see(ready(B, round_number=3, previous=STATE))
+    assert node.sent(LogRequest) == [LogRequest(RUN, 0, A)]
+    assert not node.see(ready(B, round_number=3, previous=STATE), at=0.5).effects
+    assert node.see(ready(B, round_number=3, previous=STATE), at=1.5).sent(LogRequest)
+
+
+@pytest.mark.parametrize("behind", [1, 3])
+def test_a_peer_that_is_behind_hears_of_the_newest_record(behind):
+    last = entry_of(record_of(brings(B, data(0, 4)), round_number=2), (A, B))
+    node = Node(A, B, head=next_head(last.record), last=last)
+    assert node.see(ready(B, round_number=3 - behind)).sent(Commit)[0].record == last.record
+
+
+def test_records_are_folded_one_after_the_other():
+    first = record_of(brings(A, data(0, 4)))
+    second = record_of(brings(B, data(4, 8)), round_number=1, previous=next_head(first).hash)
+    node = Node(A, B, have=frozenset(part.digest for part in first.parts))
+    node.see(rounds.LogArrived((entry_of(second, (A, B)), entry_of(first, (A, B)))))
+    assert [fold.entry.record for fold in node.did(rounds.Fold)] == [first]
+    node.see(rounds.Folded(0, STATE))
+    node.see(rounds.PartsArrived(frozenset(part.digest for part in second.parts)))
+    assert [fold.entry.record for fold in node.did(rounds.Fold)] == [second]
+
+
+def test_steps_made_while_a_record_is_folded_are_kept():
+    node = Node(A, B).trained(data(0, 4)).see(rounds.Progressed(3))
+    folding(node, brings(A, data(0, 4)))
+    assert node.see(rounds.Folded(0, STATE)).state.steps == 3
+
+
+def test_a_snapshot_that_arrives_after_the_fold_counts_for_the_next_round():
+    node = Node(A, B).see(rounds.Progressed(STEPS))
+    folding(node, brings(B, data(8, 12)))
+    node.see(rounds.Folded(0, STATE), rounds.SnapshotTaken((data(0, 4),)))
+    assert node.sent(Ready)[0].round == 1
+    assert node.state.contribution == brings(A, data(0, 4))
+
+
+def test_begin_with_forged_membership_starts_nothing():
+    node = Node(A, B, me=B).trained(data(0, 4))
+    stranger = SignedReady(Ready(RUN, 0, GENESIS, Ballot(0, 0), E, brings(E), None), "s")
+    assert not node.see(Received(Begin(RUN, 0, Ballot(0, 0), A, (stranger,)))).did(rounds.Average)
+    assert not node.see(Received(Begin(RUN, 0, Ballot(0, 0), B, ()))).did(rounds.Average)
+
+
+def test_signatures_name_what_is_signed():
+    signed = []
+    node = Node(A, B, me=B, have=frozenset(part.digest for part in record_of(brings(A, data(0, 4))).parts))
+    node.rules = replace(node.rules, sign=lambda body: signed.append(body) or "s")
+    record = record_of(brings(A, data(0, 4)))
+    node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
+    assert signed == [VoteBody(RUN, 0, Ballot(0, 0), record_hash(record))]
