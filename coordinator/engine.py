@@ -23,7 +23,7 @@ from coordinator.evaluation import Evaluator
 from coordinator.folder import Published, RunFolder
 from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Store
-from protocol import address
+from protocol import address, p2pd
 from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Refused
@@ -44,6 +44,7 @@ from protocol.types import (
     SignedManifest,
 )
 
+IDENTITY = "p2p.identity"
 TICK_SECONDS = 0.5
 MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
@@ -199,7 +200,7 @@ class Coordinator:
             self, host=page_at.host, port=page_at.port, hosts=tuple(a.rpartition(":")[0] for a in names.addresses)
         )
         owned.push_async_callback(page.stop)
-        identity = self._folder.runtime / "p2p.identity"
+        identity = self._folder.runtime / IDENTITY
         identity.unlink(missing_ok=True)
         identity.touch(mode=0o600)
         identity.write_bytes(libp2p_private_key_bytes(self._folder.peer_key()))
@@ -251,6 +252,8 @@ class Coordinator:
         for child in (self._evaluator, self._rendezvous):
             if child is not None:
                 await child.stop()
+        p2pd.sweep(self._folder.runtime)
+        (self._folder.runtime / IDENTITY).unlink(missing_ok=True)
 
     async def _tick(self) -> None:
         while True:

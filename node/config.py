@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from protocol import p2pd
 from protocol.console import parse_size, printable, suggestion
 from protocol.errors import Code, Refused
 from protocol.limits import NAME_CHARACTERS_MAX
@@ -168,6 +169,7 @@ class Home:
 
     def sweep(self) -> None:
         """Throw away what a node that was killed left behind. Only for the holder of the lock."""
+        p2pd.sweep(self.runtime)  # follows the link that is in there
         for entry in self.runtime.iterdir():
             _remove(entry)
 
@@ -197,6 +199,7 @@ class Home:
             return 0, ()
         keys = (self.key, self.transport_key)
         freed = 0
+        p2pd.sweep(self.runtime)
         for made in (self.blobs, self.journal, self.runtime, self.logs, self.membership, *(() if keep_keys else keys)):
             freed += _remove(made)
         freed += _remove(self.path / "lock")

@@ -7,7 +7,6 @@ import hashlib
 import platform
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from importlib.metadata import version
@@ -21,24 +20,27 @@ from node.config import Home, Settings, Stopper
 from node.control import Control
 from node.core import rounds, session
 from node.core.backoff import wait_seconds
-from node.core.rounds import Rounds, group
-from node.engine import AveragingJob, Engine
+from node.core.rounds import Rounds
+from node.courier import LOG_PAGE, Courier
+from node.engine import Engine
 from node.hardware import usable_threads
 from node.journal import Journal, Promise
 from node.link import Beat, Door, Link, News, Opened
 from node.pseudograd import PseudoGradient
 from node.replica import Replica
+from node.status import Tally, view
 from node.training import Event as TrainerEvent
 from node.training import Exited, Failed, OutOfData, Skipped, Stepped, Trainer, TrainerSpec, Vectors
 from protocol import invite as invites
-from protocol.blobs import BlobStore, digest_of
+from protocol import p2pd
+from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Code, Exit, Refused
 from protocol.fold import Outer, OuterKind
-from protocol.identity import Key, check_roster, coordinator_key, libp2p_private_key_bytes, verify
+from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
-from protocol.log import VOTE, check_certificate, spans, vote_bytes
+from protocol.log import VOTE, check_certificate, vote_bytes
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.runspec import RunSpec
 from protocol.types import (
@@ -52,7 +54,6 @@ from protocol.types import (
     NodeId,
     Part,
     PeerId,
-    Role,
     Roster,
     Shard,
     SignedRoster,
@@ -62,13 +63,9 @@ from protocol.types import (
 IDENTITY = "p2p.identity"
 TICK_SECONDS = 0.2
 STATUS_SECONDS = 0.5
-SEND_SECONDS = 10.0  # a small message that takes longer is lost; the round has its own deadline
-FETCH_SECONDS = 60.0
-LOG_PAGE = 16  # entries in one answer to a peer
 ROUNDS_AHEAD = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
 LEAVE_SECONDS = 2.0  # for the coordinator to hear that we go
 POLITE_SECONDS = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
-RECENT_ROUNDS = 20  # shown by status
 
 log = structlog.get_logger()
 
@@ -128,26 +125,28 @@ class Daemon:
         self._rules = self._make_rules()
         self._session = session.Session()
         self._rounds: Rounds | None = None
+        self._store_turn = asyncio.Lock()  # one writer of blobs at a time; a home line is one line
+        self._courier = Courier(
+            self._manifest,
+            self._me,
+            codec=self._codec,
+            journal=self._journal,
+            blobs=self._blobs,
+            store_turn=self._store_turn,
+            link=link,
+            rosters=lambda: self._rounds.rosters if self._rounds is not None else {},
+        )
         self._engine: Engine | None = None
         self._trainer: Trainer | None = None
-        self._download_turn = asyncio.Lock()  # one blob at a time: a home line is one line
         self._vector_turn = asyncio.Lock()  # snapshot, fold and merge, one at a time
         self._inbox: asyncio.Queue[rounds.Event | session.Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[tuple[Exit, str]] = asyncio.get_running_loop().create_future()
         self._leases: dict[str, Lease] = {}
-        self._group = b""
         self._changed = asyncio.Event()  # another activity than the last heartbeat said
         self._wanted_before: frozenset[str] = frozenset()
         self._known_round = 0
-        self._stepped: Stepped | None = None
-        self._losses: list[float] = []
-        self._download: dict[str, Any] | None = None
-        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROUNDS)
-        self._credit_tokens = 0
-        self._started = time.monotonic()
-        self._sent = self._received = 0
-        self._notice = ""
+        self._tally = Tally()
 
     # opening
 
@@ -240,6 +239,8 @@ class Daemon:
                 self._step_rounds(event)
 
     async def _decide_session(self, event: session.Event) -> None:
+        if isinstance(event, session.PartDied):
+            log.warning("a child process ended", part=event.part.value, why=event.why)
         before = session.activity(self._session)
         took_part = self._session.takes_part
         self._session, effects = session.step(self._session, event, time.monotonic())
@@ -290,8 +291,7 @@ class Daemon:
             case rounds.Average(begin, roster, seconds):
                 self._spawn(self._average(begin, roster, seconds))
             case rounds.StopAveraging():
-                if self._engine is not None and self._group:
-                    self._spawn(_ignoring(self._engine.cancel(self._group)))
+                self._spawn(self._courier.stop_averaging())
             case rounds.FetchParts(parts, sources):
                 self._spawn(self._fetch_parts(parts, sources))
             case rounds.Fold(entry):
@@ -362,8 +362,8 @@ class Daemon:
             until = page.entries[-1].record.round + 1
             while self._rounds.head.round < until:
                 await asyncio.sleep(0.05)
-                self._download = {"what": "rounds", "done": self._rounds.head.round, "size": until}
-            self._download = None
+                self._tally.download = {"what": "rounds", "done": self._rounds.head.round, "size": until}
+            self._tally.download = None
 
     async def _retrying(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         failures = 0
@@ -382,13 +382,13 @@ class Daemon:
             return
 
         def progress(done: int, size: int) -> None:
-            self._download = {"what": what, "done": done, "size": size}
+            self._tally.download = {"what": what, "done": done, "size": size}
 
         try:
-            async with self._download_turn:
+            async with self._store_turn:
                 await self._link.fetch_blob(BlobRef(digest, size), self._blobs, progress)
         finally:
-            self._download = None
+            self._tally.download = None
 
     def _log_file(self, name: str) -> IO[bytes]:
         """Where a child's output goes; closed with the daemon."""
@@ -411,11 +411,11 @@ class Daemon:
         except Refused as refused:
             self._post(session.PartDied(session.Part.ENGINE, refused.what))
             return
-        self._engine = engine
+        self._engine = self._courier.engine = engine
         await self._tell_engine()
         self._post(session.PartReady(session.Part.ENGINE))
         code = await engine.closed
-        self._engine = None
+        self._engine = self._courier.engine = None
         self._post(session.PartDied(session.Part.ENGINE, f"exit code {code}"))
 
     async def _tell_engine(self) -> None:
@@ -473,15 +473,15 @@ class Daemon:
         if self._engine is not None:
             ending.append(self._engine.stop())
         await asyncio.gather(*ending, return_exceptions=True)
+        p2pd.sweep(self._home.runtime)
+        (self._home.runtime / IDENTITY).unlink(missing_ok=True)
 
     # training
 
     def _trained(self, event: TrainerEvent) -> None:
         match event:
             case Stepped():
-                self._stepped = event
-                if event.loss is not None:
-                    self._losses.append(event.loss)
+                self._tally.trained(event)
                 self._post(rounds.Progressed(event.steps))
                 self._post(session.DataUsed(event.queued_sequences, self._sequences_wanted()))
             case OutOfData():
@@ -490,7 +490,7 @@ class Daemon:
                 log.warning("a step was left out", why=what)
             case Failed(reason, what, shard):
                 log.error("training failed", code=reason.code, why=what)
-                self._notice = f"{reason.code}: {what}"
+                self._tally.notice = f"{reason.code}: {what}"
                 self._spawn(self._set_training(True) if shard is not None else self._replace_trainer(what))
             case Exited(returncode):
                 self._trainer = None
@@ -539,7 +539,7 @@ class Daemon:
         except Refused as refused:
             log.warning("no data", why=refused.what)
             if refused.reason.exit is Exit.RESOURCE:
-                self._notice = f"{refused.reason.code}: {refused.what}"
+                self._tally.notice = f"{refused.reason.code}: {refused.what}"
                 self._forget_shards()
         self._post(session.LeasesArrived(granted))
 
@@ -572,63 +572,21 @@ class Daemon:
             if node == self._me:
                 self._post(rounds.Received(message, signature))
             else:
-                self._spawn(self._deliver(node, letter, message))
-
-    async def _deliver(self, node: NodeId, letter: bytes, message: Message) -> None:
-        peer = self._peer_of(node)
-        if peer is None or self._engine is None:
-            return
-        try:
-            await self._engine.send(peer, letter, timeout_seconds=SEND_SECONDS)
-        except Refused as refused:
-            log.debug("not delivered", kind=type(message).__name__, to=node[:8], why=refused.what)
-
-    def _peer_of(self, node: NodeId) -> PeerId | None:
-        assert self._rounds is not None
-        for epoch in sorted(self._rounds.rosters, reverse=True):
-            member = self._rounds.rosters[epoch].roster.member(node)
-            if member is not None:
-                return member.peer
-        return None
+                self._spawn(self._courier.deliver(node, letter))
 
     def _hear(self, peer: PeerId, letter: bytes) -> None:
-        """A letter from a rostered peer: only its author's own peer may bring it."""
-        if self._rounds is None:
-            return
-        try:
-            message, signature = letters.unseal(letter)
-        except Refused as refused:
-            log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
-            return
-        if self._peer_of(message.sender) != peer:
-            log.warning("a letter by another hand", peer=peer[-8:])
-            return
-        match message:
-            case LogRequest():
-                self._answer_log(message)
-            case LogReply():
-                self._read_log_reply(message)
-            case _:
+        """A letter from a rostered peer: an event, or a question about the log or its answer."""
+        match self._courier.open(peer, letter):
+            case None:
+                pass
+            case LogRequest() as request, _:
+                self._send((request.sender,), self._courier.log_reply(request))
+            case LogReply() as reply, _:
+                for signed in reply.rosters:
+                    self._learn_roster(signed)
+                self._post(rounds.LogArrived(reply.entries, reply.rosters))
+            case message, signature:
                 self._post(rounds.Received(message, signature))
-
-    def _answer_log(self, request: LogRequest) -> None:
-        assert self._rounds is not None
-        entries = self._journal.entries(request.round, most=LOG_PAGE)
-        named = {entry.certificate.ballot.epoch for entry in entries} | {entry.record.epoch for entry in entries}
-        named.add(max(self._rounds.rosters, default=Epoch(0)))
-        known = self._rounds.rosters
-        rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
-        self._send((request.sender,), LogReply(self._manifest.run, request.round, self._me, entries, rosters))
-
-    def _read_log_reply(self, reply: LogReply) -> None:
-        for signed in reply.rosters:
-            try:
-                check_roster(coordinator_key(self._manifest.run), signed)
-            except Refused as refused:
-                log.warning("a roster was refused", why=refused.what)
-                return
-            self._learn_roster(signed)
-        self._post(rounds.LogArrived(reply.entries, reply.rosters))
 
     def _learn_roster(self, signed: SignedRoster) -> None:
         assert self._rounds is not None
@@ -640,67 +598,18 @@ class Daemon:
 
     async def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
         """Average with the group; whatever happens, say what is held."""
-        members = group(begin, roster)
-        named = [roster.member(node) for node, _ in members]
-        peers = tuple(member.peer for member in named if member is not None)
-        roles = tuple(member.role if member is not None else Role.PEER for member in named)
-        shares = spans(self._manifest.parameters, roles)
-        index = [node for node, _ in members].index(self._me)
-        ready = begin.readies[0].ready
-        weights = tuple(weight for _, weight in members)
-        payload = self._gradient.payload if weights[index] else b""
-        self._group = _group_id(ready.run, ready.previous, begin.ballot)
-        part: Part | None = None
-        held: dict[int, Digest] = {}
-        try:
-            if self._engine is None:
-                raise Refused(Code.CHILD_DIED, "the engine is being restarted")
-            outcome = await self._engine.average(
-                AveragingJob(self._group, peers, weights, shares, seconds, max(2.0, seconds / 3)), payload
-            )
-            for number, data in outcome.parts.items():
-                held[number] = await asyncio.to_thread(self._replica.keep, data)
-            if index in held:
-                start, stop = shares[index]
-                included = tuple(members[each][0] for each in outcome.included)
-                size = len(outcome.parts[index])
-                part = Part(index, start, stop, held[index], size, self._me, included) if included else None
-            if outcome.failed:
-                log.warning("averaging was incomplete", round=begin.round, failed=dict(outcome.failed))
-        except Refused as refused:
-            log.warning("averaging failed", round=begin.round, why=refused.what)
+        part, held = await self._courier.average(begin, roster, self._gradient.payload, seconds=seconds)
         self._post(rounds.Averaged(begin.ballot, part, held))
 
     async def _fetch_parts(self, parts: tuple[Part, ...], sources: tuple[NodeId, ...]) -> None:
         found: set[Digest] = set()
         lost: set[Digest] = set()
         for part in parts:
-            (found if await self._fetch_part(part, sources) else lost).add(part.digest)
+            (found if await self._courier.fetch_part(part, sources) else lost).add(part.digest)
         if found:
             self._post(rounds.PartsArrived(frozenset(found)))
         if lost:
             self._post(rounds.PartsLost(frozenset(lost)))
-
-    async def _fetch_part(self, part: Part, sources: tuple[NodeId, ...]) -> bool:
-        """By hash, from whoever has it: peers first, then the coordinator's archive."""
-        if self._blobs.has(part.digest):
-            return True
-        expected = self._codec.encoded_bytes(part.stop - part.start)
-        if part.size != expected:
-            return False
-        for node in sources:
-            peer = self._peer_of(node)
-            if peer is None or self._engine is None:
-                continue
-            with suppress(Refused):
-                data = await self._engine.fetch_part(peer, part.digest, part.size, timeout_seconds=FETCH_SECONDS)
-                if digest_of(data) == part.digest:
-                    await asyncio.to_thread(self._replica.keep, data)
-                    return True
-        with suppress(Refused):
-            await self._link.fetch_blob(BlobRef(part.digest, part.size), self._blobs)
-            return True
-        return False
 
     async def _fold(self, entry: LogEntry) -> None:
         """Apply a certified record, and move the trainer with it without losing its newest steps."""
@@ -718,8 +627,7 @@ class Daemon:
                 with suppress(Refused):
                     await self._trainer.merge(from_snapshot=pending)
         tokens = next((c.tokens for c in record.contributions if c.node == self._me), 0)
-        self._credit_tokens += tokens if mine else 0
-        self._recent.append({"round": record.round, "outcome": "accepted" if mine else "not in it", "tokens": tokens})
+        self._tally.settled(record.round, tokens=tokens, accepted=mine)
         log.info("round folded", round=record.round, members=len(record.contributions), state=digest[:12], mine=mine)
         self._step_rounds(rounds.Folded(record.round, digest))
         self._post(session.RoundSettled(self._rounds.pending))
@@ -766,21 +674,21 @@ class Daemon:
     async def _beat(self) -> None:
         state = self._rounds
         assert state is not None
-        losses, self._losses = self._losses, []
         if self._engine is not None:
             with suppress(Refused):
                 usage = await self._engine.usage()
-                self._sent, self._received = usage.sent, usage.received
+                self._tally.sent, self._tally.received = usage.sent, usage.received
+        tally = self._tally
         beat = Beat(
             activity=session.activity(self._session).value,
             head=state.head,
             epoch=max(state.rosters, default=Epoch(-1)),
             addresses=self._engine.addresses if self._engine is not None else (),
-            tokens_per_second=self._stepped.tokens_per_second if self._stepped else 0.0,
-            train_loss=sum(losses) / len(losses) if losses else None,
+            tokens_per_second=tally.stepped.tokens_per_second if tally.stepped else 0.0,
+            train_loss=tally.mean_loss(),
             busy_share=self._trainer.busy_share if self._trainer else 0.0,
-            bytes_sent=self._sent,
-            bytes_received=self._received,
+            bytes_sent=tally.sent,
+            bytes_received=tally.received,
             lease_ids=tuple(self._leases),
             known_round=max(self._known_round, state.head.round),
         )
@@ -789,7 +697,7 @@ class Daemon:
         )
         if reply is None:
             return
-        self._notice = reply.notice or self._notice
+        self._tally.notice = reply.notice or self._tally.notice
         if reply.roster is not None:
             self._learn_roster(reply.roster)
         self._known_round = reply.head_round
@@ -862,49 +770,16 @@ class Daemon:
             await asyncio.sleep(STATUS_SECONDS)
 
     def status(self) -> dict[str, Any]:
-        """What people and scripts see; the fields are documented in README."""
-        state, now = self._rounds, time.monotonic()
-        stepped, trainer = self._stepped, self._trainer
-        view: dict[str, Any] = {
-            "version": 1,
-            "run": self._manifest.name,
-            "name": self._opened.signed_pass.body.name,
-            "node": self._me[:8],
-            "activity": session.activity(self._session).value,
-            "reason": session.reason(self._session, now),
-            "linked": self._session.linked,
-            "credit_tokens": self._credit_tokens,
-            "sequences_left": self._session.sequences_left,
-            "bytes_sent": self._sent,
-            "bytes_received": self._received,
-            "uptime_seconds": round(now - self._started, 1),
-            "download": self._download,
-            "recent": list(self._recent),
-            "trouble": self._notice,
-            "tokens_per_second": stepped.tokens_per_second if stepped else None,
-            "loss": stepped.loss if stepped else None,
-            "busy_share": trainer.busy_share if trainer else None,
-            "device": trainer.started.device if trainer else None,
-            "micro_batch": trainer.started.micro_batch if trainer else None,
-        }
-        if state is not None:
-            roster = state.roster
-            view |= {
-                "round": state.head.round,
-                "phase": state.phase.value,
-                "head": {"round": state.head.round, "hash": state.head.hash, "state": state.digest},
-                "epoch": max(state.rosters, default=None),
-                "rostered": roster is not None and roster.member(self._me) is not None,
-                "peers": len(roster.members) - 1 if roster is not None else 0,
-                "round_steps": state.steps,
-                "round_steps_goal": self._spec.rounds.steps(state.head.round),
-            }
-        return view
-
-
-def _group_id(run: str, previous: Digest, ballot: Ballot) -> bytes:
-    """Members with another head, roster or attempt are in another group."""
-    return hashlib.sha256(f"{run}\0{previous}\0{ballot.epoch}\0{ballot.attempt}".encode()).digest()
+        """What people and scripts see."""
+        return view(
+            self._session,
+            self._rounds,
+            self._rules,
+            run=self._manifest.name,
+            name=self._opened.signed_pass.body.name,
+            trainer=self._trainer,
+            tally=self._tally,
+        )
 
 
 def _vote_is_valid(node: NodeId, body: VoteBody, signature: str) -> bool:
@@ -921,11 +796,6 @@ def _entry_is_certified(entry: LogEntry, roster: Roster) -> bool:
     except Refused:
         return False
     return True
-
-
-async def _ignoring(work: Coroutine[Any, Any, None]) -> None:
-    with suppress(Refused):
-        await work
 
 
 async def _patiently(link: Link, invite: Invite, name: str, *, known: bool) -> Opened:

@@ -8,7 +8,7 @@ import numpy as np
 
 from node.journal import Journal
 from node.training import Vectors
-from protocol.blobs import BlobStore, digest_of
+from protocol.blobs import BlobStore
 from protocol.codec import Codec
 from protocol.errors import Code, Refused
 from protocol.fold import Outer, fold
@@ -103,10 +103,3 @@ class Replica:
                 self._blobs.delete(part.digest)
             number -= 1
         self._journal.forget_before(oldest)
-
-    def keep(self, data: bytes) -> Digest:
-        """Put a part where peers and the next start find it."""
-        digest = digest_of(data)
-        if not self._blobs.has(digest):
-            self._blobs.put_bytes(data)
-        return digest

@@ -243,7 +243,7 @@ def _open_blob(folder: Path, digest: str, size: int) -> int | None:
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         return None
     try:
-        handle = os.open(folder / digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(folder / digest[:2] / digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     found = os.fstat(handle)

@@ -25,6 +25,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 SOCKET_PATH_BYTES_MAX: Final = 104  # sun_path on macOS; Linux has 108
 _SOCKET_NAME_BYTES: Final = len("/p2pclient-") + 11 + len(".sock")
 _FOLDER: Final = "barnraise-"
+_LINK: Final = "sockets"  # in the runtime folder: where the sockets are when its own path is too long for them
 
 ENVIRONMENT: Final = {
     "GOMEMLIMIT": "128MiB",  # soft: Go collects harder above it; p2pd idles at 50 MiB
@@ -65,16 +66,21 @@ def socket_folder(runtime_dir: Path) -> Path:
     """A private folder for p2pd's sockets, swept of what a killed process left there."""
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     runtime_dir.chmod(0o700)
-    link = runtime_dir / "sockets"
+    sweep(runtime_dir)
+    if len(os.fsencode(runtime_dir.resolve())) + _SOCKET_NAME_BYTES < SOCKET_PATH_BYTES_MAX:
+        return runtime_dir.resolve()
+    short = Path(tempfile.mkdtemp(prefix=_FOLDER))  # 0700
+    (runtime_dir / _LINK).symlink_to(short)
+    return short
+
+
+def sweep(runtime_dir: Path) -> None:
+    """Remove the sockets of a p2pd that has ended, however it ended, and the folder that a link names for them."""
+    link = runtime_dir / _LINK
     if link.is_symlink():
         left = link.readlink()
         if left.name.startswith(_FOLDER) and left.parent == Path(tempfile.gettempdir()):
             shutil.rmtree(left, ignore_errors=True)
         link.unlink()
-    for left in runtime_dir.glob("p2p*.sock"):
-        left.unlink(missing_ok=True)
-    if len(os.fsencode(runtime_dir.resolve())) + _SOCKET_NAME_BYTES < SOCKET_PATH_BYTES_MAX:
-        return runtime_dir.resolve()
-    short = Path(tempfile.mkdtemp(prefix=_FOLDER))  # 0700; the link lets the next start sweep it
-    link.symlink_to(short)
-    return short
+    for socket_left in runtime_dir.glob("p2p*.sock"):
+        socket_left.unlink(missing_ok=True)

@@ -1,13 +1,11 @@
-"""Codec bench: MB/s of float32 in and out, one thread, next to a memory copy; and fold in parameters/s.
-
-python -m tests.bench.codec [values]
-"""
+"""Codec bench: MB/s of float32 in and out, one thread, next to a memory copy; and fold in parameters/s."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -17,34 +15,40 @@ from protocol.fold import Outer, OuterKind, fold
 from protocol.limits import CHUNK_VALUES
 from protocol.state import initial_state
 from protocol.types import Contribution, DataRange, Digest, Epoch, NodeId, Part, Record, RoundNumber, RunId
+from tests.bench.table import Row, show
 
 REPEATS = 5  # the best counts: the rest is other programs
 
 
 def main() -> None:
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else 256 * CHUNK_VALUES
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--values", type=int, default=256 * CHUNK_VALUES)
+    size = parser.parse_args().values
     values = (np.random.default_rng(0).standard_normal(size) * 1e-3).astype(np.float32)
     out = np.zeros_like(values)
     copied = _rate(lambda: np.copyto(out, values), values.nbytes)
-    print(f"{size:,} float32 values, one thread; MB/s of float32, and as a share of a memory copy")
-    print(f"{'':6}  {'bits':>6}  {'encode':>14}  {'decode':>14}  {'check':>14}  {'rms error':>9}")
-    print(f"{'copy':6}  {32:6.2f}  {_cell(copied, copied)}  {_cell(copied, copied)}")
+    rows = [Row("memory copy", copied, "MB/s", digits=0)]
     for name in NAMES:
         chosen = codec(name)
         room = np.zeros(chosen.encoded_bytes(size), np.uint8)
-        encode = _rate(lambda: chosen.encode_into(values, room), values.nbytes)  # noqa: B023
+        encode = _rate(partial(chosen.encode_into, values, room), values.nbytes)
         data = room.tobytes()
-        decode = _rate(lambda: chosen.decode_into(data, out), values.nbytes)  # noqa: B023
-        check = _rate(lambda: chosen.check(data, size), values.nbytes)  # noqa: B023
+        decode = _rate(partial(chosen.decode_into, data, out), values.nbytes)
+        check = _rate(partial(chosen.check, data, size), values.nbytes)
         error = float(np.sqrt(np.mean((out - values) ** 2)) / np.sqrt(np.mean(values**2)))
-        cells = "  ".join(_cell(rate, copied) for rate in (encode, decode, check))
-        print(f"{name:6}  {8 * len(data) / size:6.2f}  {cells}  {error:9.5f}")
-    print(f"\n{'fold':6}  {'average':>22}  {'nesterov':>22}")
-    for name in NAMES:
-        rates = "  ".join(f"{_fold_rate(name, values, kind) / 1e6:10.0f} M params/s" for kind in OuterKind)
-        print(f"{name:6}  {rates}")
-    digest = _rate(lambda: digest_of(values.data), values.nbytes)
-    print(f"\nstate digest: {digest:.0f} MB/s")
+        rows += [_row(f"{name}: {what}", rate, copied) for what, rate in _named(encode, decode, check)]
+        rows.append(Row(f"{name}: bits for each value", 8 * len(data) / size, digits=2))
+        rows.append(Row(f"{name}: rms error", error, digits=5))
+        for kind in OuterKind:
+            rows.append(
+                Row(f"{name}: fold, {kind.value}", _fold_rate(name, values, kind) / 1e6, "M params/s", digits=0)
+            )
+    rows.append(_row("state digest", _rate(lambda: digest_of(values.data), values.nbytes), copied))
+    show("codec", rows, f"{size:,} float32 values, one thread; MB/s of float32.")
+
+
+def _named(encode: float, decode: float, check: float) -> tuple[tuple[str, float], ...]:
+    return ("encode", encode), ("decode", decode), ("check", check)
 
 
 def _rate(work: Callable[[], object], size: int) -> float:
@@ -76,8 +80,8 @@ def _fold_rate(name: str, values: np.ndarray, kind: OuterKind) -> float:
     return values.size / best
 
 
-def _cell(rate: float, copied: float) -> str:
-    return f"{rate:8.0f} {rate / copied:5.0%}"
+def _row(what: str, rate: float, copied: float) -> Row:
+    return Row(what, rate, "MB/s", digits=0, note=f"{rate / copied:.0%} of a memory copy")
 
 
 if __name__ == "__main__":

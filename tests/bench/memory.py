@@ -123,9 +123,7 @@ def _parameters(swarm: Swarm) -> int:
     from tests.bench.swarm import spec_of
 
     spec = spec_of(swarm)
-    made = model.model_config(
-        spec.model.architecture, spec.model.config, vocabulary=257, context=spec.data.context
-    )
+    made = model.model_config(spec.model.architecture, spec.model.config, vocabulary=257, context=spec.data.context)
     return model.measure(made).parameters
 
 

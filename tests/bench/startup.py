@@ -27,7 +27,7 @@ STATUS = {
     "uptime_seconds": 1.0, "download": None, "trouble": "", "tokens_per_second": 1.0, "loss": 1.0, "busy_share": 1.0,
     "device": "cpu", "micro_batch": 1, "round": 1, "phase": "collecting", "epoch": 1, "rostered": True, "peers": 2,
     "head": {"round": 1, "hash": "00" * 32, "state": "00" * 32}, "round_steps": 1, "round_steps_goal": 12,
-    "recent": [{"round": round, "outcome": "accepted", "tokens": 1} for round in range(20)],
+    "recent": [{"round": number, "outcome": "accepted", "tokens": 1} for number in range(20)],
 }  # fmt: skip
 
 

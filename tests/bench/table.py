@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -41,7 +42,9 @@ def show(part: str, rows: Iterable[Row], *notes: str) -> None:
         print(f"  {row.what:{width}}  {value:>24}  {goal:14}  {met:6}  {row.note}".rstrip())
     missed = [row.what for row in rows if row.missed]
     print("".join(f"\n  {note}" for note in notes))
-    print(f"\n  Goals missed: {'; '.join(missed)}" if missed else "\n  No goal was missed.", flush=True)
+    goals = sum(row.at_most is not None for row in rows)
+    print(f"\n  {'; '.join(missed)}: GOAL MISSED" if missed else f"\n  {goals} goals, none missed." if goals else "")
+    sys.stdout.flush()
     RESULTS.mkdir(exist_ok=True)
     result = {
         "part": part,

@@ -1,4 +1,4 @@
-"""Tokens per second of the trainer's process beside a bare torch loop: `python -m tests.bench.trainer`.
+"""Tokens per second of the trainer's process beside a bare torch loop.
 
 Both train the same model on the same data with the same optimizers, threads and batch, each in a process of its
 own, in alternating pairs of one run, so that a busy machine hits both. On a machine that is busy with other
@@ -23,6 +23,7 @@ import psutil
 
 from node.training import Stepped, Trainer, TrainerSpec, Vectors
 from protocol.types import DataRange, Digest
+from tests.bench.table import Row, show
 
 CONTEXT = 128
 VOCABULARY = 256
@@ -45,15 +46,15 @@ def config(hidden: int) -> str:
     return model.model_config("llama", values | sizes, vocabulary=VOCABULARY, context=CONTEXT)
 
 
-def bare_loop(path: Path, steps: int, hidden: int, threads: int) -> tuple[float, float]:
-    """What anyone would write: the model, the optimizers, a loop."""
+def bare_loop(path: Path, steps: int, model_config: str, threads: int) -> tuple[float, float]:
+    """What anyone would write: the model, the optimizers, a loop. Tokens per second by clock and processor time."""
     import torch
     from torch.nn import functional
 
     from protocol import model
 
     torch.set_num_threads(threads)
-    module = model.build(config(hidden)).train()
+    module = model.build(model_config).train()
     matrices = [each for name, each in module.named_parameters() if each.ndim == 2 and "embed" not in name]
     rest = [each for name, each in module.named_parameters() if each.ndim != 2 or "embed" in name]
     optimizers = [
@@ -116,33 +117,38 @@ async def ours(path: Path, steps: int, hidden: int, threads: int, folder: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.bare is not None:
-        print(*bare_loop(given.bare, given.steps, given.hidden, given.threads))
+        print(*bare_loop(given.bare, given.steps, config(given.hidden), given.threads))
         return
+    pairs, starts = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
         path.write_bytes(text((WARM_STEPS + given.steps) * 16 * CONTEXT + 1).astype("<u2").tobytes())
-        print("by the clock: trainer  bare  ratio    by processor time: trainer  bare  ratio    start s")
-        pairs = []
         for _ in range(given.pairs):
             clock, cpu, start = asyncio.run(ours(path, given.steps, given.hidden, given.threads, Path(folder)))
             command = [sys.executable, "-m", "tests.bench.trainer", "--bare", str(path)]
             numbers = ["--steps", str(given.steps), "--hidden", str(given.hidden), "--threads", str(given.threads)]
-            output = subprocess.check_output(command + numbers).split()
-            bare_clock, bare_cpu = float(output[-2]), float(output[-1])
-            pairs.append((clock / bare_clock, cpu / bare_cpu))
-            by_clock = f"{clock:21,.0f} {bare_clock:6,.0f} {pairs[-1][0]:6.3f}"
-            print(f"{by_clock} {cpu:29,.0f} {bare_cpu:6,.0f} {pairs[-1][1]:6.3f} {start:10.1f}", flush=True)
-        by_clock_ratio, by_cpu_ratio = (statistics.median(each) for each in zip(*pairs, strict=True))
-        print(
-            f"median ratio by the clock {by_clock_ratio:.3f}, by processor time {by_cpu_ratio:.3f} ({len(pairs)} pairs)"
-        )
+            bare_clock, bare_cpu = map(float, subprocess.check_output(command + numbers).split()[-2:])
+            pairs.append((clock / bare_clock, cpu / bare_cpu, clock, bare_clock))
+            starts.append(start)
+    by_clock, by_cpu, ours_clock, bare = (statistics.median(each) for each in zip(*pairs, strict=True))
+    show(
+        "trainer",
+        [
+            Row("trainer / bare loop, by the clock", by_clock, note=" ".join(f"{each[0]:.3f}" for each in pairs)),
+            Row("trainer / bare loop, by processor time", by_cpu, note=" ".join(f"{each[1]:.3f}" for each in pairs)),
+            Row("trainer", ours_clock, "tokens/s", digits=0),
+            Row("bare loop", bare, "tokens/s", digits=0),
+            Row("start of the trainer, until the first possible step", statistics.median(starts), "s", digits=1),
+        ],
+        f"Median of {given.pairs} pairs of {given.steps} steps, {given.threads} thread each. No goal was set.",
+    )
 
 
 if __name__ == "__main__":

@@ -94,9 +94,7 @@ class Talk:
         )
         leader = self._keys[lead].public
         brought = tuple(self._brought(key, number) for key in self._keys)
-        record = Record(
-            RUN, round_number, _digest("previous"), ballot.epoch, leader, brought, parts, _digest("state")
-        )
+        record = Record(RUN, round_number, _digest("previous"), ballot.epoch, leader, brought, parts, _digest("state"))
         await self._to_others(lead, Propose(RUN, round_number, ballot, leader, record))
         body = VoteBody(RUN, round_number, ballot, record_hash(record))
         votes = [
@@ -173,7 +171,9 @@ def rows_of(how: Codec, nodes: int, parameters: int, medium: str, measured: Meas
     title = f"{nodes} nodes, {medium}"
     return [
         Row(f"{title}: up", measured.sent / ideal, at_most=GOAL, digits=4, note=f"{measured.sent:,.0f} bytes"),
-        Row(f"{title}: down", measured.received / ideal, at_most=GOAL, digits=4, note=f"{measured.received:,.0f} bytes"),
+        Row(
+            f"{title}: down", measured.received / ideal, at_most=GOAL, digits=4, note=f"{measured.received:,.0f} bytes"
+        ),
         Row("  of it headers of frames", headers / ideal, digits=4, note=f"{measured.packets:,.0f} frames"),
         Row("  of it the round's letters", measured.letters / ideal, digits=4, note=f"{measured.letters:,.0f} bytes"),
         Row("  first round, with handshakes: up", measured.first / ideal, digits=4),
@@ -207,7 +207,9 @@ def main() -> None:
     for nodes in given.nodes:
         share = how.encoded_bytes(given.parameters) / nodes
         ratio = share / butterfly(how, nodes, given.parameters)
-        rows.append(Row(f"{nodes} nodes: archiving adds, up", ratio, digits=4, note=f"{share:,.0f} bytes, by arithmetic"))
+        rows.append(
+            Row(f"{nodes} nodes: archiving adds, up", ratio, digits=4, note=f"{share:,.0f} bytes, by arithmetic")
+        )
     notes = [
         f"1 = the butterfly's own bytes: 2(N-1)/N times {how.bits} bits of {given.parameters:,} parameters, up and down"
         f" alike; {given.rounds} rounds, the first with its handshakes included.",

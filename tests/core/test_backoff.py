@@ -14,9 +14,10 @@ def test_no_wait_is_longer_than_the_longest_or_next_to_nothing(failures, luck):
 
 
 @given(st.integers(0, 50), st.floats(0, 1, exclude_max=True))
-def test_each_failure_makes_the_wait_longer_until_it_is_the_longest(failures, luck):
+def test_each_failure_doubles_the_wait_until_it_is_the_longest(failures, luck):
+    longest = wait_seconds(failures=60, luck=luck)
     now, later = (wait_seconds(failures=failures + more, luck=luck) for more in (0, 1))
-    assert later == now if later == wait_seconds(failures=60, luck=luck) and now == later else later > now
+    assert later == min(2 * now, longest)
 
 
 def test_luck_spreads_those_who_failed_together():

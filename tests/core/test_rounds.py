@@ -110,9 +110,8 @@ class Node:
         while waiting:
             self.state, effects = step(self.state, waiting.pop(0), self.now, self.rules)
             self.effects += effects
-            for effect in effects:
-                if isinstance(effect, rounds.Send) and self.rules.me in effect.to:
-                    waiting.append(Received(effect.message, "s"))
+            own = [e.message for e in effects if isinstance(e, rounds.Send) and self.rules.me in e.to]
+            waiting += [Received(message, "s") for message in own]
         return self
 
     def sent(self, kind):

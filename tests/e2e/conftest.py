@@ -11,14 +11,6 @@ def one_thread():
     torch.set_num_threads(1)  # the nodes need the rest
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """One world for all faults that leave a run whole."""
-    world = World(tmp_path_factory.mktemp("shared") / "world")
-    yield world
-    world.close()
-
-
 @pytest.fixture
 def world(tmp_path):
     world = World(tmp_path / "world")

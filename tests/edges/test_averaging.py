@@ -35,6 +35,12 @@ SPANS = ((0, 2 * CHUNK_VALUES), (2 * CHUNK_VALUES, 4 * CHUNK_VALUES), (4 * CHUNK
 WEIGHTS = (1000, 3000, 2000)
 
 
+def keep_blob(folder, digest, data):
+    """Where a BlobStore keeps it."""
+    (folder / digest[:2]).mkdir(exist_ok=True)
+    (folder / digest[:2] / digest).write_bytes(data)
+
+
 class Swarm:
     """Engines in folders of their own, and what they heard."""
 
@@ -301,7 +307,7 @@ async def test_a_stranger_gets_nothing(swarm):
     try:
         async with engines_of(swarm, 1) as (engine,):
             digest = "cd" * 32
-            (swarm.folder / "engine-0" / "blobs" / digest).write_bytes(b"secret")
+            keep_blob(swarm.folder / "engine-0" / "blobs", digest, b"secret")
             peer = PeerID.from_base58(engine.peer)
             stranger.roster = {peer: engine.addresses}
             await stranger.reach(peer)
@@ -422,8 +428,9 @@ async def test_a_part_is_fetched_whole_or_refused(swarm):
     data, digest = os.urandom(700_001), Digest("5e" * 32)
     async with engines_of(swarm, 2) as (first, second):
         blobs = swarm.folder / "engine-1" / "blobs"
-        (blobs / digest).write_bytes(data)
-        (blobs / ("aa" * 32)).symlink_to(swarm.folder / "engine-1" / "identity")
+        keep_blob(blobs, digest, data)
+        (blobs / "aa").mkdir()
+        (blobs / "aa" / ("aa" * 32)).symlink_to(swarm.folder / "engine-1" / "identity")
         assert await first.fetch_part(second.peer, digest, len(data), timeout_seconds=10) == data
         missing = [
             (digest, len(data) - 1),

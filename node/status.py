@@ -1,0 +1,90 @@
+"""What people and scripts see of a node: one flat view, made of what the machines know and what was counted."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from node.core import session
+from node.core.rounds import Rounds, Rules
+from node.core.session import Session
+from node.training import Stepped, Trainer
+
+VERSION: Final = 1  # raised when a field changes its meaning
+RECENT_ROUNDS: Final = 20
+
+
+@dataclass
+class Tally:
+    """What the daemon counts, for people only: nothing is decided by it."""
+
+    started: float = field(default_factory=time.monotonic)
+    stepped: Stepped | None = None
+    losses: list[float] = field(default_factory=list)  # since the last heartbeat
+    download: dict[str, Any] | None = None  # what is being fetched: what, done, size
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
+    credit_tokens: int = 0  # certified since this start
+    sent: int = 0  # bytes to and from peers
+    received: int = 0
+    notice: str = ""
+
+    def trained(self, stepped: Stepped) -> None:
+        self.stepped = stepped
+        if stepped.loss is not None:
+            self.losses.append(stepped.loss)
+
+    def settled(self, round_number: int, *, tokens: int, accepted: bool) -> None:
+        self.credit_tokens += tokens if accepted else 0
+        outcome = "accepted" if accepted else "not in it"
+        self.recent.append({"round": round_number, "outcome": outcome, "tokens": tokens if accepted else 0})
+
+    def mean_loss(self) -> float | None:
+        """Of the steps since it was last asked for."""
+        losses, self.losses = self.losses, []
+        return sum(losses) / len(losses) if losses else None
+
+
+def view(
+    state: Session, rounds: Rounds | None, rules: Rules, *, run: str, name: str, trainer: Trainer | None, tally: Tally
+) -> dict[str, Any]:
+    """The status as one JSON object; `null` where nothing is known yet."""
+    now, stepped = time.monotonic(), tally.stepped
+    shown: dict[str, Any] = {
+        "version": VERSION,
+        "run": run,
+        "name": name,
+        "node": rules.me[:8],
+        "activity": session.activity(state).value,
+        "reason": session.reason(state, now),
+        "linked": state.linked,
+        "credit_tokens": tally.credit_tokens,
+        "sequences_left": state.sequences_left,
+        "bytes_sent": tally.sent,
+        "bytes_received": tally.received,
+        "uptime_seconds": round(now - tally.started, 1),
+        "download": tally.download,
+        "recent": list(tally.recent),
+        "trouble": tally.notice,
+        "tokens_per_second": stepped.tokens_per_second if stepped else None,
+        "loss": stepped.loss if stepped else None,
+        "busy_share": trainer.busy_share if trainer else None,
+        "device": trainer.started.device if trainer else None,
+        "micro_batch": trainer.started.micro_batch if trainer else None,
+    }
+    return shown if rounds is None else shown | _rounds(rounds, rules)
+
+
+def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:
+    roster = rounds.roster
+    return {
+        "round": rounds.head.round,
+        "phase": rounds.phase.value,
+        "head": {"round": rounds.head.round, "hash": rounds.head.hash, "state": rounds.digest},
+        "epoch": max(rounds.rosters, default=None),
+        "rostered": roster is not None and roster.member(rules.me) is not None,
+        "peers": len(roster.members) - 1 if roster is not None else 0,
+        "round_steps": rounds.steps,
+        "round_steps_goal": rules.inner_steps(rounds.head.round),
+    }

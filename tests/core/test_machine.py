@@ -1,0 +1,272 @@
+"""What the coordinator decides, each rule as a short list of events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.core import machine
+from coordinator.core.leases import Leases
+from coordinator.core.machine import (
+    ArchiveBase,
+    EntryArrived,
+    Evaluate,
+    Fold,
+    Folded,
+    GrantLeases,
+    HeartbeatArrived,
+    LeasesAsked,
+    NodeLeft,
+    NodeOpened,
+    PartStored,
+    RosterSigned,
+    SaveEntry,
+    SaveLeases,
+    SignRoster,
+    State,
+    Ticked,
+)
+from protocol.log import next_head, record_hash
+from protocol.state import Consumed
+from protocol.types import (
+    Ballot,
+    Certificate,
+    Contribution,
+    DataRange,
+    Digest,
+    Head,
+    LogEntry,
+    NodeId,
+    Part,
+    Record,
+    Shard,
+    Signature,
+    SignedRoster,
+)
+
+A, B, C = (NodeId(name) for name in "abc")
+SHARD, GENESIS, ZERO, ONE = (Digest(digit * 64) for digit in "5012")
+PARAMETERS = 65536
+RULES = machine.Rules(
+    run="run",
+    parameters=PARAMETERS,
+    min_nodes=2,
+    rounds_goal=0,
+    absent_seconds=30.0,
+    lease_seconds=60.0,
+    lease_sequences_max=8,
+    lease_sequences_node_max=16,
+    weight_cap=10**6,
+    evaluate_every=2,
+    base_every=3,
+    entry_is_certified=lambda entry, roster: len(entry.certificate.signatures) >= roster.quorum,
+)
+
+
+class Coordinator:
+    """A machine, its clock, and everything it wanted done; rosters are signed at once."""
+
+    def __init__(self, rules=RULES):
+        self.rules = rules
+        head = Head(0, GENESIS)
+        self.state = State(head, head, ZERO, Consumed(), Leases((Shard(SHARD, 100, 100, 100),)))
+        self.now = 1.0
+
+    def see(self, *events, at=None):
+        self.now = self.now if at is None else at
+        done, waiting = [], list(events)
+        while waiting:
+            self.state, effects = machine.step(self.state, waiting.pop(0), self.now, self.rules)
+            done += effects
+            waiting += [RosterSigned(SignedRoster(e.roster, "s")) for e in effects if isinstance(e, SignRoster)]
+        return done
+
+    def join(self, *nodes, head_round=0):
+        for node in nodes:
+            self.see(NodeOpened(node, node, f"node {node}", ()))
+            self.see(beat(node, head_round=head_round))
+        return self
+
+    @property
+    def rostered(self):
+        return self.state.roster.roster.nodes if self.state.roster else ()
+
+    def entry(self, *contributions, round_number=None, state=ZERO, signers=(A, B), epoch=0):
+        number = self.state.head.round if round_number is None else round_number
+        nodes = tuple(c.node for c in contributions)
+        part = Part(0, 0, PARAMETERS, Digest(f"{number:064x}"), 10, nodes[0], nodes)
+        record = Record("run", number, self.state.head.hash, epoch, A, contributions, (part,), state)
+        votes = tuple(Signature(node, "v") for node in signers)
+        return LogEntry(record, Certificate(record_hash(record), Ballot(epoch, 0), votes))
+
+
+def beat(node, activity="training", head_round=0, lease_ids=()):
+    return HeartbeatArrived(node, activity, head_round, -1, (), lease_ids=lease_ids)
+
+
+def brings(node, start, stop):
+    return Contribution(node, (stop - start) * 16, (DataRange(0, SHARD, start, stop),))
+
+
+def of(kind, effects):
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+# rosters
+
+
+def test_the_first_roster_waits_for_enough_nodes():
+    coordinator = Coordinator().join(A)
+    assert coordinator.rostered == ()
+    assert coordinator.join(B).rostered == (A, B)
+
+
+def test_a_node_that_is_not_ready_is_not_rostered():
+    coordinator = Coordinator().join(A, B, C)
+    coordinator.see(beat(C, activity="paused"))
+    assert coordinator.rostered == (A, B)
+    coordinator.see(beat(C, activity="waiting"))
+    assert coordinator.rostered == (A, B, C)
+
+
+def test_a_joiner_behind_by_more_than_one_record_is_not_rostered():
+    coordinator = Coordinator().join(A, B)
+    for number in range(2):
+        coordinator.see(EntryArrived(coordinator.entry(brings(A, number, number + 1))))
+    assert coordinator.join(C, head_round=0).rostered == (A, B)
+    coordinator.see(beat(C, head_round=1))
+    assert coordinator.rostered == (A, B, C)
+
+
+def test_a_rostered_node_that_falls_behind_stays():
+    coordinator = Coordinator().join(A, B, C)
+    for number in range(5):
+        coordinator.see(EntryArrived(coordinator.entry(brings(A, number, number + 1))))
+    assert C in coordinator.rostered
+
+
+def test_a_node_not_heard_of_leaves_the_roster_and_comes_back():
+    coordinator = Coordinator().join(A, B, C)
+    coordinator.see(beat(A), beat(B), at=25.0)
+    coordinator.see(Ticked(), at=35.0)
+    assert coordinator.rostered == (A, B)
+    assert coordinator.join(C).rostered == (A, B, C)
+
+
+def test_a_certified_record_closes_the_rosters_before_its_own():
+    coordinator = Coordinator().join(A, B, C)
+    assert [signed.roster.epoch for signed in coordinator.state.rosters] == [0, 1]
+    coordinator.see(EntryArrived(coordinator.entry(brings(A, 0, 1), epoch=1)))
+    assert [signed.roster.epoch for signed in coordinator.state.rosters] == [1]
+    assert set(coordinator.state.history) == {0, 1}
+
+
+# leases
+
+
+def test_leases_are_durable_before_they_are_granted():
+    effects = Coordinator().join(A).see(LeasesAsked(A, 10))
+    assert [type(effect) for effect in effects] == [SaveLeases, GrantLeases]
+    assert [(lease.range.start, lease.range.stop) for lease in effects[1].leases] == [(0, 8), (8, 10)]
+
+
+def test_a_node_holds_no_more_than_its_share_and_a_stranger_nothing():
+    coordinator = Coordinator().join(A)
+    (granted,) = of(GrantLeases, coordinator.see(LeasesAsked(A, 10**9)))
+    assert sum(lease.range.stop - lease.range.start for lease in granted.leases) == 16
+    assert of(GrantLeases, coordinator.see(LeasesAsked(A, 1))) == [GrantLeases(A, ())]
+    assert of(GrantLeases, coordinator.see(LeasesAsked(B, 1))) == [GrantLeases(B, ())]
+
+
+def test_leases_come_back_when_a_node_leaves():
+    coordinator = Coordinator().join(A, B)
+    coordinator.see(LeasesAsked(A, 8))
+    assert of(SaveLeases, coordinator.see(NodeLeft(A, "done")))
+    (granted,) = of(GrantLeases, coordinator.see(LeasesAsked(B, 8)))
+    assert granted.leases[0].range == DataRange(0, SHARD, 0, 8)
+
+
+def test_a_heartbeat_keeps_the_leases_that_it_names():
+    coordinator = Coordinator().join(A)
+    kept, lost = of(GrantLeases, coordinator.see(LeasesAsked(A, 16)))[0].leases
+    for at in (20.0, 40.0, 62.0):
+        coordinator.see(beat(A, lease_ids=(kept.lease_id,)), at=at)
+    assert [lease.lease_id for lease in coordinator.state.leases.of(A)] == [kept.lease_id]
+    assert coordinator.state.leases.returned == (lost.range,)
+
+
+def test_what_a_record_consumed_is_not_leased_any_more():
+    coordinator = Coordinator().join(A, B)
+    coordinator.see(LeasesAsked(A, 8))
+    coordinator.see(EntryArrived(coordinator.entry(brings(A, 0, 5))))
+    assert [lease.range for lease in coordinator.state.leases.of(A)] == [DataRange(0, SHARD, 5, 8)]
+
+
+# the log
+
+
+def test_a_record_is_appended_and_credited_once():
+    coordinator = Coordinator().join(A, B)
+    entry = coordinator.entry(brings(A, 0, 5))
+    assert of(SaveEntry, coordinator.see(EntryArrived(entry))) == [SaveEntry(entry)]
+    assert not of(SaveEntry, coordinator.see(EntryArrived(entry)))
+    assert coordinator.state.head == next_head(entry.record)
+    assert (coordinator.state.tokens, coordinator.state.nodes[A].credit_tokens) == (80, 80)
+
+
+def test_a_record_that_came_early_waits_for_those_before_it():
+    coordinator = Coordinator().join(A, B)
+    first = coordinator.entry(brings(A, 0, 5))
+    second = replace(first, record=replace(first.record, round=1, previous=record_hash(first.record)))
+    second = replace(second, record=replace(second.record, contributions=(brings(A, 5, 6),)))
+    assert not of(SaveEntry, coordinator.see(EntryArrived(second)))
+    assert of(SaveEntry, coordinator.see(EntryArrived(first))) == [SaveEntry(first), SaveEntry(second)]
+
+
+def test_records_from_far_ahead_are_not_hoarded():
+    coordinator = Coordinator().join(A, B)
+    coordinator.see(EntryArrived(coordinator.entry(brings(A, 0, 5), round_number=10**6)))
+    assert not coordinator.state.waiting
+
+
+def test_a_record_without_a_majority_or_with_data_that_counts_already_is_refused():
+    coordinator = Coordinator().join(A, B)
+    assert not of(SaveEntry, coordinator.see(EntryArrived(coordinator.entry(brings(A, 0, 5), signers=(A,)))))
+    coordinator.see(EntryArrived(coordinator.entry(brings(A, 0, 5))))
+    assert not of(SaveEntry, coordinator.see(EntryArrived(coordinator.entry(brings(B, 4, 6)))))
+    assert "counts twice" in coordinator.state.events[-1][1]
+
+
+def test_a_record_is_folded_when_its_parts_are_archived():
+    coordinator = Coordinator().join(A, B)
+    entry = coordinator.entry(brings(A, 0, 5))
+    assert not of(Fold, coordinator.see(EntryArrived(entry)))
+    assert [part.digest for part in coordinator.state.wanted] == [entry.record.parts[0].digest]
+    assert of(Fold, coordinator.see(PartStored(entry.record.parts[0].digest))) == [Fold(entry)]
+    assert not of(Fold, coordinator.see(Ticked()))
+
+
+def test_a_record_from_another_state_is_held_back():
+    coordinator = Coordinator().join(A, B)
+    entry = coordinator.entry(brings(A, 0, 5), state=ONE)
+    coordinator.see(EntryArrived(entry))
+    assert not of(Fold, coordinator.see(PartStored(entry.record.parts[0].digest)))
+
+
+def test_rounds_are_measured_and_archived_at_their_turn():
+    coordinator, seen = Coordinator().join(A, B), []
+    for number in range(6):
+        entry = coordinator.entry(brings(A, number, number + 1))
+        coordinator.see(EntryArrived(entry), PartStored(entry.record.parts[0].digest))
+        seen += [e for e in coordinator.see(Folded(number, ZERO)) if isinstance(e, Evaluate | ArchiveBase)]
+    assert seen == [Evaluate(2), ArchiveBase(3), Evaluate(4), Evaluate(6), ArchiveBase(6)]
+
+
+def test_a_run_that_reached_its_goal_grants_and_rosters_nothing_more():
+    coordinator = Coordinator(replace(RULES, rounds_goal=1)).join(A, B)
+    entry = coordinator.entry(brings(A, 0, 5))
+    coordinator.see(EntryArrived(entry), PartStored(entry.record.parts[0].digest))
+    done = coordinator.see(Folded(0, ZERO))
+    assert of(Evaluate, done) == [Evaluate(1)]
+    assert of(ArchiveBase, done) == [ArchiveBase(1)]
+    assert of(GrantLeases, coordinator.see(LeasesAsked(A, 4))) == [GrantLeases(A, ())]
+    assert coordinator.join(C, head_round=1).rostered == (A, B)

@@ -1,0 +1,158 @@
+"""What a node does next, each rule as a short list of events."""
+
+from __future__ import annotations
+
+import pytest
+
+from node.core import session
+from node.core.session import (
+    AcquireLeases,
+    Activity,
+    CaughtUp,
+    DataUsed,
+    End,
+    FinishAsked,
+    LeasesArrived,
+    LinkLost,
+    LinkOpened,
+    Part,
+    PartDied,
+    PartReady,
+    PauseAsked,
+    Restart,
+    ResumeAsked,
+    RoundSettled,
+    RunEnded,
+    Session,
+    SetTraining,
+    TimePassed,
+    activity,
+    reason,
+)
+
+UP = (LinkOpened(), CaughtUp(), PartReady(Part.ENGINE), PartReady(Part.TRAINER))
+
+
+def after(*events, state=None, at=0.0):
+    """The state after these events, and all effects on the way."""
+    state, done = state or Session(sequences_wanted=4), []
+    for event in events:
+        state, effects = session.step(state, event, at)
+        done += effects
+    return state, done
+
+
+def training():
+    return after(*UP, LeasesArrived(8))[0]
+
+
+def test_a_node_trains_once_its_model_and_its_trainer_are_ready():
+    assert SetTraining(True) not in after(*UP[:3])[1]
+    assert SetTraining(True) in after(*UP)[1]
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_node_that_lacks_a_part_takes_no_part_in_rounds(missing):
+    assert not after(*UP[:missing], *UP[missing + 1 :])[0].takes_part
+    assert after(*UP)[0].takes_part
+
+
+def test_data_is_asked_for_once_at_a_time():
+    state, effects = after(*UP)
+    assert effects.count(AcquireLeases(8)) == 1
+    assert after(TimePassed(), state=state, at=9.0)[1] == []
+
+
+def test_after_a_refusal_data_is_asked_for_later():
+    state, _ = after(*UP, LeasesArrived(0))
+    assert after(TimePassed(), state=state, at=1.0)[1] == []
+    assert after(TimePassed(), state=state, at=session.LEASE_ASK_SECONDS)[1] == [AcquireLeases(8)]
+
+
+def test_data_is_asked_for_before_it_runs_out():
+    assert after(DataUsed(4, 4), state=training())[1] == []
+    assert after(DataUsed(3, 4), state=training())[1] == [AcquireLeases(5)]
+
+
+def test_training_goes_on_while_the_coordinator_is_away():
+    state, effects = after(LinkLost("no route"), DataUsed(1, 4), state=training())
+    assert effects == []
+    assert activity(state) is Activity.TRAINING
+    assert "no route" in reason(state, 0.0)
+    assert after(LinkOpened(), state=state)[1] == [AcquireLeases(7)]
+
+
+def test_a_pause_stops_training_and_rounds():
+    state, effects = after(PauseAsked(None), state=training())
+    assert effects == [SetTraining(False)]
+    assert not state.takes_part
+    assert activity(state) is Activity.PAUSED
+
+
+def test_a_pause_ends_when_its_time_is_up_or_when_asked():
+    state, _ = after(PauseAsked(60.0), state=training())
+    assert after(TimePassed(), state=state, at=59.0)[1] == []
+    assert after(TimePassed(), state=state, at=60.0)[1] == [SetTraining(True)]
+    assert after(ResumeAsked(), state=state)[1] == [SetTraining(True)]
+
+
+def test_a_finishing_node_stops_training_and_ends_when_its_work_is_in_a_round():
+    state, effects = after(FinishAsked(), state=training())
+    assert effects == [SetTraining(False)]
+    assert state.takes_part
+    assert after(RoundSettled(pending=True), state=state)[1] == []
+    assert after(RoundSettled(pending=False), state=state)[1] == [End()]
+
+
+def test_a_paused_node_that_is_to_finish_takes_part_once_more():
+    state, _ = after(PauseAsked(None), FinishAsked(), state=training())
+    assert state.takes_part
+    assert activity(state) is Activity.FINISHING
+
+
+def test_a_settled_round_ends_nothing_unless_asked():
+    assert after(RoundSettled(pending=False), state=training())[1] == []
+
+
+def test_the_end_of_the_run_is_the_end_of_the_node():
+    assert End() in after(RunEnded(), state=training())[1]
+
+
+def test_a_dead_child_is_started_again_after_a_while():
+    state, effects = after(PartDied(Part.TRAINER, "killed"), state=training())
+    assert (effects, state.sequences_left, state.takes_part) == ([], 0, False)
+    assert after(TimePassed(), state=state, at=0.9)[1] == []
+    state, effects = after(TimePassed(), state=state, at=1.0)
+    assert effects == [Restart(Part.TRAINER)]
+    assert after(TimePassed(), state=state, at=2.0)[1] == []
+    assert SetTraining(True) in after(PartReady(Part.TRAINER), state=state)[1]
+
+
+def test_a_child_that_keeps_dying_ends_the_node_with_the_reason():
+    state = training()
+    for _ in range(session.RESTARTS_MAX):
+        state, effects = after(PartDied(Part.ENGINE, "out of memory"), state=state)
+    assert "out of memory" in effects[-1].failed
+
+
+def test_old_deaths_are_forgiven():
+    state = training()
+    for n in range(2 * session.RESTARTS_MAX):
+        state, effects = after(PartDied(Part.ENGINE, "x"), state=state, at=n * session.RESTART_WINDOW_SECONDS)
+        assert not [effect for effect in effects if isinstance(effect, End)]
+
+
+@pytest.mark.parametrize(
+    ("events", "word"),
+    [
+        ((), Activity.JOINING),
+        (UP[:2], Activity.SYNCING),
+        (UP, Activity.WAITING),
+        ((*UP, LeasesArrived(8)), Activity.TRAINING),
+        ((*UP, FinishAsked()), Activity.FINISHING),
+    ],
+)
+def test_one_word_and_one_line_say_what_a_node_does(events, word):
+    state, _ = after(*events)
+    assert activity(state) is word
+    assert reason(state, 0.0)
