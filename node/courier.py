@@ -98,7 +98,9 @@ class Courier:
         entries = self._journal.entries(request.round, most=LOG_PAGE)
         known = self._rosters()
         named = {entry.certificate.ballot.epoch for entry in entries} | {entry.record.epoch for entry in entries}
-        named.add(max(known, default=Epoch(0)))
+        last = self._journal.entry(request.round + len(entries) - 1)
+        settled = last.certificate.ballot.epoch if last is not None else Epoch(0)
+        named |= {epoch for epoch in known if epoch >= settled}  # a record proposed again may be of any of these
         rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
         return LogReply(self._manifest.run, request.round, self._me, entries, rosters)
 

@@ -707,6 +707,8 @@ class Daemon:
             await self._lose_leases(frozenset(beat.lease_ids) - frozenset(reply.renewed))
         if reply.head_round > head and self._rounds.committed is None:
             page = await self._link.read_log(head)
+            for signed in page.rosters:
+                self._learn_roster(signed)  # on disk before anything is signed under it
             self._post(rounds.LogArrived(page.entries, page.rosters))
         for entry in self._journal.entries(reply.head_round, most=LOG_PAGE):
             await self._link.push_entry(entry)
