@@ -183,6 +183,7 @@ class Coordinator:
             next_epoch=Epoch(max(history, default=-1) + 1),
             unfolded=tuple(unfolded),
             have=frozenset(digest for digest in parts if self.blobs.has(digest)),
+            started=self._now(),
             tokens=tokens,
             events=tuple((ms / 1000, text) for ms, text in self.store.recent(EVENTS_SHOWN)),
         )

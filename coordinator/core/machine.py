@@ -93,6 +93,7 @@ class State:
     waiting: Mapping[RoundNumber, LogEntry] = field(default_factory=dict)  # certified, but records before them lack
     have: frozenset[Digest] = frozenset()  # archived parts of unfolded records
     folding: bool = False
+    started: float = -1e9  # when this process began
     tokens: int = 0
     events: tuple[tuple[float, str], ...] = ()
 
@@ -260,7 +261,9 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
     match event:
         case NodeOpened(node, peer, name, addresses):
             known = state.nodes.get(node) or Node(node, peer, name)
-            fresh = replace(known, peer=peer, name=name, addresses=addresses, seen=now, activity="joining")
+            goes_on = known.activity in TAKES_PART and known.present(now, rules)  # only its connection was lost
+            activity = known.activity if goes_on else "joining"
+            fresh = replace(known, peer=peer, name=name, addresses=addresses, seen=now, activity=activity)
             return _say(_with_node(state, fresh), now, f"{name} connected"), (Announce(),)
         case HeartbeatArrived():
             return _heartbeat(state, event, now, rules)
@@ -456,6 +459,8 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
 
 def _roster(state: State, now: float, rules: Rules) -> Outcome:
     """Issue a new roster when the active nodes are no longer those of the last one."""
+    if state.rosters and now - state.started < rules.absent_seconds:
+        return state, ()  # after a restart everyone gets the time to come back
     rostered = set(state.roster.roster.nodes) if state.roster else set()
     desired = tuple(
         Member(n.node, n.peer, n.addresses, rules.weight_cap, n.role)

@@ -47,7 +47,7 @@ class Turn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2, help="of the node in each pair")
     parser.add_argument("--steps", type=int, default=50, help="of the bare loop in each pair")
     parser.add_argument("--bare", nargs=2, metavar=("CONFIG", "TOKENS"), help=argparse.SUPPRESS)
@@ -92,14 +92,14 @@ async def measure(pairs: int, rounds: int, steps: int) -> list[Turn]:
         await reached(swarm, 1, seconds_max=180)
         for _ in range(pairs):
             first = int(node.status["round"]) + 1  # the round under way was interrupted
-            await reached(swarm, first, seconds_max=180)
+            began = await _folded(home, first - 1)
             before = _processor(node.process.pid), _processor(_coordinator(swarm))
-            await reached(swarm, first + rounds, seconds_max=180)
+            ended = await _folded(home, first + rounds - 1)
             after = _processor(node.process.pid), _processor(_coordinator(swarm))
-            times = {int(number): datetime.fromisoformat(at) for at, number in _FOLDED.findall(_log(home))}
+            await reached(swarm, first + rounds, seconds_max=10)
             brought = {each["round"]: each["tokens"] for each in node.status["recent"]}
             done = sum(brought[number] for number in range(first, first + rounds))
-            seconds = (times[first + rounds - 1] - times[first - 1]).total_seconds()
+            seconds = (ended - began).total_seconds()
             used = {part: after[0][part] - before[0].get(part, 0.0) for part in after[0]}
             coordinator = sum(after[1].values()) - sum(before[1].values())
             await call("barnraise", "pause", "--home", str(home), log=swarm.log("pause"))
@@ -132,8 +132,14 @@ def _processor(pid: int) -> dict[str, float]:
     return seconds
 
 
-def _log(home: Path) -> str:
-    return (home / "logs" / "node.log").read_text()
+async def _folded(home: Path, number: int) -> datetime:
+    """When the node folded this round, by its own log; returns at once when it has."""
+    async with asyncio.timeout(180):
+        while True:
+            for at, found in _FOLDED.findall((home / "logs" / "node.log").read_text()):
+                if int(found) == number:
+                    return datetime.fromisoformat(at)
+            await asyncio.sleep(0.05)
 
 
 def _each(ratios: Iterable[float]) -> str:

@@ -152,6 +152,22 @@ def test_a_node_not_heard_of_leaves_the_roster_and_comes_back():
     assert coordinator.join(C).rostered == (A, B, C)
 
 
+def test_a_restarted_coordinator_gives_everyone_time_to_come_back():
+    coordinator = Coordinator().join(A, B, C)
+    gone = {node: replace(known, activity="left", seen=-1e9) for node, known in coordinator.state.nodes.items()}
+    coordinator.state = replace(coordinator.state, nodes=gone, started=100.0)
+    coordinator.see(beat(A), at=101.0)
+    assert coordinator.rostered == (A, B, C)
+    coordinator.see(beat(A), Ticked(), at=131.0)
+    assert len(coordinator.rostered) == 2 and A in coordinator.rostered, "only as far as is safe in one step"
+
+
+def test_a_member_whose_connection_was_cut_stays_rostered():
+    coordinator = Coordinator().join(A, B)
+    coordinator.see(NodeOpened(A, A, "node a", ()))
+    assert coordinator.rostered == (A, B)
+
+
 def test_a_certified_record_closes_the_rosters_before_its_own():
     coordinator = Coordinator().join(A, B, C)
     assert [signed.roster.epoch for signed in coordinator.state.rosters] == [0, 1]

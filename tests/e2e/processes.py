@@ -310,4 +310,3 @@ class Node:
         """The last status that the daemon printed."""
         lines = (self.world.folder / "logs" / f"{self.name}.out").read_text().splitlines()
         return json.loads(lines[-1])
-

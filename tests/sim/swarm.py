@@ -664,6 +664,7 @@ class SimCoordinator:
             rosters=tuple(s for e, s in sorted(self.rosters.items()) if e >= last),
             history=dict(self.rosters),
             next_epoch=Epoch(max(self.rosters, default=-1) + 1),
+            started=self.world.now,
         )
 
     def _tick(self) -> None:
