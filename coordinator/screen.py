@@ -8,17 +8,15 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.local import Swarm
 from protocol.console import number_text, size_text
-
-if TYPE_CHECKING:
-    from coordinator.local import Swarm
 
 BARS: Final = "▁▂▃▄▅▆▇█"
 PLAIN_SECONDS: Final = 5.0  # between two lines where there is no terminal

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     given = parser.parse_args()
     peaks = [asyncio.run(measure(MODELS[name], given.rounds)) for name in given.models]
-    rows = []
+    rows, notes = [], ["The rows `of it`: each process's own pages, and the mapped files once, vectors included."]
     for peak in peaks:
         goal = (GOAL_EACH * peak.parameters + GOAL_FIXED) / 1e6
         title = f"{peak.parameters / 1e6:.1f}M parameters"
@@ -153,7 +153,10 @@ def main() -> None:
             rows.append(Row(f"{what}: for each parameter", each, "bytes", at_most=goal_each, digits=1))
             fixed = (first - each * small.parameters) / 1e6
             rows.append(Row(f"{what}: without parameters", fixed, "MB", at_most=goal_fixed, digits=0))
-    show("memory", rows, "The rows `of it` are each process's own pages, and the mapped files once, vectors included.")
+            if goal_each is not None and each > goal_each:
+                limit = (GOAL_FIXED - fixed * 1e6) / (each - GOAL_EACH) / 1e6
+                notes.append(f"{what}: beyond {limit:,.0f}M parameters the whole would miss its goal.")
+    show("memory", rows, *notes)
 
 
 if __name__ == "__main__":
