@@ -38,14 +38,22 @@ class Code(Enum):
     SPEC_SYNTAX = ("E-SPEC-001", Exit.BAD_INPUT, "Mend the run file at the place named.")
     SPEC_UNKNOWN_KEY = ("E-SPEC-002", Exit.BAD_INPUT, "Rename or remove the key.")
     SPEC_VALUE = ("E-SPEC-003", Exit.BAD_INPUT, "Choose a value in the range named.")
-    KEY_UNUSABLE = ("E-KEY-001", Exit.BAD_INPUT, "Restore the key file from a backup, or move it away to get a new identity.")
+    KEY_UNUSABLE = (
+        "E-KEY-001",
+        Exit.BAD_INPUT,
+        "Restore the key file from a backup, or move it away to get a new identity.",
+    )
     KEY_READABLE = ("E-KEY-002", Exit.BAD_INPUT, "Run chmod 600 on the key file.")
     SIGNATURE = ("E-SIGN-001", Exit.INTEGRITY, "Nothing was changed. If it happens again, tell the researcher.")
     EXPIRED = ("E-SIGN-002", Exit.REFUSED, "Check this machine's clock.")
     BLOB_CORRUPT = ("E-BLOB-001", Exit.INTEGRITY, "It will be fetched again; nothing was kept.")
     BLOB_TOO_LARGE = ("E-BLOB-002", Exit.RESOURCE, "Raise --max-disk or choose a smaller run.")
     BLOB_MISSING = ("E-BLOB-003", Exit.INTEGRITY, "It will be fetched again.")
-    CHECKPOINT_BAD = ("E-BLOB-004", Exit.INTEGRITY, "It was refused; nothing was changed. Fetch another base checkpoint.")
+    CHECKPOINT_BAD = (
+        "E-BLOB-004",
+        Exit.INTEGRITY,
+        "It was refused; nothing was changed. Fetch another base checkpoint.",
+    )
     DISK_CAP = ("E-DISK-001", Exit.RESOURCE, "Free some space or raise --max-disk.")
     DATA_BAD = ("E-DATA-001", Exit.BAD_INPUT, "Mend the place named, or go on with --skip-bad.")
     DATA_EMPTY = ("E-DATA-002", Exit.BAD_INPUT, "Add more text with: barnraise-coordinator data add PATH")
