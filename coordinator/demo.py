@@ -25,7 +25,7 @@ from protocol.errors import Code, Refused
 def schedule(rounds: int) -> list[list[int]]:
     """Growing rounds: early ones are short, because the model moves fast then."""
     first, second, third = rounds * 3 // 10, rounds * 3 // 10, rounds * 2 // 10
-    shares = ((first, 2), (second, 4), (third, 8), (rounds - first - second - third, 12))
+    shares = ((first, 4), (second, 8), (third, 16), (rounds - first - second - third, 24))
     return [[count, steps] for count, steps in shares if count > 0]
 
 
@@ -60,6 +60,7 @@ async def demo(
         if browser:
             _open_browser(swarm.page)
         screen.say("starting the nodes")
+        screen.say("training")
         deeds = await _train(swarm, screen, kill_at)
         screen.say("exporting the model")
         words = ("export", str(export_to), "--run", str(swarm.run))

@@ -767,7 +767,7 @@ class Daemon:
         return self.status()
 
     async def _report(self) -> None:
-        while True:
+        while not self._ended.done():  # the last word is said by whoever ends the loop
             self._on_status(self.status())
             await asyncio.sleep(STATUS_SECONDS)
 

@@ -31,8 +31,9 @@ class Tally:
     notice: str = ""
 
     def trained(self, stepped: Stepped) -> None:
-        self.stepped = stepped
+        """A report without a step in it says nothing about speed or loss."""
         if stepped.loss is not None:
+            self.stepped = stepped
             self.losses.append(stepped.loss)
 
     def settled(self, round_number: int, *, tokens: int, accepted: bool) -> None:

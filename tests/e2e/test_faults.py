@@ -59,6 +59,34 @@ def refused(node, invite, reason, *words):
     return complaint
 
 
+# ports; before any node trains, because they are quicker then
+
+
+@pytest.fixture(scope="module")
+def idle(shared):
+    """A run that is ready to start and needs no more than a little text."""
+    run = Run(shared, "idle")
+    run.add(TEXT[2])
+    return run
+
+
+@pytest.mark.parametrize("door", ["listen", "http", "p2p"])
+def test_a_coordinator_whose_port_is_taken_ends_and_leaves_nothing_running(shared, idle, door):
+    before = {process.pid for process in shared.family()}
+    ports = dict(zip(("listen", "http", "p2p"), free_ports(3), strict=True))
+    idle.write({"coordinator": {key: f"127.0.0.1:{port}" for key, port in ports.items()}})
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", ports[door]))
+        holder.listen()
+        words = ("start", "--run", idle.folder, "--json")
+        out, complaint = shared.call("barnraise-coordinator", *words, code=Code.PORT_IN_USE.exit.value)
+    assert Code.PORT_IN_USE.code in complaint and str(ports[door]) in complaint and not out
+    new = [process for process in shared.family() if process.pid not in before]
+    assert not [process for process in new if str(idle.folder) in " ".join(process.cmdline())]
+    assert not list((idle.folder / ".barnraise" / "runtime").iterdir())
+
+
 # invites
 
 
@@ -100,31 +128,6 @@ def test_a_second_daemon_on_the_same_home_is_refused_and_the_first_goes_on(pair)
 def test_a_model_over_the_disk_cap_is_refused_and_nothing_of_it_is_kept(run, pair, stranger):
     refused(stranger, run.invite(), Code.BLOB_TOO_LARGE, "--max-disk", "100kB")
     pair[0].reaches(pair[0].status()["round"] + 1)
-
-
-@pytest.fixture(scope="module")
-def idle(shared):
-    """A run that is ready to start and needs no more than a little text."""
-    run = Run(shared, "idle")
-    run.add(TEXT[2])
-    return run
-
-
-@pytest.mark.parametrize("door", ["listen", "http", "p2p"])
-def test_a_coordinator_whose_port_is_taken_ends_and_leaves_nothing_running(shared, idle, door):
-    before = {process.pid for process in shared.family()}
-    ports = dict(zip(("listen", "http", "p2p"), free_ports(3), strict=True))
-    idle.write({"coordinator": {key: f"127.0.0.1:{port}" for key, port in ports.items()}})
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", ports[door]))
-        holder.listen()
-        words = ("start", "--run", idle.folder, "--json")
-        out, complaint = shared.call("barnraise-coordinator", *words, code=Code.PORT_IN_USE.exit.value)
-    assert Code.PORT_IN_USE.code in complaint and str(ports[door]) in complaint and not out
-    new = [process for process in shared.family() if process.pid not in before]
-    assert not [process for process in new if str(idle.folder) in " ".join(process.cmdline())]
-    assert not list((idle.folder / ".barnraise" / "runtime").iterdir())
 
 
 # deaths

@@ -72,6 +72,7 @@ def rejoined(run, node):
         for entry in run.entries()[start:]:
             if any(contribution.node.startswith(me) for contribution in entry.record.contributions):
                 return entry.record.round
+        return None
 
     return until(found, f"{node.name} brings something to a round")
 
