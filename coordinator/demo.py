@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -14,12 +15,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import typer
 
 from coordinator.local import FOLLOW_SECONDS, NAMES, Swarm, call
 from coordinator.screen import Screen
 from protocol.console import main as run_command
 from protocol.errors import Code, Refused
+
+SCRATCH = "barnraise-demo-"  # and the process that it belongs to
 
 
 def schedule(rounds: int) -> list[list[int]]:
@@ -39,7 +43,10 @@ async def _scratch(keep: Path | None) -> AsyncIterator[Path]:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep
         return
-    with tempfile.TemporaryDirectory(prefix="barnraise-demo-") as folder:
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):  # by a demo that was killed
+        if not psutil.pid_exists(int(left.name.removeprefix(SCRATCH).partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as folder:
         yield Path(folder)
 
 

@@ -50,6 +50,8 @@ from protocol.types import (
     Part,
     Pass,
     PeerId,
+    RoundNumber,
+    Seal,
     Shard,
     SignedManifest,
     SignedRoster,
@@ -443,8 +445,11 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
     async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
         with self._session(context) as session:
             _bounded("why", request.why, WHY_CHARACTERS_MAX)
+            for field in ("seal_round", "seal_epoch"):
+                _number(field, getattr(request, field), high=NUMBER_MAX)
+            seal = Seal(RoundNumber(request.seal_round), Epoch(request.seal_epoch)) if request.sealed else None
             self._end_session(session.node)
-            self._desk.submit(machine.NodeLeft(session.node, visible(request.why) or "it said so"))
+            self._desk.submit(machine.NodeLeft(session.node, visible(request.why) or "it said so", seal))
             return wire.LeaveReply()
 
     # blobs

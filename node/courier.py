@@ -53,6 +53,7 @@ class Courier:
         journal: Journal,
         blobs: BlobStore,
         store_turn: asyncio.Lock,
+        make_room: Callable[[], None],
         link: Link,
         rosters: Callable[[], Mapping[Epoch, SignedRoster]],
     ) -> None:
@@ -63,6 +64,7 @@ class Courier:
         self._journal = journal
         self._blobs = blobs
         self._store_turn = store_turn
+        self._make_room = make_room
         self._link = link
         self._rosters = rosters
         self._group = b""
@@ -179,6 +181,12 @@ class Courier:
     async def _keep(self, data: bytes) -> Digest:
         """Put a part where peers and the next start find it."""
         async with self._store_turn:
+            try:
+                return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest
+            except Refused as refused:
+                if refused.reason is not Code.DISK_CAP:
+                    raise
+            self._make_room()  # a part is needed now; a shard can be had again
             return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest
 
 

@@ -55,6 +55,7 @@ from protocol.types import (
     Part,
     PeerId,
     Roster,
+    Seal,
     Shard,
     SignedRoster,
     VoteBody,
@@ -133,6 +134,7 @@ class Daemon:
             journal=self._journal,
             blobs=self._blobs,
             store_turn=self._store_turn,
+            make_room=self._forget_shards,
             link=link,
             rosters=lambda: self._rounds.rosters if self._rounds is not None else {},
         )
@@ -206,9 +208,19 @@ class Daemon:
             log.info("stopping", why=why)
             if self._on_status is not None:
                 self._on_status(self.status() | {"activity": "stopped", "reason": why})
+            await self._stop_tasks()
             with suppress(Refused, TimeoutError):
-                await asyncio.wait_for(self._link.leave(why), LEAVE_SECONDS)
+                await asyncio.wait_for(self._link.leave(why, self._seal()), LEAVE_SECONDS)
         return int(code.value)
+
+    def _seal(self) -> Seal | None:
+        """Our last promise, durable before anybody hears of it. Nothing of ours signs any more."""
+        sealed = rounds.seal(self._rounds) if self._rounds is not None else None
+        if sealed is None:
+            return None
+        seal, vote = sealed
+        self._carry_out_round(vote)
+        return seal
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -334,7 +346,7 @@ class Daemon:
             consumed=self._replica.state.consumed,
             rosters=self._journal.rosters(),
             last=self._replica.last,
-            ballot=promise.ballot if promise else Ballot(Epoch(-1), 0),
+            ballot=rounds.lifted(promise.ballot) if promise else Ballot(Epoch(-1), 0),
             accepted=promise.accepted if promise else None,
         )
         if self._opened.roster is not None:
@@ -451,7 +463,11 @@ class Daemon:
         try:
             async with self._vector_turn:
                 self._trainer = await Trainer.start(
-                    spec, vectors=self._vectors, log=self._log_file("trainer"), on_event=self._trained
+                    spec,
+                    vectors=self._vectors,
+                    scratch=self._home.runtime,
+                    log=self._log_file("trainer"),
+                    on_event=self._trained,
                 )
                 self._gradient.trainer_restarted()
         except Refused as refused:
@@ -463,10 +479,13 @@ class Daemon:
         await self._set_goal()
         self._post(session.PartReady(session.Part.TRAINER))
 
-    async def _close_children(self) -> None:
+    async def _stop_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _close_children(self) -> None:
+        await self._stop_tasks()
         ending: list[Coroutine[Any, Any, None]] = []
         if self._trainer is not None:
             ending.append(self._trainer.stop())

@@ -34,6 +34,7 @@ from protocol.types import (
     LogEntry,
     Manifest,
     RunId,
+    Seal,
     Shard,
     SignedManifest,
     SignedPass,
@@ -264,10 +265,13 @@ class Link:
         reply: wire.WriteBlobReply = await self._call("WriteBlob", chunks, seconds=seconds)
         return reply.stored
 
-    async def leave(self, why: str = "") -> None:
-        """Give the leases back, and close."""
+    async def leave(self, why: str = "", seal: Seal | None = None) -> None:
+        """Give the leases back, and close. With a seal, nobody has to reckon with this node's vote."""
+        request = wire.LeaveRequest(why=why[:80])
+        if seal is not None:
+            request.sealed, request.seal_round, request.seal_epoch = True, seal.round, seal.epoch
         try:
-            await self._once("Leave", wire.LeaveRequest(why=why[:80]), seconds=LEAVE_SECONDS)
+            await self._once("Leave", request, seconds=LEAVE_SECONDS)
         finally:
             await self.close()
 

@@ -61,11 +61,12 @@ class PseudoGradient:
         """After a fold: take out of u what these parts, those that hold our contribution, have taken of it."""
         for part in parts:
             start, stop = self._codec.encoded_bytes(part.start), self._codec.encoded_bytes(part.stop)
-            sent = self._codec.decode(memoryview(self.payload)[start:stop], part.stop - part.start)
             assert part.start % CHUNK_VALUES == 0
-            self.residual[part.start : part.stop] -= sent
-            if self._decay != 1:
-                self.residual[part.start : part.stop] *= self._decay
+            for at, sent in self._codec.decode_chunks(memoryview(self.payload)[start:stop], part.stop - part.start):
+                left = self.residual[part.start + at : part.start + at + sent.size]
+                left -= sent
+                if self._decay != 1:
+                    left *= self._decay
         if parts:
             self.payload = b""
         self.pending = False

@@ -154,11 +154,19 @@ class Trainer:
 
     @classmethod
     async def start(
-        cls, spec: TrainerSpec, *, vectors: Vectors, log: Any, on_event: Callable[[Event], None]
+        cls,
+        spec: TrainerSpec,
+        *,
+        vectors: Vectors,
+        log: Any,
+        on_event: Callable[[Event], None],
+        scratch: Path | None = None,
     ) -> Trainer:
         """Start a trainer on `vectors.shared`. Refused by name if it cannot train this model on this machine."""
         began = time.monotonic()
         env = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+        if scratch is not None:  # torch makes this folder wherever it is told to, and never removes it
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
         child = await Child.start("node.trainer", env=env, log=log, pass_fds=vectors.files)
         try:
             started = Started(**await _first_answer(child, spec, vectors), seconds=time.monotonic() - began)

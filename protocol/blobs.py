@@ -251,8 +251,11 @@ class Writer:
         try:
             store._reserve(size)
         except Refused:
-            store.bytes_used += os.fstat(handle).st_size
+            kept = os.fstat(handle).st_size
+            store.bytes_used += kept
             self._file.close()
+            if not kept:
+                self._path.unlink()
             raise
         store._writing.add(digest)
         self._resume()

@@ -41,6 +41,7 @@ class Roster:
     epoch: Epoch
     members: tuple[Member, ...]
     issued_ms: int
+    floor: RoundNumber = RoundNumber(0)  # members act under it from this round on: those before it are decided
 
     @property
     def quorum(self) -> int:
@@ -83,6 +84,14 @@ class Lease:
     node: NodeId
     range: DataRange
     until_ms: int
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A leaving member's word: it has voted for nothing in this round, and signs nothing more under these rosters."""
+
+    round: RoundNumber
+    epoch: Epoch  # and all before it
 
 
 @dataclass(frozen=True, order=True)

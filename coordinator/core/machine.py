@@ -28,6 +28,7 @@ from protocol.types import (
     Roster,
     RoundNumber,
     RunId,
+    Seal,
     SignedRoster,
 )
 
@@ -93,6 +94,7 @@ class State:
     waiting: Mapping[RoundNumber, LogEntry] = field(default_factory=dict)  # certified, but records before them lack
     have: frozenset[Digest] = frozenset()  # archived parts of unfolded records
     folding: bool = False
+    seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     started: float = -1e9  # when this process began
     tokens: int = 0
     events: tuple[tuple[float, str], ...] = ()
@@ -137,6 +139,7 @@ class HeartbeatArrived:
 class NodeLeft:
     node: NodeId
     why: str
+    seal: Seal | None = None
 
 
 @dataclass(frozen=True)
@@ -263,12 +266,14 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             known = state.nodes.get(node) or Node(node, peer, name)
             goes_on = known.activity in TAKES_PART and known.present(now, rules)  # only its connection was lost
             activity = known.activity if goes_on else "joining"
-            fresh = replace(known, peer=peer, name=name, addresses=addresses, seen=now, activity=activity)
+            where = addresses or known.addresses  # a node says where it is once its engine runs
+            fresh = replace(known, peer=peer, name=name, addresses=where, seen=now, activity=activity)
+            state = replace(state, seals={other: seal for other, seal in state.seals.items() if other != node})
             return _say(_with_node(state, fresh), now, f"{name} connected"), (Announce(),)
         case HeartbeatArrived():
             return _heartbeat(state, event, now, rules)
-        case NodeLeft(node, why):
-            return _left(state, node, why, now)
+        case NodeLeft(node, why, seal):
+            return _left(state, node, why, now, seal)
         case LeasesAsked(node, sequences):
             return _lease(state, node, sequences, now, rules)
         case EntryArrived(entry):
@@ -320,13 +325,15 @@ def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -
     return replace(state, leases=renewed), (Announce(),)
 
 
-def _left(state: State, node: NodeId, why: str, now: float) -> Outcome:
+def _left(state: State, node: NodeId, why: str, now: float, seal: Seal | None = None) -> Outcome:
     known = state.nodes.get(node)
     if known is None:
         return state, ()
     state = _with_node(state, replace(known, activity="left", seen=-1e9))
     lease_ids = tuple(lease.lease_id for lease in state.leases.of(node))
     state = replace(state, leases=data.give_back(state.leases, lease_ids))
+    if seal is not None:
+        state = replace(state, seals={**state.seals, node: seal})
     return _say(state, now, f"{known.name} left ({why})"), (SaveLeases(), Announce())
 
 
@@ -471,9 +478,10 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     )
     if not state.rosters and len(desired) < rules.min_nodes:
         return state, ()
-    members = next_members([signed.roster for signed in state.rosters], desired)
+    seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}
+    members = next_members([signed.roster for signed in state.rosters], desired, seals)
     if members is None:
         return state, ()
-    roster = Roster(rules.run, state.next_epoch, members, int(now * 1000))
+    roster = Roster(rules.run, state.next_epoch, members, int(now * 1000), floor=state.head.round)
     state = replace(state, next_epoch=Epoch(state.next_epoch + 1), issuing=roster.epoch)
     return state, (SignRoster(roster),)

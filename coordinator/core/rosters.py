@@ -8,26 +8,34 @@ when q + q' exceeds the number of nodes in either of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from protocol.limits import MEMBERS_MAX
-from protocol.types import Member, NodeId, Roster
+from protocol.types import Epoch, Member, NodeId, Roster
 
 
 def quorum(members: int) -> int:
     return members // 2 + 1
 
 
-def may_follow(old: Iterable[NodeId], new: Iterable[NodeId]) -> bool:
-    """Whether every majority of `new` shares a node with every majority of `old`."""
+def may_follow(old: Iterable[NodeId], new: Iterable[NodeId], sealed: Iterable[NodeId] = ()) -> bool:
+    """Whether every majority of `new` shares a node with every majority of `old` that can still come about.
+
+    Those who are `sealed` have voted for nothing and will not vote under `old`."""
     before, after = set(old), set(new)
-    return bool(after) and quorum(len(before)) + quorum(len(after)) > len(before | after)
+    voters = before - set(sealed)
+    if len(voters) < quorum(len(before)):
+        return bool(after)
+    return bool(after) and quorum(len(before)) + quorum(len(after)) > len(voters | after)
 
 
-def next_members(open_rosters: Sequence[Roster], desired: Sequence[Member]) -> tuple[Member, ...] | None:
+def next_members(
+    open_rosters: Sequence[Roster], desired: Sequence[Member], seals: Mapping[NodeId, Epoch] | None = None
+) -> tuple[Member, ...] | None:
     """The members of the next roster: `desired`, or the longest safe step towards it; None to leave it as it is.
 
-    `open_rosters` are all those under which a record may still be decided, the newest last."""
+    `open_rosters` are all those under which a record may still be decided, the newest last; `seals` names those who
+    sign nothing more under the rosters up to an epoch."""
     desired = tuple(desired)[:MEMBERS_MAX]
     if not open_rosters:
         return desired or None
@@ -37,7 +45,10 @@ def next_members(open_rosters: Sequence[Roster], desired: Sequence[Member]) -> t
     wished = {member.node: member for member in desired}
 
     def safe(nodes: Sequence[NodeId]) -> bool:
-        return all(may_follow(roster.nodes, nodes) for roster in open_rosters)
+        return all(
+            may_follow(roster.nodes, nodes, [node for node, epoch in (seals or {}).items() if epoch >= roster.epoch])
+            for roster in open_rosters
+        )
 
     kept = [member.node for member in current]
     for node in [node for node in kept if node not in wished]:

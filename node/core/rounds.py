@@ -52,6 +52,7 @@ from protocol.types import (
     Roster,
     RoundNumber,
     RunId,
+    Seal,
     Signature,
     SignedRoster,
     VoteBody,
@@ -60,6 +61,7 @@ from protocol.types import (
 ROSTERS_KEPT = 64  # rosters that late certificates may still name
 ATTEMPT_JUMP_MAX = 16  # how far ahead of ours a peer's attempt may pull us
 RESEND_SECONDS = 2.0  # a lost promise costs a round this much, not a timeout
+SEALED = 1 << 40  # an attempt that no round reaches: what is promised there forbids all others of its epoch
 LOG_ASK_SECONDS = 1.0  # between two questions for records that we miss
 
 
@@ -324,6 +326,23 @@ def holds(record: Record, contribution: Contribution) -> bool:
     return taken and contribution in record.contributions
 
 
+def seal(state: Rounds) -> tuple[Seal, SaveVote] | None:
+    """For a node that leaves: its promise, to be made durable, to sign nothing more under the rosters it knows.
+
+    None if it has voted in the open round: those who stay may need that vote, and must keep reckoning with it."""
+    if state.accepted is not None or state.committed is not None or not state.rosters:
+        return None
+    ballot = max(state.ballot, Ballot(max(state.rosters), 0))
+    sealed = Ballot(ballot.epoch, SEALED + ballot.attempt)
+    return Seal(state.head.round, ballot.epoch), SaveVote(state.head.round, sealed, None)
+
+
+def lifted(ballot: Ballot) -> Ballot:
+    """What was promised before a seal. It may be lifted once the coordinator has opened a new session: it has forgotten
+    the seal then, and whatever roster it issued in reliance on it came with the session."""
+    return Ballot(ballot.epoch, ballot.attempt - SEALED) if ballot.attempt >= SEALED else ballot
+
+
 def step(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
     """Take one event; return the new state and what must be done, in order."""
     state, effects = _apply(_go_by_newest(state), event, now, rules)
@@ -412,6 +431,8 @@ def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
         ballot = Ballot(ballot.epoch, ballot.attempt + 1)
     signed = state.rosters.get(ballot.epoch)
     if signed is None or not state.active or signed.roster.member(rules.me) is None:
+        return state, ()
+    if signed.roster.floor > state.head.round or ballot.attempt >= SEALED:
         return state, ()
     if state.contribution is not None:
         return _promise(state, signed.roster, ballot, now, rules)
@@ -600,7 +621,7 @@ def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome
     roster = state.rosters[ballot.epoch].roster
     stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
     empty = state.contribution is None or not state.contribution.tokens
-    if roster.member(rules.me) is None or not state.active or empty:
+    if roster.member(rules.me) is None or roster.floor > state.head.round or not state.active or empty:
         state = replace(
             state, phase=Phase.TRAINING, ballot=ballot, ballot_is_new=True, proposal=None, begin=None, averaged=False
         )
@@ -795,6 +816,8 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
         return _ask_log(state, proposal.sender, now, rules)
     roster = signed.roster
     if proposal.sender != leader(roster, proposal.ballot, proposal.round) or roster.member(rules.me) is None:
+        return state, ()
+    if roster.floor > state.head.round or proposal.ballot.attempt >= SEALED:
         return state, ()
     if state.proposal is not None and state.proposal.ballot == proposal.ballot:
         return state, ()

@@ -281,7 +281,7 @@ def reason(state: Session, now: float) -> str:
                 )
                 if not ready
             ]
-            return f"preparing {' and '.join(late)}"
+            return f"preparing {' and '.join(late)}{f' ({state.trouble})' if state.trouble else ''}"
         case Activity.WAITING:
             if not state.linked:
                 return f"no data left and the coordinator is away ({state.trouble})"

@@ -520,15 +520,25 @@ class LeaveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WHY_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    SEAL_ROUND_FIELD_NUMBER: _builtins.int
+    SEAL_EPOCH_FIELD_NUMBER: _builtins.int
     why: _builtins.str
+    sealed: _builtins.bool
+    """the node signs nothing more: see Seal in protocol/types.py"""
+    seal_round: _builtins.int
+    seal_epoch: _builtins.int
     def __init__(
         self,
         *,
         why: _builtins.str = ...,
+        sealed: _builtins.bool = ...,
+        seal_round: _builtins.int = ...,
+        seal_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seal_epoch", b"seal_epoch", "seal_round", b"seal_round", "sealed", b"sealed", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.rosters import may_follow, next_members, quorum
-from protocol.types import Member, NodeId, PeerId, Roster
+from protocol.types import Epoch, Member, NodeId, PeerId, Roster
 
 NODES = "abcdefg"
 sets = st.sets(st.sampled_from(NODES), min_size=1)
@@ -33,6 +33,19 @@ def majorities(nodes):
 @given(sets, sets)
 def test_a_roster_may_follow_exactly_when_all_majorities_meet(old, new):
     assert may_follow(old, new) == all(one & other for one in majorities(old) for other in majorities(new))
+
+
+@given(sets, sets, sets)
+def test_majorities_that_need_a_sealed_node_do_not_count(old, new, sealed):
+    possible = [one for one in majorities(old) if not one & sealed]
+    assert may_follow(old, new, sealed) == all(one & other for one in possible for other in majorities(new))
+
+
+def test_those_who_leave_politely_stall_nobody():
+    seals = {NodeId("a"): Epoch(0), NodeId("b"): Epoch(0)}
+    assert next_members([roster("abc")], members("c")) is not None
+    assert names(next_members([roster("abc")], members("c"), seals)) == "c"
+    assert names(next_members([roster("abc", epoch=1)], members("c"), seals)) != "c", "a seal ends with its epoch"
 
 
 def test_nobody_is_no_roster():

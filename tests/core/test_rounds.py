@@ -228,6 +228,32 @@ def test_a_restarted_node_signs_for_no_roster_older_than_the_newest_that_it_know
     assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record))).sent(Vote)
 
 
+def test_a_node_that_leaves_signs_nothing_more_until_it_is_opened_again():
+    node = Node(A, B, me=B).trained(data(8, 9))
+    seal, vote = rounds.seal(node.state)
+    assert (seal.round, seal.epoch) == (0, 0) and vote.ballot > Ballot(0, 10**9)
+    record = record_of(brings(A, data(0, 4)))
+    have = frozenset(part.digest for part in record.parts)
+    proposal = Received(Propose(RUN, 0, Ballot(0, 2), A, record))
+    sealed = Node(A, B, me=B, ballot=vote.ballot, have=have)
+    assert not sealed.see(proposal).sent(Vote)
+    assert not sealed.trained(data(8, 9)).sent(Ready)
+    assert rounds.lifted(vote.ballot) == Ballot(0, 0) == node.state.ballot
+    assert Node(A, B, me=B, ballot=rounds.lifted(vote.ballot), have=have).see(proposal).sent(Vote)
+
+
+def test_a_node_that_has_voted_in_the_open_round_leaves_without_a_seal():
+    accepted = Accepted(Ballot(0, 0), record_of(brings(B, data(0, 4))))
+    assert rounds.seal(Node(A, B, ballot=Ballot(0, 0), accepted=accepted).state) is None
+
+
+def test_a_roster_is_acted_under_from_its_floor_on():
+    later = signed_roster(A, B, epoch=1)
+    later = replace(later, roster=replace(later.roster, floor=1))
+    node = Node(rosters={0: signed_roster(A, B), 1: later})
+    assert not node.trained(data(0, 4)).sent(Ready)
+
+
 def test_a_node_without_the_roster_of_its_last_record_waits_for_it():
     last = entry_of(record_of(brings(B, data(0, 4))), (A, B), Ballot(5, 0))
     node = Node(A, B, head=next_head(last.record), last=last)

@@ -33,6 +33,7 @@ from protocol.types import (
     Roster,
     RoundNumber,
     RunId,
+    Seal,
     Shard,
     SignedRoster,
     VoteBody,
@@ -80,9 +81,10 @@ class Faults:
     late: float = 0.01  # of messages that come when nobody expects them any more
     doubled: float = 0.01
     crash_per_effect: float = 0.0005  # a process ends between two effects of one step
+    leave_per_minute: float = 0.2
 
 
-CALM = Faults(0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+CALM = Faults(0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class InvariantBroken(AssertionError):
@@ -222,6 +224,9 @@ class World:
             for start in self._times(faults.crash_per_minute, seconds):
                 self.at(start, node.kill)
                 self.at(start + self.restart_seconds(), node.start)
+            for start in self._times(faults.leave_per_minute, seconds):
+                self.at(start, node.leave)
+                self.at(start + self.restart_seconds(), node.start)
             for start in self._times(faults.pause_per_minute, seconds):
                 self.at(start, lambda n=node: n.session_event(session.PauseAsked(None)))
                 self.at(start + self.luck.uniform(1, 30), lambda n=node: n.session_event(session.ResumeAsked()))
@@ -290,6 +295,24 @@ class SimNode:
         self.alive = False
         self.life += 1
 
+    def leave(self) -> None:
+        """A polite end: a last promise on disk, a word to the coordinator that may be lost, and nothing more."""
+        if not self.alive:
+            return
+        seal = None
+        if (sealed := rounds.seal(self.rounds)) is not None:
+            seal, vote = sealed
+            self._do(vote)
+        life = self.life
+        self.kill()
+        self.world.counts["leaves"] += 1
+
+        def arrive() -> None:
+            if self.world.coordinator.alive:
+                self.world.coordinator.left(self.me, life, seal)
+
+        self.world.deliver(self.me, "coordinator", arrive)
+
     def start(self) -> None:
         if self.alive:
             return
@@ -338,10 +361,11 @@ class SimNode:
 
         def answer(entries: tuple[LogEntry, ...], rosters: tuple[SignedRoster, ...]) -> None:
             self.session_event(session.LinkOpened())
-            self.rounds_event(rounds.LogArrived(entries, rosters))
+            self._log(entries, rosters)
+            self.rounds = replace(self.rounds, ballot=rounds.lifted(self.rounds.ballot))
             self.session_event(session.CaughtUp())
 
-        self._call(lambda c: c.read_log(self.rounds.head.round), answer)
+        self._call(lambda c: c.open(self.me, self.life, self.rounds.head.round), answer)
         if not self.session.synced:
             self._later(3.0, lambda: None if self.session.synced else self._sync())
 
@@ -486,7 +510,7 @@ class SimNode:
             case rounds.TakeSnapshot():
                 self._later(world.luck.uniform(0.01, 0.4), self._snapshot)
             case rounds.SaveVote(round_number, ballot, accepted):
-                if self.disk.vote_round == round_number and ballot < self.disk.promised:
+                if self.disk.vote_round == round_number and ballot < rounds.lifted(self.disk.promised):
                     raise InvariantBroken(f"seed {world.seed}: {self.me} took back a promise")
                 self.disk.vote_round, self.disk.promised, self.disk.accepted = round_number, ballot, accepted
             case rounds.Send(to, message):
@@ -636,6 +660,7 @@ class SimCoordinator:
         self.saved_leases = Leases((self.shard,))
         self.members: dict[NodeId, coordinator.Node] = {}
         self.granted: tuple[Lease, ...] = ()
+        self.lives: dict[NodeId, int] = {}
         self.start()
         world.at(1.0, self._tick)
 
@@ -716,6 +741,18 @@ class SimCoordinator:
         newest = self.state.roster
         newer = newest if newest is not None and newest.roster.epoch > beat.epoch else None
         return newer, self.state.head.round, self.state.wanted
+
+    def open(self, node: NodeId, life: int, start: int) -> tuple[object, ...]:
+        """A session: what a former life of the node has said, and what of it still travels, counts no more."""
+        self.lives[node] = life
+        self.members[node] = coordinator.Node(node, PeerId(node), node)
+        self._event(coordinator.NodeOpened(node, PeerId(node), node, ()))
+        return self.read_log(start)
+
+    def left(self, node: NodeId, life: int, seal: Seal | None) -> tuple[object, ...]:
+        if self.lives.get(node) == life:
+            self._event(coordinator.NodeLeft(node, "it said so", seal))
+        return ()
 
     def lease(self, node: NodeId, sequences: int) -> tuple[object, ...]:
         self._event(coordinator.LeasesAsked(node, sequences))

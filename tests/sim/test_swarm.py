@@ -102,7 +102,18 @@ def no_second_hand_votes(monkeypatch):
 
 def any_roster_follows(monkeypatch):
     """Whoever is here is the next roster, whether or not its majorities meet those of the last."""
-    monkeypatch.setattr(rosters, "may_follow", lambda old, new: bool(tuple(new)))
+    monkeypatch.setattr(rosters, "may_follow", lambda old, new, sealed: bool(tuple(new)))
+
+
+def whoever_leaves_is_sealed(monkeypatch):
+    """A node that has voted in the open round leaves as if it had not."""
+    seal = rounds.seal
+    monkeypatch.setattr(rounds, "seal", lambda state: seal(replace(state, accepted=None)))
+
+
+def rosters_have_no_floor(monkeypatch):
+    """A node that lacks certified records decides their rounds again."""
+    monkeypatch.setattr(machine, "Roster", lambda *fields, floor: Roster(*fields))
 
 
 def data_counts_twice(monkeypatch):
@@ -120,6 +131,8 @@ MUTANTS = [
     no_memory,
     no_second_hand_votes,
     any_roster_follows,
+    whoever_leaves_is_sealed,
+    rosters_have_no_floor,
     data_counts_twice,
     what_no_round_took_is_forgotten,
 ]
