@@ -333,7 +333,7 @@ def seal(state: Rounds) -> tuple[Seal, SaveVote] | None:
     if state.accepted is not None or state.committed is not None or not state.rosters:
         return None
     ballot = max(state.ballot, Ballot(max(state.rosters), 0))
-    sealed = Ballot(ballot.epoch, SEALED + ballot.attempt)
+    sealed = Ballot(ballot.epoch, SEALED + lifted(ballot).attempt)
     return Seal(state.head.round, ballot.epoch), SaveVote(state.head.round, sealed, None)
 
 

@@ -111,11 +111,6 @@ def whoever_leaves_is_sealed(monkeypatch):
     monkeypatch.setattr(rounds, "seal", lambda state: seal(replace(state, accepted=None)))
 
 
-def rosters_have_no_floor(monkeypatch):
-    """A node that lacks certified records decides their rounds again."""
-    monkeypatch.setattr(machine, "Roster", lambda *fields, floor: Roster(*fields))
-
-
 def data_counts_twice(monkeypatch):
     monkeypatch.setattr(rounds, "_unused", lambda ranges, consumed: ranges)
     monkeypatch.setattr(rounds, "check_ranges", lambda record, consumed: None)
@@ -132,7 +127,6 @@ MUTANTS = [
     no_second_hand_votes,
     any_roster_follows,
     whoever_leaves_is_sealed,
-    rosters_have_no_floor,
     data_counts_twice,
     what_no_round_took_is_forgotten,
 ]
