@@ -146,6 +146,7 @@ def test_a_corpus_larger_than_the_buffers_is_cut_into_shards_of_whole_sequences(
 
 def test_the_trainer_can_read_every_sequence_of_every_shard_and_no_more(tmp_path):
     from node.trainer import Feed, ShardError, TrainerSpec
+    from protocol.order import sequence_at
     from protocol.types import DataRange
 
     path = put(tmp_path / "a.jsonl", lines(texts(60)))
@@ -157,8 +158,10 @@ def test_the_trainer_can_read_every_sequence_of_every_shard_and_no_more(tmp_path
         file = store.path(shard.digest)
         inputs, targets = feed.read([(DataRange(0, shard.digest, 0, shard.sequences), file)])
         assert inputs.shape == (shard.sequences, CONTEXT)
-        assert inputs.flatten().tolist() == whole[: inputs.size].tolist()
-        assert targets.flatten().tolist() == whole[1 : inputs.size + 1].tolist()
+        order = [sequence_at(i, sequences=shard.sequences, pass_number=0) for i in range(shard.sequences)]
+        starts = [at * CONTEXT for at in order]
+        assert inputs.tolist() == [whole[start : start + CONTEXT].tolist() for start in starts]
+        assert targets.tolist() == [whole[start + 1 : start + CONTEXT + 1].tolist() for start in starts]
         with pytest.raises(ShardError):
             feed.read([(DataRange(0, shard.digest, shard.sequences, shard.sequences + 1), file)])
     assert sum(shard.sequences for shard in corpus.shards) == corpus.sequences

@@ -13,7 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("node", "coordinator", "protocol")
-DISTRIBUTION_OF = {"google": "protobuf", "grpc": "grpcio", "annotated_types": "pydantic", "pydantic_core": "pydantic"}
+DISTRIBUTION_OF = {
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_tools": "grpcio-tools",
+    "annotated_types": "pydantic",
+    "pydantic_core": "pydantic",
+}
 
 
 def plain(requirement):
