@@ -29,7 +29,7 @@ SCRATCH = "barnraise-demo-"  # and the process that it belongs to
 def schedule(rounds: int) -> list[list[int]]:
     """Growing rounds: early ones are short, because the model moves fast then."""
     first, second, third = rounds * 3 // 10, rounds * 3 // 10, rounds * 2 // 10
-    shares = ((first, 4), (second, 8), (third, 16), (rounds - first - second - third, 24))
+    shares = ((first, 2), (second, 4), (third, 8), (rounds - first - second - third, 12))
     return [[count, steps] for count, steps in shares if count > 0]
 
 
@@ -137,7 +137,7 @@ app = typer.Typer(add_completion=False)
 @app.command(help="Train a small model with a coordinator and several nodes on this machine: no arguments needed.")
 def command(
     nodes: int = typer.Option(3, min=1, max=len(NAMES), help="Pretend volunteers."),
-    rounds: int = typer.Option(32, min=4, max=10_000, help="Rounds to train."),
+    rounds: int = typer.Option(36, min=4, max=10_000, help="Rounds to train."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object as the last line, and no screen."),
     no_browser: bool = typer.Option(False, "--no-browser", help="Do not open the dashboard."),
     keep: Path | None = typer.Option(None, help="Keep the run, the homes and the logs in this empty folder."),

@@ -50,7 +50,7 @@ MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
 LEASES_OF_A_NODE = 64  # largest leases that one node may hold at a time
 SAMPLE_SECONDS = 10.0  # between two samples of text for the page
-SAMPLE_TOKENS = 120
+SAMPLE_TOKENS = 100
 EVENTS_SHOWN = 60
 
 log = structlog.get_logger()
@@ -416,7 +416,9 @@ class Coordinator:
             over = machine.run_is_over(self.state, self._rules)
             if over or time.monotonic() - self._sampled_at > SAMPLE_SECONDS:
                 self._sampled_at = time.monotonic()
-                self._sample = await self._evaluator.sample(params, "", tokens=SAMPLE_TOKENS, seed=round_number)
+                prompt = spec.evaluate.prompt
+                written = await self._evaluator.sample(params, prompt, tokens=SAMPLE_TOKENS, seed=round_number)
+                self._sample = prompt + written
             self._measured = round_number
             self._announce()
 
@@ -451,7 +453,7 @@ class Coordinator:
                 "rounds_goal": self._spec.run.rounds,
                 "tokens": state.tokens,
                 "state": self._sentence(),
-                "started_ms": int(self._clock_start * 1000),
+                "started_ms": int(self.state.started * 1000),
                 "parameters": manifest.parameters,
                 "codec": self._codec.name,
             },
@@ -479,7 +481,7 @@ class Coordinator:
                 "total": sent,
                 "per_parameter_per_round": sent / rounds / contributions / manifest.parameters,
             },
-            "events": [{"ms": int(at * 1000), "text": text} for at, text in state.events[-EVENTS_SHOWN:]],
+            "events": [{"ms": int(at * 1000), "text": text} for at, text in reversed(state.events[-EVENTS_SHOWN:])],
             "sample": self._sample,
             "head": state.head.hash,
         }

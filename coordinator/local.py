@@ -31,8 +31,7 @@ LEFT_OUT: Final = frozenset({"test", "site-packages", "dist-packages", "idlelib"
 DEMO: Final[Mapping[str, Mapping[str, Any]]] = {
     "run": {"title": "The standard library, learned by three pretend volunteers", "seed": 1},
     "data": {"context": 128, "heldout": 0.02},
-    "train": {"batch_sequences": 8},  # three nodes at once are a batch of 24
-    "evaluate": {"sequences": 64, "base_every_rounds": 1000},
+    "evaluate": {"sequences": 32, "prompt": '    """Return the ', "base_every_rounds": 1000},
     "rounds": {"gather_seconds": 2.0, "deadline_seconds": 30.0},
     "leases": {"sequences": 256, "seconds": 30.0},
     "coordinator": {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "p2p": "127.0.0.1:0", "heartbeat_seconds": 2.0},

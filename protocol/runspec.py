@@ -180,6 +180,7 @@ class EvaluateSection(_Section):
 
     every_rounds: Count = 1
     sequences: BatchSize = 64
+    prompt: Line = ""
     base_every_rounds: Count = 50
 
 
@@ -493,6 +494,7 @@ residual_decay = 1.0       # how much of what a codec left out is kept for the n
 [evaluate]
 every_rounds = 1           # measure on held-out text
 sequences = 64
+prompt = ""                # what the samples on the page begin with; empty = the start of a document
 base_every_rounds = 50     # archive the whole model, so that late joiners start there
 
 [leases]
