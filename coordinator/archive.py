@@ -6,15 +6,10 @@ from coordinator.store import Store
 from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Code, Refused
-from protocol.fold import Outer, OuterKind, fold
-from protocol.runspec import RunSpec, UpdateSection
+from protocol.fold import Outer, fold, outer_of
+from protocol.runspec import RunSpec
 from protocol.state import State, read_base
 from protocol.types import Digest, LogEntry, Manifest
-
-
-def outer_of(update: UpdateSection) -> Outer:
-    """The outer optimizer that a run file names."""
-    return Outer(OuterKind(update.outer), update.outer_learning_rate, update.outer_momentum)
 
 
 def rebuild(store: Store, blobs: BlobStore, manifest: Manifest, round_number: int | None = None) -> State:

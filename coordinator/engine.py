@@ -27,9 +27,9 @@ from protocol import address, p2pd
 from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Refused
-from protocol.fold import Outer, OuterKind, fold
-from protocol.identity import Key, libp2p_private_key_bytes, sign_roster
-from protocol.log import check_certificate, genesis_head, next_head, ranges_of
+from protocol.fold import fold, outer_of
+from protocol.identity import Key, sign_roster
+from protocol.log import genesis_head, is_certified, next_head, ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed, Floats, write_base
 from protocol.types import (
@@ -38,7 +38,6 @@ from protocol.types import (
     Epoch,
     Head,
     LogEntry,
-    Roster,
     RoundNumber,
     Shard,
     SignedManifest,
@@ -89,11 +88,7 @@ class Coordinator:
         self.heartbeat_seconds = self._spec.coordinator.heartbeat_seconds
         self._clock_start = time.time() - time.monotonic()  # wall time that never jumps
         self._codec = codec(self._spec.update.codec)
-        self._outer = Outer(
-            OuterKind(self._spec.update.outer),
-            self._spec.update.outer_learning_rate,
-            self._spec.update.outer_momentum,
-        )
+        self._outer = outer_of(self._spec.update)
         self._replica = archive.rebuild(store, blobs, published.manifest.manifest)
         self._rules = self._make_rules()
         self.state = self._restore()
@@ -141,7 +136,7 @@ class Coordinator:
             weight_cap=WEIGHT_CAP,
             evaluate_every=spec.evaluate.every_rounds,
             base_every=spec.evaluate.base_every_rounds,
-            entry_is_certified=_entry_is_certified,
+            entry_is_certified=is_certified,
         )
 
     def _restore(self) -> machine.State:
@@ -202,9 +197,7 @@ class Coordinator:
         )
         owned.push_async_callback(page.stop)
         identity = self._folder.runtime / IDENTITY
-        identity.unlink(missing_ok=True)
-        identity.touch(mode=0o600)
-        identity.write_bytes(libp2p_private_key_bytes(self._folder.peer_key()))
+        p2pd.write_identity(identity, self._folder.peer_key())
         where = address.parse(names.p2p)
         assert where is not None
         kind = "ip6" if ":" in where.host else "ip4"
@@ -500,11 +493,3 @@ class Coordinator:
         if here < quorum(len(rostered)):
             return f"waiting for a majority: {here} of {len(rostered)} rostered nodes are here"
         return f"training with {here} node{'s' if here != 1 else ''}"
-
-
-def _entry_is_certified(entry: LogEntry, roster: Roster) -> bool:
-    try:
-        check_certificate(entry, roster)
-    except Refused:
-        return False
-    return True

@@ -242,8 +242,8 @@ class RunFolder:
         return Published(signed, first, corpus)
 
     def _first(self, spec: RunSpec, corpus: Corpus, store: Store, blobs: BlobStore) -> SignedManifest:
-        from coordinator.archive import outer_of
         from protocol import model
+        from protocol.fold import outer_of
         from protocol.log import genesis_head
         from protocol.state import initial_state, write_base
         from protocol.types import BaseCheckpoint, Manifest, RoundNumber

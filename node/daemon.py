@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from importlib.metadata import version
-from pathlib import Path
 from typing import IO, Any
 
 import structlog
@@ -36,11 +35,11 @@ from protocol import p2pd
 from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Code, Exit, Refused
-from protocol.fold import Outer, OuterKind
-from protocol.identity import Key, libp2p_private_key_bytes, verify
+from protocol.fold import outer_of
+from protocol.identity import Key, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
-from protocol.log import VOTE, check_certificate, vote_bytes
+from protocol.log import VOTE, is_certified, vote_bytes
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.runspec import RunSpec
 from protocol.types import (
@@ -111,11 +110,7 @@ class Daemon:
             blobs=self._blobs,
             vectors=self._vectors,
             codec=self._codec,
-            outer=Outer(
-                OuterKind(self._spec.update.outer),
-                self._spec.update.outer_learning_rate,
-                self._spec.update.outer_momentum,
-            ),
+            outer=outer_of(self._spec.update),
         )
         self._gradient = PseudoGradient(
             self._vectors.shared,
@@ -163,7 +158,7 @@ class Daemon:
             invite = invites.decode(text)
         key = Key.load_or_create(home.key)
         transport = Key.load_or_create(home.transport_key)
-        _write_identity(home.runtime / IDENTITY, transport)
+        p2pd.write_identity(home.runtime / IDENTITY, transport)
         link = Link(Door.of(invite), key=key, transport_key=transport)
         owned.push_async_callback(link.close)
         opened = await _patiently(link, invite, settings.name or "", known=home.remembered() is not None)
@@ -186,7 +181,7 @@ class Daemon:
             attempt_seconds_max=self._spec.rounds.deadline_seconds,
             sign=lambda body: self._key.sign(VOTE, vote_bytes(body)),
             vote_is_valid=_vote_is_valid,
-            entry_is_certified=_entry_is_certified,
+            entry_is_certified=is_certified,
         )
 
     # the loop
@@ -811,14 +806,6 @@ def _vote_is_valid(node: NodeId, body: VoteBody, signature: str) -> bool:
     return True
 
 
-def _entry_is_certified(entry: LogEntry, roster: Roster) -> bool:
-    try:
-        check_certificate(entry, roster)
-    except Refused:
-        return False
-    return True
-
-
 async def _patiently(link: Link, invite: Invite, name: str, *, known: bool) -> Opened:
     """Open the session. A first join fails at once when nobody answers; a known member keeps trying."""
     failures = 0
@@ -835,10 +822,3 @@ async def _patiently(link: Link, invite: Invite, name: str, *, known: bool) -> O
 
 def _software() -> str:
     return f"barnraise {version('barnraise')}, python {platform.python_version()}, {platform.system()}"
-
-
-def _write_identity(path: Path, transport: Key) -> None:
-    """What p2pd reads its key from; only in the runtime folder, which is swept."""
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_bytes(libp2p_private_key_bytes(transport))

@@ -16,6 +16,7 @@ from protocol.codec import Codec, Data, Floats
 from protocol.errors import Code, Refused
 from protocol.limits import CHUNK_VALUES
 from protocol.log import check_ranges, check_record_shape, ranges_of
+from protocol.runspec import UpdateSection
 from protocol.state import State
 from protocol.types import Record, RoundNumber
 
@@ -44,6 +45,11 @@ class Outer:
     @property
     def keeps_momentum(self) -> bool:
         return self.kind is OuterKind.NESTEROV
+
+
+def outer_of(update: UpdateSection) -> Outer:
+    """The outer optimizer that a run file names."""
+    return Outer(OuterKind(update.outer), update.outer_learning_rate, update.outer_momentum)
 
 
 def fold(state: State, record: Record, parts: Mapping[int, Data], codec: Codec, outer: Outer) -> None:

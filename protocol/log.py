@@ -84,6 +84,15 @@ def check_certificate(entry: LogEntry, roster: Roster) -> None:
         identity.verify(signature.node, VOTE, body, signature.value)
 
 
+def is_certified(entry: LogEntry, roster: Roster) -> bool:
+    """The same as a question."""
+    try:
+        check_certificate(entry, roster)
+    except Refused:
+        return False
+    return True
+
+
 def check_record_shape(record: Record, parameters: int) -> None:
     """Refuse what no honest leader proposes: members twice, empty ranges, parts that overlap or leave the chunks."""
     if record.round < 0 or record.epoch < 0:
