@@ -28,7 +28,7 @@ from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Refused
 from protocol.fold import fold, outer_of
-from protocol.identity import Key, sign_roster
+from protocol.identity import Key, libp2p_private_key_bytes, sign_roster
 from protocol.log import genesis_head, is_certified, next_head, ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed, Floats, write_base
@@ -197,7 +197,7 @@ class Coordinator:
         )
         owned.push_async_callback(page.stop)
         identity = self._folder.runtime / IDENTITY
-        p2pd.write_identity(identity, self._folder.peer_key())
+        p2pd.write_identity(identity, libp2p_private_key_bytes(self._folder.peer_key()))
         where = address.parse(names.p2p)
         assert where is not None
         kind = "ip6" if ":" in where.host else "ip4"

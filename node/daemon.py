@@ -36,7 +36,7 @@ from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Code, Exit, Refused
 from protocol.fold import outer_of
-from protocol.identity import Key, verify
+from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
 from protocol.log import VOTE, is_certified, vote_bytes
@@ -158,7 +158,7 @@ class Daemon:
             invite = invites.decode(text)
         key = Key.load_or_create(home.key)
         transport = Key.load_or_create(home.transport_key)
-        p2pd.write_identity(home.runtime / IDENTITY, transport)
+        p2pd.write_identity(home.runtime / IDENTITY, libp2p_private_key_bytes(transport))
         link = Link(Door.of(invite), key=key, transport_key=transport)
         owned.push_async_callback(link.close)
         opened = await _patiently(link, invite, settings.name or "", known=home.remembered() is not None)

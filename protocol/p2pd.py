@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from protocol.errors import Code, Refused
-from protocol.identity import Key, libp2p_private_key_bytes
 
 # Sits between us and p2pd only until the exec: the kernel keeps the wish to die with its parent across it.
 _TIE: Final = """
@@ -43,11 +42,11 @@ OPTIONS: Final = {
 }
 
 
-def write_identity(path: Path, key: Key) -> None:
+def write_identity(path: Path, private_key: bytes) -> None:
     """The file that p2pd reads its key from; it belongs into a runtime folder, which is swept."""
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
-    path.write_bytes(libp2p_private_key_bytes(key))
+    path.write_bytes(private_key)
 
 
 def tied(arguments: Sequence[str]) -> list[str]:
