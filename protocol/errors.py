@@ -88,6 +88,11 @@ class Code(Enum):
     CHALLENGE = ("E-AUTH-005", Exit.REFUSED, "The node asks for a new challenge by itself.")
     STORE_BAD = ("E-STORE-001", Exit.INTEGRITY, "Restore the run's database from a backup.")
     INTERNAL = ("E-INTERNAL-001", Exit.INTERNAL, "Nothing was changed. Tell the researcher the id.")
+    TWO_STORIES = (
+        "E-LOG-003",
+        Exit.INTEGRITY,
+        "This copy of the log and the coordinator's differ. Nothing was changed; tell the researcher.",
+    )
     DATA_FIXED = ("E-DATA-006", Exit.REFUSED, "Begin another run with: barnraise-coordinator new NAME")
 
     @property

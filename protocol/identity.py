@@ -25,10 +25,12 @@ from protocol.types import (
     NodeId,
     Pass,
     PeerId,
+    Rollback,
     Roster,
     RunId,
     SignedManifest,
     SignedPass,
+    SignedRollback,
     SignedRoster,
 )
 
@@ -134,6 +136,20 @@ def check_roster(coordinator: str, signed: SignedRoster) -> Roster:
     if len(set(roster.nodes)) != len(roster.members) or len(peers) != len(roster.members):
         raise Refused(Code.FIELD, f"the roster of epoch {roster.epoch} names a node or a peer twice")
     return roster
+
+
+def sign_rollback(key: Key, rollback: Rollback) -> SignedRollback:
+    return SignedRollback(rollback, key.sign("rollback", canonical.to_bytes(rollback)))
+
+
+def check_rollback(coordinator: str, signed: SignedRollback) -> Rollback:
+    """The rollback, if this coordinator signed it and it goes backwards."""
+    rollback = signed.rollback
+    _check(coordinator, "rollback", rollback.run, rollback, signed.signature)
+    if rollback.number < 1 or not 0 <= rollback.to.round <= rollback.undone.round:
+        what = f"rollback {rollback.number} from round {rollback.undone.round} to {rollback.to.round}"
+        raise Refused(Code.FIELD, what)
+    return rollback
 
 
 def sign_manifest(key: Key, manifest: Manifest) -> SignedManifest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final
@@ -23,6 +23,7 @@ from protocol.types import (
     Part,
     Record,
     Role,
+    Rollback,
     Roster,
     RoundNumber,
     VoteBody,
@@ -51,6 +52,21 @@ def genesis_head(manifest: Manifest) -> Head:
 def next_head(record: Record) -> Head:
     """The head once this record is appended."""
     return Head(RoundNumber(record.round + 1), record_hash(record))
+
+
+def head_after(rollback: Rollback) -> Head:
+    """The head once this rollback is followed: the next record is of an earlier round, and fits nothing else."""
+    return Head(rollback.to.round, canonical.digest(rollback))
+
+
+def next_turn(round_number: RoundNumber, branch: int, rollbacks: Iterable[Rollback]) -> Rollback | None:
+    """The rollback that a log of so many records, which has followed `branch` of them, must follow next.
+
+    Of those to come, the one that goes back furthest, and the last of equals: whatever the others left is undone by it.
+    A log that is beyond `to.round` goes back; one that is exactly there only turns. None before it is reached."""
+    ahead = [each for each in rollbacks if each.number > branch]
+    furthest = min(ahead, key=lambda each: (each.to.round, -each.number), default=None)
+    return furthest if furthest is not None and round_number >= furthest.to.round else None
 
 
 def ranges_of(record: Record) -> tuple[DataRange, ...]:

@@ -15,6 +15,7 @@ from protocol.types import (
     Record,
     RoundNumber,
     RunId,
+    SignedRollback,
     SignedRoster,
 )
 
@@ -112,6 +113,7 @@ class LogReply:
     sender: NodeId
     entries: tuple[LogEntry, ...]
     rosters: tuple[SignedRoster, ...]  # those that the entries name, and the newest
+    rollbacks: tuple[SignedRollback, ...] = ()  # all
 
 
 Message = Ready | Begin | Claim | Propose | Vote | Commit | LogRequest | LogReply

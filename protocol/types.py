@@ -42,6 +42,7 @@ class Roster:
     members: tuple[Member, ...]
     issued_ms: int
     floor: RoundNumber = RoundNumber(0)  # members act under it from this round on: those before it are decided
+    branch: int = 0  # it decides only where the log has followed so many rollbacks
 
     @property
     def quorum(self) -> int:
@@ -176,6 +177,26 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """The coordinator's word that the log goes on from an earlier head; what was certified after it is undone.
+
+    It is a link of the chain: the next record is of round `to.round` again, and follows the digest of this value."""
+
+    run: RunId
+    number: int  # 1, 2, 3 … in the life of a run: the branch that begins here
+    to: Head  # how many records stay, and the hash of the last of them (of the manifest for none)
+    undone: Head  # the newest head that the coordinator knew of
+    reason: str
+    issued_ms: int
+
+
+@dataclass(frozen=True)
+class SignedRollback:
+    rollback: Rollback
+    signature: str  # hex; the coordinator's, purpose "rollback"
+
+
+@dataclass(frozen=True)
 class Shard:
     """A content-addressed token file: little-endian unsigned ints of `token_bytes` each."""
 
@@ -240,3 +261,4 @@ class BaseCheckpoint:
     head: Digest  # hash of the record before it; of the manifest for round 0
     state: Digest
     blob: BlobRef
+    branch: int = 0  # the rollbacks that the log had followed

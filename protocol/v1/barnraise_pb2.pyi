@@ -80,6 +80,7 @@ class OpenRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """hex public key"""
     nonce: _builtins.bytes
@@ -98,6 +99,8 @@ class OpenRequest(_message.Message):
     protocol: _builtins.int
     software: _builtins.str
     """versions of what matters, for the researcher's eyes"""
+    life: _builtins.int
+    """how often this node's folder has been started: it never falls unless a backup came back"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -114,10 +117,11 @@ class OpenRequest(_message.Message):
         name: _builtins.str = ...,
         protocol: _builtins.int = ...,
         software: _builtins.str = ...,
+        life: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "invite", b"invite", "name", b"name", "node", b"node", "nonce", b"nonce", "peer", b"peer", "peer_public_key", b"peer_public_key", "peer_signature", b"peer_signature", "protocol", b"protocol", "signature", b"signature", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "invite", b"invite", "life", b"life", "name", b"name", "node", b"node", "nonce", b"nonce", "peer", b"peer", "peer_public_key", b"peer_public_key", "peer_signature", b"peer_signature", "protocol", b"protocol", "signature", b"signature", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,6 +139,9 @@ class OpenReply(_message.Message):
     RENDEZVOUS_FIELD_NUMBER: _builtins.int
     COORDINATOR_MS_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    ROLLBACKS_FIELD_NUMBER: _builtins.int
+    SILENT_EPOCH_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """token for the metadata key "session" """
     manifest: _builtins.bytes
@@ -144,6 +151,10 @@ class OpenReply(_message.Message):
     base: _builtins.bytes
     """canonical BaseCheckpoint"""
     coordinator_ms: _builtins.int
+    silent_epoch: _builtins.int
+    """newest roster, plus one, that a node which forgot its promises must not sign under; 0: none"""
+    life: _builtins.int
+    """highest life that the coordinator knows of this node, this one included"""
     @_builtins.property
     def rendezvous(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """multiaddrs of the DHT bootstrap peer"""
@@ -151,6 +162,10 @@ class OpenReply(_message.Message):
     @_builtins.property
     def shards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """canonical Shard"""
+
+    @_builtins.property
+    def rollbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """canonical SignedRollback, all"""
 
     def __init__(
         self,
@@ -162,10 +177,13 @@ class OpenReply(_message.Message):
         rendezvous: _abc.Iterable[_builtins.str] | None = ...,
         coordinator_ms: _builtins.int = ...,
         shards: _abc.Iterable[_builtins.bytes] | None = ...,
+        rollbacks: _abc.Iterable[_builtins.bytes] | None = ...,
+        silent_epoch: _builtins.int = ...,
+        life: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "coordinator_ms", b"coordinator_ms", "manifest", b"manifest", "pass", b"pass", "rendezvous", b"rendezvous", "roster", b"roster", "session", b"session", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "coordinator_ms", b"coordinator_ms", "life", b"life", "manifest", b"manifest", "pass", b"pass", "rendezvous", b"rendezvous", "rollbacks", b"rollbacks", "roster", b"roster", "session", b"session", "shards", b"shards", "silent_epoch", b"silent_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,6 +206,7 @@ class HeartbeatRequest(_message.Message):
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     BUSY_SHARE_FIELD_NUMBER: _builtins.int
     KNOWN_ROUND_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
     """joining, syncing, training, paused, finishing"""
     head_round: _builtins.int
@@ -204,6 +223,8 @@ class HeartbeatRequest(_message.Message):
     """share of the wall time that the trainer spends in inner steps"""
     known_round: _builtins.int
     """coordinator's head as the node knows it"""
+    branch: _builtins.int
+    """how many rollbacks it knows of"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -226,10 +247,11 @@ class HeartbeatRequest(_message.Message):
         lease_ids: _abc.Iterable[_builtins.str] | None = ...,
         busy_share: _builtins.float = ...,
         known_round: _builtins.int = ...,
+        branch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "addresses", b"addresses", "busy_share", b"busy_share", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "epoch", b"epoch", "head_hash", b"head_hash", "head_round", b"head_round", "known_round", b"known_round", "lease_ids", b"lease_ids", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "addresses", b"addresses", "branch", b"branch", "busy_share", b"busy_share", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "epoch", b"epoch", "head_hash", b"head_hash", "head_round", b"head_round", "known_round", b"known_round", "lease_ids", b"lease_ids", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,6 +268,7 @@ class HeartbeatReply(_message.Message):
     NOTICE_FIELD_NUMBER: _builtins.int
     COORDINATOR_MS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    ROLLBACKS_FIELD_NUMBER: _builtins.int
     roster: _builtins.bytes
     """when newer than the node's"""
     head_round: _builtins.int
@@ -262,6 +285,10 @@ class HeartbeatReply(_message.Message):
     def renewed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """lease ids"""
 
+    @_builtins.property
+    def rollbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """those that the node does not know of"""
+
     def __init__(
         self,
         *,
@@ -272,10 +299,11 @@ class HeartbeatReply(_message.Message):
         notice: _builtins.str = ...,
         coordinator_ms: _builtins.int = ...,
         finished: _builtins.bool = ...,
+        rollbacks: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_ms", b"coordinator_ms", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_ms", b"coordinator_ms", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,21 +374,27 @@ class ReadLogReply(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     ROSTERS_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
+    ROLLBACKS_FIELD_NUMBER: _builtins.int
     base: _builtins.bytes
     @_builtins.property
     def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
     def rosters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def rollbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """all"""
+
     def __init__(
         self,
         *,
         entries: _abc.Iterable[_builtins.bytes] | None = ...,
         rosters: _abc.Iterable[_builtins.bytes] | None = ...,
         base: _builtins.bytes = ...,
+        rollbacks: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "entries", b"entries", "rosters", b"rosters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "entries", b"entries", "rollbacks", b"rollbacks", "rosters", b"rosters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,18 +402,28 @@ Global___ReadLogReply: _TypeAlias = ReadLogReply  # noqa: Y015
 
 @_typing.final
 class PushEntryRequest(_message.Message):
+    """Rosters and rollbacks go along so that a coordinator whose database came from a backup learns again what it signed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENTRY_FIELD_NUMBER: _builtins.int
+    ROSTERS_FIELD_NUMBER: _builtins.int
+    ROLLBACKS_FIELD_NUMBER: _builtins.int
     entry: _builtins.bytes
+    @_builtins.property
+    def rosters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def rollbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
         entry: _builtins.bytes = ...,
+        rosters: _abc.Iterable[_builtins.bytes] | None = ...,
+        rollbacks: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "rollbacks", b"rollbacks", "rosters", b"rosters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
