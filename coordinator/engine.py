@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import structlog
 
 from coordinator import archive, service, web
+from coordinator.core import leases as data
 from coordinator.core import machine
-from coordinator.core.leases import renew
 from coordinator.core.rosters import quorum
 from coordinator.evaluation import Evaluator
 from coordinator.folder import Published, RunFolder
@@ -28,8 +28,8 @@ from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Refused
 from protocol.fold import fold, outer_of
-from protocol.identity import Key, libp2p_private_key_bytes, sign_roster
-from protocol.log import genesis_head, is_certified, next_head, ranges_of
+from protocol.identity import Key, libp2p_private_key_bytes, sign_rollback, sign_roster
+from protocol.log import genesis_head, head_after, is_certified, line_head, next_head, next_turn, ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed, Floats, write_base
 from protocol.types import (
@@ -38,9 +38,11 @@ from protocol.types import (
     Epoch,
     Head,
     LogEntry,
+    Rollback,
     RoundNumber,
     Shard,
     SignedManifest,
+    SignedRollback,
 )
 
 IDENTITY = "p2p.identity"
@@ -92,13 +94,13 @@ class Coordinator:
         self._replica = archive.rebuild(store, blobs, published.manifest.manifest)
         self._rules = self._make_rules()
         self.state = self._restore()
-        self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase] = asyncio.Queue()
+        self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase | machine.Rewind] = asyncio.Queue()
         self._changed = asyncio.Event()  # set and replaced at every change
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._rendezvous: Rendezvous | None = None
         self._evaluator: Evaluator | None = None
-        self._to_measure: list[tuple[Floats, Evaluation]] = []
+        self._to_measure: list[tuple[Floats, Evaluation, int]] = []  # parameters, what is known of them, their branch
         self._measure = asyncio.Event()
         self._measured = -1
         measured = store.history()
@@ -141,43 +143,41 @@ class Coordinator:
 
     def _restore(self) -> machine.State:
         """The machine as the database has it. Nodes come back by themselves; their leases wait for them."""
-        head, consumed, tokens = genesis_head(self.manifest.manifest), Consumed(), 0
-        newest: Epoch = Epoch(-1)
-        replica_head = head
-        unfolded: list[LogEntry] = []
-        for entry in self.store.entries():
-            record = entry.record
-            head = next_head(record)
-            consumed = consumed.with_ranges(ranges_of(record))
-            tokens += sum(contribution.tokens for contribution in record.contributions)
-            newest = entry.certificate.ballot.epoch
-            if record.round < self._replica.round:
-                replica_head = head
-            else:
-                unfolded.append(entry)
+        entries, rollbacks = self.store.entries(), self.store.rollbacks()
+        head, branch = self._head_at(len(entries))
+        replica, self._replica_branch = self._head_at(self._replica.round)
+        consumed, tokens = _taken(entries)
+        newest = entries[-1].certificate.ballot.epoch if entries else Epoch(-1)
+        unfolded = entries[self._replica.round :]
         history = {signed.roster.epoch: signed for signed in self.store.rosters()}
-        leases = self.store.load_leases(self.shards)
+        leases = data.strike(self.store.load_leases(self.shards), consumed)
         until_ms = self.now_ms() + int(self._spec.leases.seconds * 1000)
         for lease in tuple(leases.held.values()):
-            leases, _ = renew(leases, lease.node, [lease.lease_id], until_ms)
-        parts = {part.digest for entry in unfolded for part in entry.record.parts}
+            leases, _ = data.renew(leases, lease.node, [lease.lease_id], until_ms)
         return machine.State(
             head=head,
-            replica=replica_head,
+            replica=replica,
             replica_digest=self._replica.digest(),
             consumed=consumed,
             leases=leases,
+            branch=branch,
+            rollbacks=rollbacks,
+            silent=self.store.silent(),
             nodes={
                 each.node: machine.Node(
                     each.node, each.peer, each.name, activity="left", seen=-1e9, credit_tokens=each.credit_tokens
                 )
                 for each in self.store.nodes()
             },
-            rosters=tuple(signed for epoch, signed in sorted(history.items()) if epoch >= newest),
+            rosters=tuple(
+                signed
+                for epoch, signed in sorted(history.items())
+                if epoch >= newest and signed.roster.branch == branch
+            ),
             history=history,
             next_epoch=Epoch(max(history, default=-1) + 1),
-            unfolded=tuple(unfolded),
-            have=frozenset(digest for digest in parts if self.blobs.has(digest)),
+            unfolded=unfolded,
+            have=self._archived(unfolded),
             started=self._now(),
             tokens=tokens,
             events=tuple((ms / 1000, text) for ms, text in self.store.recent(EVENTS_SHOWN)),
@@ -295,11 +295,19 @@ class Coordinator:
                 self.store.save_roster(signed)
                 self.submit(machine.RosterSigned(signed))
                 self._spawn(self._tell_rendezvous())
+            case machine.SaveRosters(rosters):
+                for each in rosters:
+                    self.store.save_roster(each)
+            case machine.SignRollback(rollback):
+                self.submit(machine.Recalled((), (sign_rollback(self.key, rollback),)))
+            case machine.TurnLog(turn):
+                self._turn(turn)
             case machine.SaveLeases():
                 self.store.save_leases(self.state.leases)
             case machine.SaveEntry(entry):
-                self.store.append_entry(entry, {c.node: c.tokens for c in entry.record.contributions})
-            case machine.Fold() | machine.Evaluate() | machine.ArchiveBase():
+                credit = {c.node: c.tokens for c in entry.record.contributions}
+                self.store.append_entry(entry, credit, self.state.leases)
+            case machine.Fold() | machine.Evaluate() | machine.ArchiveBase() | machine.Rewind():
                 self._work.put_nowait(effect)
             case machine.Announce():
                 self._announce()
@@ -333,34 +341,86 @@ class Coordinator:
                     await self._fold(entry)
                 case machine.Evaluate(round_number):
                     self._queue_evaluation(round_number)
-                case machine.ArchiveBase(round_number):
-                    await self._archive(round_number)
+                case machine.ArchiveBase():
+                    await self._archive()
+                case machine.Rewind():
+                    await self._rewind()
 
     async def _fold(self, entry: LogEntry) -> None:
+        if self.state.rewinding:
+            return
+
         def apply() -> Digest:
             parts = {part.index: self.blobs.read(part.digest) for part in entry.record.parts}
             fold(self._replica, entry.record, parts, self._codec, self._outer)
             digest: Digest = self._replica.digest()
             return digest
 
-        self.submit(machine.Folded(entry.record.round, await asyncio.to_thread(apply)))
+        digest = await asyncio.to_thread(apply)
+        _, self._replica_branch = line_head(next_head(entry.record), _rollbacks(self.state))
+        self.submit(machine.Folded(entry.record.round, digest))
 
-    async def _archive(self, round_number: RoundNumber) -> None:
-        head = self._head_at(round_number)
+    async def _archive(self) -> None:
+        """Keep the replica as it is now, and a copy of the database that leads to it."""
+        head, branch = self.state.replica, self.state.branch
 
         def write() -> BaseCheckpoint:
             with tempfile.TemporaryDirectory(dir=self._folder.runtime) as folder:
                 path = Path(folder) / "base.safetensors"
                 state = write_base(path, self._replica)
-                return BaseCheckpoint(round_number, head.hash, state, self.blobs.put_file(path))
+                return BaseCheckpoint(head.round, head.hash, state, self.blobs.put_file(path), branch)
 
-        self.store.save_base(await asyncio.to_thread(write))
+        if self.state.rewinding:
+            return
+        base = await asyncio.to_thread(write)
+        if self.state.branch == branch:  # else it was undone meanwhile
+            self.store.save_base(base)
+            await asyncio.to_thread(self.store.backup, self._folder.backup)
 
-    def _head_at(self, round_number: RoundNumber) -> Head:
+    # rollbacks
+
+    def _record_head(self, round_number: int) -> Head:
+        """So many records, and the hash of the last of them."""
         if round_number == 0:
             return genesis_head(self.manifest.manifest)
         (entry,) = self.store.entries(round_number - 1, 1)
         return next_head(entry.record)
+
+    def _head_at(self, round_number: int) -> tuple[Head, int]:
+        """The line's head before this round, and its branch."""
+        return line_head(self._record_head(round_number), (signed.rollback for signed in self.store.rollbacks()))
+
+    def _is_undone(self, round_number: int, branch: int) -> bool:
+        """Whether the log has since gone back beyond this state of an earlier branch."""
+        return any(each.to.round < round_number for each in _rollbacks(self.state)[branch:])
+
+    def _archived(self, entries: Sequence[LogEntry]) -> frozenset[Digest]:
+        parts = {part.digest for entry in entries for part in entry.record.parts}
+        return frozenset(digest for digest in parts if self.blobs.has(digest))
+
+    def _turn(self, signed: SignedRollback) -> None:
+        """What the rollback undoes is undone in the database first, all of it or nothing."""
+        start = signed.rollback.to.round
+        stay, undone = self.store.entries(0, start), self.store.entries(start)
+        consumed, tokens = _taken(stay)
+        freed = [each for entry in undone for each in ranges_of(entry.record)]
+        leases = data.undo(self.state.leases, freed) if undone else self.state.leases
+        self.store.save_rollback(signed, leases)
+        head = head_after(signed.rollback)
+        self.submit(machine.RolledBack(signed, head, consumed, tokens, leases))
+
+    async def _rewind(self) -> None:
+        """The replica follows the line as the database has it now."""
+        branch = self.state.branch
+        due = next_turn(self._replica.round, self._replica_branch, _rollbacks(self.state))
+        if due is not None and due.to.round < self._replica.round:
+            rebuild = archive.rebuild
+            self._replica = await asyncio.to_thread(rebuild, self.store, self.blobs, self.manifest.manifest)
+        if self.state.branch != branch:
+            return  # there is a later one to follow
+        unfolded = self.store.entries(self._replica.round)
+        head, self._replica_branch = self._head_at(self._replica.round)
+        self.submit(machine.Rewound(head, self._replica.digest(), unfolded, self._archived(unfolded)))
 
     # measuring
 
@@ -378,7 +438,7 @@ class Coordinator:
             bytes=sum(node.bytes_sent for node in self.state.nodes.values()),
         )
         del self._to_measure[1 if self._measured < 0 else 0 :]
-        self._to_measure.append((self._replica.params.copy(), facts))
+        self._to_measure.append((self._replica.params.copy(), facts, self.state.branch))
         self._measure.set()
 
     async def _evaluate(self) -> None:
@@ -396,11 +456,13 @@ class Coordinator:
         )
         while True:
             await self._measure.wait()
-            params, facts = self._to_measure.pop(0)
+            params, facts, branch = self._to_measure.pop(0)
             if not self._to_measure:
                 self._measure.clear()
             round_number = facts.round
             heldout = await self._evaluator.loss(params)
+            if self._is_undone(round_number, branch):
+                continue
             self._newest = replace(facts, heldout=heldout)
             self._first = self._first or self._newest
             self.store.save_evaluation(self._newest)
@@ -493,3 +555,16 @@ class Coordinator:
         if here < quorum(len(rostered)):
             return f"waiting for a majority: {here} of {len(rostered)} rostered nodes are here"
         return f"training with {here} node{'s' if here != 1 else ''}"
+
+
+def _rollbacks(state: machine.State) -> tuple[Rollback, ...]:
+    return tuple(signed.rollback for signed in state.rollbacks[: state.branch])
+
+
+def _taken(entries: Sequence[LogEntry]) -> tuple[Consumed, int]:
+    """The data that these records have consumed, and its tokens."""
+    consumed, tokens = Consumed(), 0
+    for entry in entries:
+        consumed = consumed.with_ranges(ranges_of(entry.record))
+        tokens += sum(contribution.tokens for contribution in entry.record.contributions)
+    return consumed, tokens

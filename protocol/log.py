@@ -69,6 +69,30 @@ def next_turn(round_number: RoundNumber, branch: int, rollbacks: Iterable[Rollba
     return furthest if furthest is not None and round_number >= furthest.to.round else None
 
 
+def on_line(rollbacks: Iterable[Rollback]) -> tuple[Rollback, ...]:
+    """Of a run's rollbacks, in order, those whose turn no later one has undone."""
+    kept: list[Rollback] = []
+    for each in rollbacks:
+        kept = [*(other for other in kept if other.to.round < each.to.round), each]
+    return tuple(kept)
+
+
+def line_head(records: Head, rollbacks: Iterable[Rollback]) -> tuple[Head, int]:
+    """The head of the line after so many records, where it turns there, and its branch."""
+    passed = [each for each in on_line(rollbacks) if each.to.round <= records.round]
+    if not passed:
+        return records, 0
+    return head_after(passed[-1]) if passed[-1].to.round == records.round else records, passed[-1].number
+
+
+def turned(head: Head, branch: int, rollbacks: Sequence[Rollback]) -> tuple[Head, int]:
+    """Head and branch once the rollbacks are followed that turn the log exactly here."""
+    while (due := next_turn(head.round, branch, rollbacks)) is not None:
+        assert due.to.round == head.round, f"rollback {due.number} goes back to {due.to.round}, before {head.round}"
+        head, branch = head_after(due), due.number
+    return head, branch
+
+
 def ranges_of(record: Record) -> tuple[DataRange, ...]:
     return tuple(span for contribution in record.contributions for span in contribution.ranges)
 

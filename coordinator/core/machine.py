@@ -12,7 +12,7 @@ from coordinator.core import leases as data
 from coordinator.core.leases import Leases
 from coordinator.core.rosters import next_members
 from protocol.errors import Refused
-from protocol.log import check_ranges, check_record_shape, next_head, ranges_of
+from protocol.log import check_ranges, check_record_shape, next_head, next_turn, ranges_of
 from protocol.state import Consumed
 from protocol.types import (
     Digest,
@@ -25,10 +25,12 @@ from protocol.types import (
     Part,
     PeerId,
     Role,
+    Rollback,
     Roster,
     RoundNumber,
     RunId,
     Seal,
+    SignedRollback,
     SignedRoster,
 )
 
@@ -86,6 +88,9 @@ class State:
     consumed: Consumed
     leases: Leases
     nodes: Mapping[NodeId, Node] = field(default_factory=dict)
+    branch: int = 0  # the number of the newest rollback that the log has followed
+    rollbacks: tuple[SignedRollback, ...] = ()  # all that are known; one that a node brought back may lie ahead
+    rewinding: bool = False  # the replica is on its way back
     rosters: tuple[SignedRoster, ...] = ()  # open ones: a record may still be decided under them
     history: Mapping[Epoch, SignedRoster] = field(default_factory=dict)  # all ever issued
     next_epoch: Epoch = Epoch(0)
@@ -95,6 +100,7 @@ class State:
     have: frozenset[Digest] = frozenset()  # archived parts of unfolded records
     folding: bool = False
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
+    silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
     started: float = -1e9  # when this process began
     tokens: int = 0
     events: tuple[tuple[float, str], ...] = ()
@@ -118,6 +124,7 @@ class NodeOpened:
     peer: PeerId
     name: str
     addresses: tuple[str, ...]
+    forgot: bool = False  # its disk came back from a backup: it does not know what it has signed
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ class HeartbeatArrived:
     head_round: int
     epoch: int
     addresses: tuple[str, ...]
+    branch: int = 0  # how many rollbacks it knows
     tokens_per_second: float = 0.0
     train_loss: float | None = None
     busy_share: float = 0.0
@@ -170,6 +178,43 @@ class RosterSigned:
 
 
 @dataclass(frozen=True)
+class RollbackAsked:
+    """By the researcher or by the watch: `to` is a head of the log, named by its record."""
+
+    to: Head
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Signed by this coordinator, and perhaps forgotten with a lost database: nodes bring it back."""
+
+    rosters: tuple[SignedRoster, ...]
+    rollbacks: tuple[SignedRollback, ...]
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The rollback is durable, and so are the leases without what it has undone."""
+
+    signed: SignedRollback
+    head: Head
+    consumed: Consumed
+    tokens: int
+    leases: Leases
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """The replica is at the newest state of the line that the archive reaches; what comes after it is to be folded."""
+
+    replica: Head
+    digest: Digest
+    unfolded: tuple[LogEntry, ...]
+    have: frozenset[Digest]
+
+
+@dataclass(frozen=True)
 class Noticed:
     """Something that the researcher should read on the page."""
 
@@ -190,6 +235,10 @@ Event = (
     | PartStored
     | Folded
     | RosterSigned
+    | RollbackAsked
+    | Recalled
+    | RolledBack
+    | Rewound
     | Noticed
     | Ticked
 )
@@ -206,6 +255,32 @@ class SignRoster:
 
 
 @dataclass(frozen=True)
+class SaveRosters:
+    """Rosters of our own that nodes have brought back."""
+
+    rosters: tuple[SignedRoster, ...]
+
+
+@dataclass(frozen=True)
+class SignRollback:
+    """Sign it, and answer with Recalled."""
+
+    rollback: Rollback
+
+
+@dataclass(frozen=True)
+class TurnLog:
+    """Make durable, in one transaction: the rollback, what it undoes, and the leases. Ends as RolledBack."""
+
+    signed: SignedRollback
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Rebuild the replica along the line; ends as Rewound."""
+
+
+@dataclass(frozen=True)
 class GrantLeases:
     node: NodeId
     leases: tuple[Lease, ...]
@@ -218,7 +293,7 @@ class SaveLeases:
 
 @dataclass(frozen=True)
 class SaveEntry:
-    """Append to the log, and credit its contributors, in one transaction."""
+    """Append to the log, credit its contributors, and save the leases as they now stand, in one transaction."""
 
     entry: LogEntry
 
@@ -245,7 +320,20 @@ class Announce:
     """Something changed that pages and waiting heartbeats should hear of."""
 
 
-Effect = SignRoster | GrantLeases | SaveLeases | SaveEntry | Fold | Evaluate | ArchiveBase | Announce
+Effect = (
+    SignRoster
+    | SaveRosters
+    | SignRollback
+    | TurnLog
+    | Rewind
+    | GrantLeases
+    | SaveLeases
+    | SaveEntry
+    | Fold
+    | Evaluate
+    | ArchiveBase
+    | Announce
+)
 Outcome = tuple[State, tuple[Effect, ...]]
 
 
@@ -262,13 +350,17 @@ def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
 
 def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
     match event:
-        case NodeOpened(node, peer, name, addresses):
+        case NodeOpened(node, peer, name, addresses, forgot):
             known = state.nodes.get(node) or Node(node, peer, name)
             goes_on = known.activity in TAKES_PART and known.present(now, rules)  # only its connection was lost
             activity = known.activity if goes_on else "joining"
             where = addresses or known.addresses  # a node says where it is once its engine runs
             fresh = replace(known, peer=peer, name=name, addresses=where, seen=now, activity=activity)
             state = replace(state, seals={other: seal for other, seal in state.seals.items() if other != node})
+            if forgot:
+                fresh = replace(fresh, activity="joining")
+                state = replace(state, silent={**state.silent, node: Epoch(state.next_epoch - 1)})
+                state = _say(state, now, f"{name} has come back with an older disk: it starts as a new member would")
             return _say(_with_node(state, fresh), now, f"{name} connected"), (Announce(),)
         case HeartbeatArrived():
             return _heartbeat(state, event, now, rules)
@@ -284,6 +376,22 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             return _folded(state, round_number, digest, now, rules)
         case RosterSigned(signed):
             return _roster_signed(state, signed, now)
+        case RollbackAsked(to, reason):
+            return _rollback_asked(state, to, reason, now, rules)
+        case Recalled(rosters, rollbacks):
+            return _recalled(state, rosters, rollbacks)
+        case RolledBack():
+            return _rolled_back(state, event, now)
+        case Rewound(replica, digest, unfolded, have):
+            return replace(
+                state,
+                replica=replica,
+                replica_digest=digest,
+                unfolded=unfolded,
+                have=have,
+                rewinding=False,
+                folding=False,
+            ), (Announce(),)
         case Noticed(text):
             return _say(state, now, text), (Announce(),)
         case Ticked():
@@ -361,7 +469,7 @@ def _entry(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     if entry.record.round > state.head.round:
         return replace(state, waiting={**state.waiting, entry.record.round: entry}), ()
     signed = state.history.get(entry.certificate.ballot.epoch)
-    if signed is None or entry.record.previous != state.head.hash:
+    if signed is None or signed.roster.branch != state.branch or entry.record.previous != state.head.hash:
         return state, ()
     if not rules.entry_is_certified(entry, signed.roster):
         return state, ()
@@ -396,7 +504,7 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     state = _say(state, now, f"round {record.round} certified: {names} nodes, {tokens:,} tokens")
     if run_is_over(state, rules):
         state = _say(state, now, f"the run has reached its {rules.rounds_goal} rounds")
-    effects: tuple[Effect, ...] = (SaveEntry(entry), SaveLeases(), Announce())
+    effects: tuple[Effect, ...] = (SaveEntry(entry), Announce())
     following = state.waiting.get(state.head.round)
     state = replace(state, waiting={n: e for n, e in state.waiting.items() if n > state.head.round})
     if following is None:
@@ -406,6 +514,8 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
 
 
 def _folded(state: State, round_number: RoundNumber, digest: Digest, now: float, rules: Rules) -> Outcome:
+    if state.rewinding:
+        return state, ()  # begun before the rollback
     entry, rest = state.unfolded[0], state.unfolded[1:]
     assert entry.record.round == round_number
     after = RoundNumber(round_number + 1)
@@ -441,6 +551,73 @@ def _roster_signed(state: State, signed: SignedRoster, now: float) -> Outcome:
     return _say(state, now, f"roster {roster.epoch}: {names}"), (Announce(),)
 
 
+# rollbacks
+
+
+def _rollback_asked(state: State, to: Head, reason: str, now: float, rules: Rules) -> Outcome:
+    assert 0 <= to.round <= state.head.round
+    number = len(state.rollbacks) + 1
+    if state.branch != number - 1:
+        return _say(state, now, "no rollback: the log has yet to follow one that nodes remember"), (Announce(),)
+    rollback = Rollback(rules.run, number, to, state.head, reason, int(now * 1000))
+    return state, (SignRollback(rollback),)
+
+
+def _recalled(state: State, rosters: tuple[SignedRoster, ...], rollbacks: tuple[SignedRollback, ...]) -> Outcome:
+    """Take in what is genuinely ours and new here; the rollbacks in order and without a gap."""
+    known = list(state.rollbacks)
+    for signed in sorted(rollbacks, key=lambda each: each.rollback.number):
+        if signed.rollback.number == len(known) + 1:
+            known.append(signed)
+    new = tuple(signed for signed in rosters if signed.roster.epoch not in state.history)
+    history = {**state.history, **{signed.roster.epoch: signed for signed in new}}
+    state = replace(
+        state,
+        rollbacks=tuple(known),
+        history=history,
+        rosters=_open(state, history) if new else state.rosters,
+        next_epoch=Epoch(max(state.next_epoch, max(history, default=-1) + 1)),
+    )
+    return state, (SaveRosters(new),) if new else ()
+
+
+def _open(state: State, history: Mapping[Epoch, SignedRoster]) -> tuple[SignedRoster, ...]:
+    """The rosters of this branch from the oldest open one on."""
+    oldest = state.rosters[0].roster.epoch if state.rosters else Epoch(-1)
+    return tuple(
+        signed for epoch, signed in sorted(history.items()) if epoch >= oldest and signed.roster.branch == state.branch
+    )
+
+
+def _turn(state: State) -> SignedRollback | None:
+    """The rollback that the log has to follow now."""
+    due = next_turn(state.head.round, state.branch, (signed.rollback for signed in state.rollbacks))
+    return None if due is None else state.rollbacks[due.number - 1]
+
+
+def _rolled_back(state: State, event: RolledBack, now: float) -> Outcome:
+    """The log goes on from an earlier head: with rosters of its own, and with the data of what is undone."""
+    rollback = event.signed.rollback
+    undone = rollback.undone.round - rollback.to.round
+    state = replace(
+        state,
+        head=event.head,
+        branch=rollback.number,
+        consumed=event.consumed,
+        tokens=event.tokens,
+        leases=event.leases,
+        rosters=(),
+        issuing=None,
+        seals={},
+        unfolded=(),
+        waiting={},
+        have=frozenset(),
+        rewinding=True,
+    )
+    what = f"rollback {rollback.number} to round {rollback.to.round}: {undone} rounds undone ({rollback.reason})"
+    return _say(state, now, what), (Rewind(), Announce())
+
+
 def _settle(state: State, now: float, rules: Rules) -> Outcome:
     """Whatever follows from the state and the time, whichever event led to it."""
     effects: tuple[Effect, ...] = ()
@@ -452,10 +629,12 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
     if gone:
         state = replace(state, leases=data.give_back(state.leases, gone))
         effects += (SaveLeases(),)
+    if (turn := _turn(state)) is not None:
+        return state, (*effects, TurnLog(turn))
     if state.issuing is None and not run_is_over(state, rules):
         state, more = _roster(state, now, rules)
         effects += more
-    if state.unfolded and not state.folding:
+    if state.unfolded and not state.folding and not state.rewinding:
         entry = state.unfolded[0]
         ready = all(part.digest in state.have for part in entry.record.parts)
         if ready and entry.record.state == state.replica_digest:
@@ -466,9 +645,12 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
 
 def _roster(state: State, now: float, rules: Rules) -> Outcome:
     """Issue a new roster when the active nodes are no longer those of the last one."""
-    if state.rosters and now - state.started < rules.absent_seconds:
+    if state.history and now - state.started < rules.absent_seconds:
         return state, ()  # after a restart everyone gets the time to come back
-    rostered = set(state.roster.roster.nodes) if state.roster else set()
+    if state.rollbacks and state.rollbacks[-1].rollback.number != state.branch:
+        return state, ()  # what nodes remember of this log is ahead of it
+    newest = state.roster or state.history.get(max(state.history, default=Epoch(-1)))
+    rostered = set(newest.roster.nodes) if newest else set()
     desired = tuple(
         Member(n.node, n.peer, n.addresses, rules.weight_cap, n.role)
         for n in state.nodes.values()
@@ -476,12 +658,13 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
         and n.present(now, rules)
         and (n.node in rostered or n.head_round >= state.head.round - BEHIND_MAX)
     )
-    if not state.rosters and len(desired) < rules.min_nodes:
+    if not state.history and len(desired) < rules.min_nodes:
         return state, ()
     seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}
-    members = next_members([signed.roster for signed in state.rosters], desired, seals)
+    members = next_members([signed.roster for signed in state.rosters], desired, seals, state.silent)
     if members is None:
         return state, ()
-    roster = Roster(rules.run, state.next_epoch, members, int(now * 1000), floor=state.head.round)
+    issued_ms = int(now * 1000)
+    roster = Roster(rules.run, state.next_epoch, members, issued_ms, floor=state.head.round, branch=state.branch)
     state = replace(state, next_epoch=Epoch(state.next_epoch + 1), issuing=roster.epoch)
     return state, (SignRoster(roster),)

@@ -30,28 +30,37 @@ def may_follow(old: Iterable[NodeId], new: Iterable[NodeId], sealed: Iterable[No
 
 
 def next_members(
-    open_rosters: Sequence[Roster], desired: Sequence[Member], seals: Mapping[NodeId, Epoch] | None = None
+    open_rosters: Sequence[Roster],
+    desired: Sequence[Member],
+    seals: Mapping[NodeId, Epoch] | None = None,
+    silent: Mapping[NodeId, Epoch] | None = None,
 ) -> tuple[Member, ...] | None:
     """The members of the next roster: `desired`, or the longest safe step towards it; None to leave it as it is.
 
     `open_rosters` are all those under which a record may still be decided, the newest last; `seals` names those who
-    sign nothing more under the rosters up to an epoch."""
+    have voted for nothing and sign nothing more under the rosters up to an epoch. Those who are `silent` sign nothing
+    more either, but they have forgotten what they voted for: to the rosters up to that epoch they are strangers."""
     desired = tuple(desired)[:MEMBERS_MAX]
     if not open_rosters:
         return desired or None
-    current = open_rosters[-1].members
-    if not desired or _same(current, desired):
+    newest, current = open_rosters[-1], open_rosters[-1].members
+    forgetful = {node for node, epoch in (silent or {}).items() if epoch >= newest.epoch and newest.member(node)}
+    if not desired or (_same(current, desired) and not forgetful):
         return None
     wished = {member.node: member for member in desired}
 
+    def voters(roster: Roster) -> list[NodeId]:
+        """Its nodes, where one that has forgotten is another than the one of the same name."""
+        return [NodeId(f"{n} before") if (silent or {}).get(n, -1) >= roster.epoch else n for n in roster.nodes]
+
     def safe(nodes: Sequence[NodeId]) -> bool:
         return all(
-            may_follow(roster.nodes, nodes, [node for node, epoch in (seals or {}).items() if epoch >= roster.epoch])
+            may_follow(voters(roster), nodes, [n for n, epoch in (seals or {}).items() if epoch >= roster.epoch])
             for roster in open_rosters
         )
 
     kept = [member.node for member in current]
-    for node in [node for node in kept if node not in wished]:
+    for node in [node for node in kept if node not in wished or node in forgetful]:
         fewer = [other for other in kept if other != node]
         if safe(fewer):
             kept = fewer
@@ -60,7 +69,8 @@ def next_members(
             kept.append(member.node)
     known = {member.node: member for member in current} | wished
     chosen = tuple(known[node] for node in kept)
-    return None if _same(current, chosen) or not safe(kept) else chosen
+    changed = not _same(current, chosen) or not forgetful.isdisjoint(kept)
+    return chosen if changed and safe(kept) else None
 
 
 def _same(left: Sequence[Member], right: Sequence[Member]) -> bool:

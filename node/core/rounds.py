@@ -19,7 +19,9 @@ from protocol.log import (
     check_members,
     check_ranges,
     check_record_shape,
+    head_after,
     next_head,
+    next_turn,
     ranges_of,
     record_hash,
     spans,
@@ -54,6 +56,7 @@ from protocol.types import (
     RunId,
     Seal,
     Signature,
+    SignedRollback,
     SignedRoster,
     VoteBody,
 )
@@ -71,6 +74,7 @@ class Phase(Enum):
     AVERAGING = "averaging"
     DECIDING = "deciding"  # averaged; waiting for a proposal, or for its certificate
     FOLDING = "folding"  # certified; the parts are being fetched and folded
+    REWINDING = "rewinding"  # the coordinator has undone records that are folded here
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Rules:
     gather_seconds: float
     attempt_seconds_min: float
     attempt_seconds_max: float
+    stale_rounds: int  # missed in a row, after which what this node holds back is dropped
     sign: Callable[[VoteBody], str]
     vote_is_valid: Callable[[NodeId, VoteBody, str], bool]
     entry_is_certified: Callable[[LogEntry, Roster], bool]
@@ -99,6 +104,9 @@ class Rounds:
     digest: Digest  # of state(head.round)
     consumed: Consumed
     rosters: Mapping[Epoch, SignedRoster] = field(default_factory=dict)
+    branch: int = 0  # the number of the newest rollback that this log has followed
+    rollbacks: tuple[SignedRollback, ...] = ()  # all that are known, from the first on
+    silent: Epoch = Epoch(-1)  # nothing is signed under rosters up to it: what was promised there is forgotten
     last: LogEntry | None = None
     phase: Phase = Phase.TRAINING
     ballot: Ballot = Ballot(Epoch(-1), 0)  # nothing below it is signed any more
@@ -107,6 +115,7 @@ class Rounds:
     accepted: Accepted | None = None
     contribution: Contribution | None = None  # the snapshot made for this round
     carried: Contribution | None = None  # what earlier rounds did not take
+    missed: int = 0  # rounds in a row that took nothing of what was there to take
     snapshot_asked: bool = False
     steps: int = 0  # inner steps since the last snapshot
     active: bool = False  # may take part: synced, not paused
@@ -133,11 +142,22 @@ class Rounds:
     last_failure: str = ""
 
     @property
+    def newest(self) -> Epoch | None:
+        """The newest roster that this node may act under."""
+        return max((epoch for epoch, signed in self.rosters.items() if self.acts_under(signed.roster)), default=None)
+
+    def acts_under(self, roster: Roster) -> bool:
+        """It decides on this log's branch, and nothing that was promised under it is forgotten."""
+        return roster.branch == self.branch and roster.epoch > self.silent
+
+    @property
     def signed_roster(self) -> SignedRoster | None:
         """The roster this node goes by: the one its promise names, else the newest."""
-        if self.ballot.epoch in self.rosters:
-            return self.rosters[self.ballot.epoch]
-        return self.rosters[max(self.rosters)] if self.rosters else None
+        promised = self.rosters.get(self.ballot.epoch)
+        if promised is not None and self.acts_under(promised.roster):
+            return promised
+        newest = self.newest
+        return self.rosters[newest] if newest is not None else None
 
     @property
     def roster(self) -> Roster | None:
@@ -215,6 +235,24 @@ class LogArrived:
 
 
 @dataclass(frozen=True)
+class RollbacksArrived:
+    """The coordinator's, checked and durable; those that lack a number before them wait for another time."""
+
+    rollbacks: tuple[SignedRollback, ...]
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """The shared state is that of the head a rollback leaves, or of a later one on its branch; local work is gone."""
+
+    head: Head
+    branch: int
+    digest: Digest
+    consumed: Consumed
+    last: LogEntry | None
+
+
+@dataclass(frozen=True)
 class ActivityChanged:
     """Whether this node takes part in rounds: it is synced and not paused."""
 
@@ -241,6 +279,8 @@ Event = (
     | PartsLost
     | Folded
     | LogArrived
+    | RollbacksArrived
+    | Rewound
     | ActivityChanged
     | Finishing
     | Ticked
@@ -264,6 +304,7 @@ class SaveVote:
     round: RoundNumber
     ballot: Ballot
     accepted: Accepted | None
+    previous: Digest  # in another branch's round of the same number it binds nobody
 
 
 @dataclass(frozen=True)
@@ -305,7 +346,29 @@ class Fold:
     entry: LogEntry
 
 
-Effect = TakeSnapshot | SaveVote | Send | Average | StopAveraging | FetchParts | Fold
+@dataclass(frozen=True)
+class Turn:
+    """The log goes on from this very head on another branch: nothing that is folded here is undone."""
+
+    rollback: SignedRollback
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Put the undone entries aside, go back to the state that the rollback leaves, begin anew; ends as Rewound."""
+
+    rollback: SignedRollback
+
+
+@dataclass(frozen=True)
+class TellLog:
+    """Send this peer our log from a round on, with rosters and rollbacks: it does not know that it has to ask."""
+
+    to: NodeId
+    round: RoundNumber
+
+
+Effect = TakeSnapshot | SaveVote | Send | Average | StopAveraging | FetchParts | Fold | Turn | Rewind | TellLog
 Outcome = tuple[Rounds, tuple[Effect, ...]]
 
 
@@ -334,7 +397,7 @@ def seal(state: Rounds) -> tuple[Seal, SaveVote] | None:
         return None
     ballot = max(state.ballot, Ballot(max(state.rosters), 0))
     sealed = Ballot(ballot.epoch, SEALED + lifted(ballot).attempt)
-    return Seal(state.head.round, ballot.epoch), SaveVote(state.head.round, sealed, None)
+    return Seal(state.head.round, ballot.epoch), SaveVote(state.head.round, sealed, None, state.head.hash)
 
 
 def lifted(ballot: Ballot) -> Ballot:
@@ -371,9 +434,13 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
         case PartsLost(digests):
             return replace(state, fetching=state.fetching - digests, fetch_at=now + RESEND_SECONDS), ()
         case Folded(round_number, digest):
-            return _folded(state, round_number, digest, now), ()
+            return _folded(state, round_number, digest, now, rules), ()
         case LogArrived(entries, rosters):
             return _log_arrived(state, entries, rosters, rules), ()
+        case RollbacksArrived(rollbacks):
+            return _learn_rollbacks(state, rollbacks, rules), ()
+        case Rewound():
+            return _rewound(state, event, now), ()
         case ActivityChanged(active):
             return replace(state, active=active, round_started=now), ()
         case Finishing():
@@ -384,8 +451,10 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
 
 def _advance(state: Rounds, now: float, rules: Rules) -> Outcome:
     """Whatever the state allows next, one move at a time; the same state means that nothing does."""
-    if state.phase is Phase.FOLDING:
+    if state.phase in (Phase.FOLDING, Phase.REWINDING):
         return state, ()
+    if (due := _due(state)) is not None:
+        return _turn(state, due, now)
     if state.committed is not None:
         missing = _missing(state, state.committed.record)
         return _fetch(state, state.committed.record, missing, now, rules) if missing else _fold(state)
@@ -420,7 +489,8 @@ def _go_by_newest(state: Rounds) -> Rounds:
     if state.phase is not Phase.TRAINING:
         return state
     certified = state.last.certificate.ballot.epoch if state.last is not None else Epoch(-1)
-    newest = Ballot(max(certified, max(state.rosters, default=certified)), 0)
+    known = state.newest
+    newest = Ballot(certified if known is None else max(certified, known), 0)
     return replace(state, ballot=newest, ballot_is_new=True) if newest > state.ballot else state
 
 
@@ -430,7 +500,9 @@ def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
     if not state.ballot_is_new and ballot == state.ballot:
         ballot = Ballot(ballot.epoch, ballot.attempt + 1)
     signed = state.rosters.get(ballot.epoch)
-    if signed is None or not state.active or signed.roster.member(rules.me) is None:
+    if signed is None or not state.acts_under(signed.roster):
+        return state, ()
+    if not state.active or signed.roster.member(rules.me) is None:
         return state, ()
     if signed.roster.floor > state.head.round or ballot.attempt >= SEALED:
         return state, ()
@@ -461,6 +533,8 @@ def _round_is_over(state: Rounds, now: float, rules: Rules) -> bool:
 
 
 def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:
+    if not state.snapshot_asked:
+        return state  # asked for before a rollback
     contribution = _combine(state.carried, ranges, state.consumed, rules)
     return replace(state, contribution=contribution, carried=None, snapshot_asked=False, steps=0)
 
@@ -516,7 +590,7 @@ def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: R
         majority_since=None,
         resend_at=now + RESEND_SECONDS,
     )
-    return state, (SaveVote(state.head.round, ballot, state.accepted), Send(roster.nodes, ready))
+    return state, (SaveVote(state.head.round, ballot, state.accepted, state.head.hash), Send(roster.nodes, ready))
 
 
 def _own_ready(state: Rounds, ballot: Ballot, rules: Rules) -> Ready:
@@ -541,8 +615,9 @@ def _promises(state: Rounds, roster: Roster, ballot: Ballot) -> dict[NodeId, Sig
 
 def _highest(state: Rounds) -> Ballot:
     """The highest ballot to take part in: that of the newest roster, or a higher one that a peer has promised."""
-    heard = state.heard if state.heard.epoch in state.rosters else state.ballot
-    return max(state.ballot, heard, Ballot(max(state.rosters), 0))
+    known, newest = state.rosters.get(state.heard.epoch), state.newest
+    heard = state.heard if known is not None and state.acts_under(known.roster) else state.ballot
+    return max(state.ballot, heard, Ballot(newest, 0) if newest is not None else state.ballot)
 
 
 def _gather(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
@@ -627,7 +702,7 @@ def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome
         )
         if empty:
             state = replace(state, contribution=None)
-        return state, (*stop, SaveVote(state.head.round, ballot, state.accepted))
+        return state, (*stop, SaveVote(state.head.round, ballot, state.accepted, state.head.hash))
     state, effects = _promise(state, roster, ballot, now, rules)
     return state, stop + effects
 
@@ -638,6 +713,10 @@ def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome
 def _received(state: Rounds, message: Message, signature: str, now: float, rules: Rules) -> Outcome:
     if message.run != rules.run or (isinstance(message, Ready) and not _contribution_is_sound(message, rules)):
         return state, ()
+    if state.phase is Phase.REWINDING:
+        return state, ()  # whoever needs us says it again
+    if isinstance(message, Ready) and _is_left_behind(state, message.ballot.epoch):
+        return _tell_log(state, message, now)
     if message.round > state.head.round and not isinstance(message, LogRequest):
         if isinstance(message, Ready):
             state = replace(state, readies={**state.readies, message.sender: SignedReady(message, signature)})
@@ -664,6 +743,18 @@ def _ask_log(state: Rounds, peer: NodeId, now: float, rules: Rules) -> Outcome:
     return replace(state, log_asked_at=now), (Send((peer,), LogRequest(rules.run, state.head.round, rules.me)),)
 
 
+def _is_left_behind(state: Rounds, epoch: Epoch) -> bool:
+    """Whether whoever goes by this roster is on a branch that is no more; the coordinator may be away."""
+    known = state.rosters.get(epoch)
+    return known is not None and known.roster.branch < state.branch
+
+
+def _tell_log(state: Rounds, ready: Ready, now: float) -> Outcome:
+    if now - state.log_asked_at < LOG_ASK_SECONDS:
+        return state, ()
+    return replace(state, log_asked_at=now), (TellLog(ready.sender, min(ready.round, state.head.round)),)
+
+
 def _contribution_is_sound(ready: Ready, rules: Rules) -> bool:
     contribution = ready.contribution
     try:
@@ -674,6 +765,8 @@ def _contribution_is_sound(ready: Ready, rules: Rules) -> bool:
 
 
 def _ready(state: Rounds, ready: Ready, signature: str, now: float, rules: Rules) -> Outcome:
+    if ready.ballot.epoch > max(state.rosters, default=ready.ballot.epoch):
+        return _ask_log(state, ready.sender, now, rules)  # perhaps of a newer branch, whose rounds are behind ours
     if ready.round < state.head.round:
         if state.last is None or ready.sender == rules.me:
             return state, ()
@@ -815,6 +908,8 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
     if signed is None:
         return _ask_log(state, proposal.sender, now, rules)
     roster = signed.roster
+    if not state.acts_under(roster):
+        return state, ()
     if proposal.sender != leader(roster, proposal.ballot, proposal.round) or roster.member(rules.me) is None:
         return state, ()
     if roster.floor > state.head.round or proposal.ballot.attempt >= SEALED:
@@ -848,7 +943,7 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
     if record.run != rules.run or record.round != state.head.round or record.previous != state.head.hash:
         return False
     signed = state.rosters.get(record.epoch)
-    if record.state != state.digest or signed is None:
+    if record.state != state.digest or signed is None or signed.roster.branch != state.branch:
         return False
     for contribution in record.contributions:
         if contribution.tokens != _tokens(contribution.ranges, rules):
@@ -866,7 +961,8 @@ def _vote(state: Rounds, proposal: Propose, rules: Rules) -> Outcome:
     hashed = record_hash(proposal.record)
     body = VoteBody(rules.run, proposal.round, proposal.ballot, hashed)
     vote = Vote(rules.run, proposal.round, proposal.ballot, rules.me, hashed, rules.sign(body))
-    return state, (SaveVote(state.head.round, state.ballot, state.accepted), Send((proposal.sender,), vote))
+    saved = SaveVote(state.head.round, state.ballot, state.accepted, state.head.hash)
+    return state, (saved, Send((proposal.sender,), vote))
 
 
 def _voted(state: Rounds, vote: Vote, rules: Rules) -> Rounds:
@@ -908,7 +1004,8 @@ def _commit(state: Rounds, entry: LogEntry, sender: NodeId, now: float, rules: R
 
 
 def _entry_fits(state: Rounds, entry: LogEntry, roster: Roster, rules: Rules) -> bool:
-    return entry.record.previous == state.head.hash and rules.entry_is_certified(entry, roster)
+    follows = entry.record.previous == state.head.hash and roster.branch == state.branch
+    return follows and rules.entry_is_certified(entry, roster)
 
 
 def _missing(state: Rounds, record: Record) -> tuple[Part, ...]:
@@ -935,34 +1032,43 @@ def _fold(state: Rounds) -> Outcome:
     return replace(state, phase=Phase.FOLDING), (Fold(state.committed),)
 
 
-def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float) -> Rounds:
+def missed_after(state: Rounds, record: Record) -> int:
+    """How many rounds in a row, with this one, have taken nothing although there was something to take."""
+    brought = state.contribution
+    if brought is not None and holds(record, brought):
+        return 0
+    held = state.carried is not None or (brought is not None and brought.tokens > 0)
+    return state.missed + 1 if held else 0
+
+
+def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float, rules: Rules) -> Rounds:
     entry = state.committed
     assert entry is not None and entry.record.round == round_number
     consumed = state.consumed.with_ranges(ranges_of(entry.record))
+    missed = missed_after(state, entry.record)
     left = state.contribution
     if left is not None and holds(entry.record, left):
         left = None
+    carried = left if left is not None and (left.tokens or left.ranges) else state.carried
+    if missed > rules.stale_rounds:
+        carried = None
     decide = state.decide_seconds
     if state.began_at:
         took = now - state.began_at
         decide = took if decide is None else 0.7 * decide + 0.3 * took
     head = next_head(entry.record)
-    fresh = Rounds(
-        head=head,
+    fresh = replace(
+        _anew(state, head, now),
         digest=digest,
         consumed=consumed,
-        rosters=state.rosters,
         last=entry,
-        carried=left if left is not None and (left.tokens or left.ranges) else state.carried,
+        carried=carried,
+        missed=missed if carried is not None else 0,
         snapshot_asked=state.snapshot_asked,
         steps=state.steps,
-        active=state.active,
-        finishing=state.finishing,
-        round_started=now,
         backlog=tuple(e for e in state.backlog if e.record.round > round_number),
         decide_seconds=decide,
         fetching=state.fetching,
-        last_failure=state.last_failure,
     )
     fresh = _go_by_newest(fresh)
     for signed in state.readies.values():
@@ -971,6 +1077,77 @@ def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float
         elif signed.ready.round > head.round:
             fresh = replace(fresh, readies={**fresh.readies, signed.ready.sender: signed})
     return fresh
+
+
+def _anew(state: Rounds, head: Head, now: float) -> Rounds:
+    """What outlives a round: everything but the round itself, and what was brought to it."""
+    return Rounds(
+        head=head,
+        digest=state.digest,
+        consumed=state.consumed,
+        rosters=state.rosters,
+        branch=state.branch,
+        rollbacks=state.rollbacks,
+        silent=state.silent,
+        last=state.last,
+        active=state.active,
+        finishing=state.finishing,
+        round_started=now,
+        decide_seconds=state.decide_seconds,
+        last_failure=state.last_failure,
+    )
+
+
+# rollbacks
+
+
+def _learn_rollbacks(state: Rounds, arrived: tuple[SignedRollback, ...], rules: Rules) -> Rounds:
+    """Take in what is new, in order and without a gap: a later one makes sense only after those before it."""
+    known = list(state.rollbacks)
+    for signed in sorted(arrived, key=lambda each: each.rollback.number):
+        if signed.rollback.run == rules.run and signed.rollback.number == len(known) + 1:
+            known.append(signed)
+    return replace(state, rollbacks=tuple(known)) if len(known) > len(state.rollbacks) else state
+
+
+def _due(state: Rounds) -> SignedRollback | None:
+    """The rollback to follow now, if there is one."""
+    if not state.rollbacks or state.rollbacks[-1].rollback.number <= state.branch:
+        return None
+    due = next_turn(state.head.round, state.branch, (signed.rollback for signed in state.rollbacks))
+    return None if due is None else state.rollbacks[due.number - 1]
+
+
+def _turn(state: Rounds, signed: SignedRollback, now: float) -> Outcome:
+    """Go back; or, exactly at the head that stays, only go on from it: what was trained there is as good as before."""
+    rollback = signed.rollback
+    stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
+    other = state.last is not None and record_hash(state.last.record) != rollback.to.hash
+    if state.head.round > rollback.to.round or other:
+        return replace(state, phase=Phase.REWINDING), (*stop, Rewind(signed))
+    fresh = replace(
+        _anew(state, head_after(rollback), now),
+        branch=rollback.number,
+        contribution=state.contribution,
+        carried=state.carried,
+        missed=state.missed,
+        snapshot_asked=state.snapshot_asked,
+        steps=state.steps,
+        backlog=state.backlog,
+    )
+    return _go_by_newest(fresh), (*stop, Turn(signed))
+
+
+def _rewound(state: Rounds, event: Rewound, now: float) -> Rounds:
+    fresh = replace(
+        _anew(state, event.head, now),
+        branch=event.branch,
+        digest=event.digest,
+        consumed=event.consumed,
+        last=event.last,
+        backlog=state.backlog,
+    )
+    return _go_by_newest(fresh)
 
 
 def _learn_rosters(state: Rounds, arrived: tuple[SignedRoster, ...], rules: Rules) -> Rounds:

@@ -56,6 +56,7 @@ def rules(me=A):
         gather_seconds=1.0,
         attempt_seconds_min=5.0,
         attempt_seconds_max=20.0,
+        stale_rounds=8,
         sign=lambda body: f"{me} signs",
         vote_is_valid=lambda node, body, signature: signature == f"{node} signs",
         entry_is_certified=lambda entry, roster: len(entry.certificate.signatures) >= roster.quorum,
