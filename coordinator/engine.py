@@ -49,7 +49,8 @@ IDENTITY = "p2p.identity"
 TICK_SECONDS = 0.5
 MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
-LEASES_OF_A_NODE = 64  # largest leases that one node may hold at a time
+LEASES_OF_A_NODE = 64  # leases that one node may hold at a time
+DATA_OF_A_NODE = 8  # or this part of all data, if that is more: an outage of ours must not stop a fast node
 SAMPLE_SECONDS = 10.0  # between two samples of text for the page
 SAMPLE_TOKENS = 100
 EVENTS_SHOWN = 60
@@ -94,7 +95,9 @@ class Coordinator:
         self._replica = archive.rebuild(store, blobs, published.manifest.manifest)
         self._rules = self._make_rules()
         self.state = self._restore()
-        self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase | machine.Rewind] = asyncio.Queue()
+        self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase | machine.Rewind] = (
+            asyncio.Queue()
+        )
         self._changed = asyncio.Event()  # set and replaced at every change
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -134,7 +137,10 @@ class Coordinator:
             absent_seconds=MISSED_HEARTBEATS * self.heartbeat_seconds + 1.0,
             lease_seconds=spec.leases.seconds,
             lease_sequences_max=spec.leases.sequences,
-            lease_sequences_node_max=LEASES_OF_A_NODE * spec.leases.sequences,
+            lease_sequences_node_max=max(
+                LEASES_OF_A_NODE * spec.leases.sequences,
+                sum(shard.sequences for shard in self.shards) // DATA_OF_A_NODE,
+            ),
             weight_cap=WEIGHT_CAP,
             evaluate_every=spec.evaluate.every_rounds,
             base_every=spec.evaluate.base_every_rounds,

@@ -17,7 +17,7 @@ from node.link import Link
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import Codec
 from protocol.errors import Code, Refused
-from protocol.identity import check_roster, coordinator_key
+from protocol.identity import check_rollback, check_roster, coordinator_key
 from protocol.log import spans
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.types import (
@@ -30,6 +30,7 @@ from protocol.types import (
     Part,
     PeerId,
     Roster,
+    SignedRollback,
     SignedRoster,
 )
 
@@ -56,6 +57,7 @@ class Courier:
         make_room: Callable[[], None],
         link: Link,
         rosters: Callable[[], Mapping[Epoch, SignedRoster]],
+        rollbacks: Callable[[], tuple[SignedRollback, ...]],
     ) -> None:
         self.engine: Engine | None = None
         self._manifest = manifest
@@ -67,6 +69,7 @@ class Courier:
         self._make_room = make_room
         self._link = link
         self._rosters = rosters
+        self._rollbacks = rollbacks
         self._group = b""
 
     # letters
@@ -88,8 +91,11 @@ class Courier:
             if self._peer_of(message.sender) != peer:
                 raise Refused(Code.SIGNATURE, "a letter by another hand")
             if isinstance(message, LogReply):
+                coordinator = coordinator_key(self._manifest.run)
                 for signed in message.rosters:
-                    check_roster(coordinator_key(self._manifest.run), signed)
+                    check_roster(coordinator, signed)
+                for rollback in message.rollbacks:
+                    check_rollback(coordinator, rollback)
         except Refused as refused:
             log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
             return None
@@ -104,7 +110,7 @@ class Courier:
         settled = last.certificate.ballot.epoch if last is not None else Epoch(0)
         named |= {epoch for epoch in known if epoch >= settled}  # a record proposed again may be of any of these
         rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
-        return LogReply(self._manifest.run, request.round, self._me, entries, rosters)
+        return LogReply(self._manifest.run, request.round, self._me, entries, rosters, self._rollbacks())
 
     def _peer_of(self, node: NodeId) -> PeerId | None:
         known = self._rosters()

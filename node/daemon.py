@@ -24,7 +24,7 @@ from node.courier import LOG_PAGE, Courier
 from node.engine import Engine
 from node.hardware import usable_threads
 from node.journal import Journal, Promise
-from node.link import Beat, Door, Link, News, Opened
+from node.link import Beat, Door, Link, News, Opened, Page
 from node.pseudograd import PseudoGradient
 from node.replica import Replica
 from node.status import Tally, view
@@ -34,6 +34,7 @@ from protocol import invite as invites
 from protocol import p2pd
 from protocol.blobs import BlobStore
 from protocol.codec import codec
+from protocol.console import printable
 from protocol.errors import Code, Exit, Refused
 from protocol.fold import outer_of
 from protocol.identity import Key, libp2p_private_key_bytes, verify
@@ -44,6 +45,7 @@ from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.runspec import RunSpec
 from protocol.types import (
     Ballot,
+    BaseCheckpoint,
     BlobRef,
     DataRange,
     Digest,
@@ -56,6 +58,7 @@ from protocol.types import (
     Roster,
     Seal,
     Shard,
+    SignedRollback,
     SignedRoster,
     VoteBody,
 )
@@ -64,6 +67,7 @@ IDENTITY = "p2p.identity"
 TICK_SECONDS = 0.2
 STATUS_SECONDS = 0.5
 ROUNDS_AHEAD = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
+STUCK_SECONDS = 30.0  # without a record folded: the page that was read may be of a branch that is no more
 LEAVE_SECONDS = 2.0  # for the coordinator to hear that we go
 POLITE_SECONDS = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
 
@@ -132,6 +136,7 @@ class Daemon:
             make_room=self._forget_shards,
             link=link,
             rosters=lambda: self._rounds.rosters if self._rounds is not None else {},
+            rollbacks=lambda: self._rounds.rollbacks if self._rounds is not None else (),
         )
         self._engine: Engine | None = None
         self._trainer: Trainer | None = None
@@ -179,6 +184,7 @@ class Daemon:
             gather_seconds=self._spec.rounds.gather_seconds,
             attempt_seconds_min=min(5.0, self._spec.rounds.deadline_seconds),
             attempt_seconds_max=self._spec.rounds.deadline_seconds,
+            stale_rounds=self._spec.update.stale_rounds,
             sign=lambda body: self._key.sign(VOTE, vote_bytes(body)),
             vote_is_valid=_vote_is_valid,
             entry_is_certified=is_certified,
@@ -291,8 +297,8 @@ class Daemon:
         match effect:
             case rounds.TakeSnapshot():
                 self._spawn(self._take_snapshot())
-            case rounds.SaveVote(round_number, ballot, accepted):
-                self._journal.save_promise(Promise(round_number, ballot, accepted))
+            case rounds.SaveVote(round_number, ballot, accepted, previous):
+                self._journal.save_promise(Promise(round_number, ballot, accepted, previous))
             case rounds.Send(to, message):
                 self._send(to, message)
             case rounds.Average(begin, roster, seconds):
@@ -303,6 +309,13 @@ class Daemon:
                 self._spawn(self._fetch_parts(parts, sources))
             case rounds.Fold(entry):
                 self._spawn(self._fold(entry))
+            case rounds.Turn(rollback):
+                self._replica.turn(rollback)
+                self._tell_of(rollback)
+            case rounds.Rewind(rollback):
+                self._spawn(self._rewind(rollback))
+            case rounds.TellLog(to, round_number):
+                self._send((to,), self._courier.log_reply(LogRequest(self._manifest.run, round_number, self._me)))
 
     def _post(self, event: rounds.Event | session.Event) -> None:
         self._inbox.put_nowait(event)
@@ -326,20 +339,23 @@ class Daemon:
 
     async def _prepare(self) -> None:
         """Load or download the state, then start what needs it."""
+        self._save_rollbacks(self._opened.rollbacks, known=self._journal.rollbacks())
         own = await asyncio.to_thread(self._replica.open_own, self._journal.folder)
-        base = self._opened.base
-        if not own or (self._replica.head is not None and self._replica.head.round < base.round):
-            await self._retrying(lambda: self._fetch_blob(base.blob.digest, base.blob.size, "the model"))
-            await asyncio.to_thread(self._replica.load, base, self._blobs.path(base.blob.digest))
-            await asyncio.to_thread(self._replica.replay)
+        if not own or self._whole_model_is_less(self._opened.base):
+            await self._retrying(lambda: self._load_base(self._opened.base))
         assert self._replica.head is not None
         head = self._replica.head
-        promise = self._journal.promise(head.round)
+        promise = self._journal.promise(head)
+        if self._opened.silent_epoch is not None:
+            self._journal.save_silence(self._opened.silent_epoch)
         self._rounds = Rounds(
             head=head,
             digest=self._replica.digest,
             consumed=self._replica.state.consumed,
             rosters=self._journal.rosters(),
+            branch=self._replica.branch,
+            rollbacks=self._journal.rollbacks(),
+            silent=self._journal.silence(),
             last=self._replica.last,
             ballot=rounds.lifted(promise.ballot) if promise else Ballot(Epoch(-1), 0),
             accepted=promise.accepted if promise else None,
@@ -355,22 +371,43 @@ class Daemon:
         self._spawn(self._start_trainer())
         self._spawn(self._heartbeat())
 
+    def _whole_model_is_less(self, base: BaseCheckpoint) -> bool:
+        """Whether this base checkpoint is less to download than the updates that lead to it from what is here."""
+        assert self._replica.head is not None
+        missed = base.round - self._replica.head.round
+        return missed * self._codec.encoded_bytes(self._manifest.parameters) > base.blob.size
+
+    async def _load_base(self, base: BaseCheckpoint) -> None:
+        """Start from a base checkpoint of the coordinator's, and go on with what is on disk here."""
+        await self._fetch_blob(base.blob.digest, base.blob.size, "the model")
+        async with self._vector_turn:
+            await asyncio.to_thread(self._replica.load, base, self._blobs.path(base.blob.digest))
+            await asyncio.to_thread(self._replica.replay)
+
     async def _catch_up(self) -> None:
         """Read the coordinator's log up to its head, and wait until it is folded."""
         while True:
             assert self._rounds is not None
             start = self._rounds.head.round
-            page = await self._link.read_log(start)
-            for signed in page.rosters:
-                self._learn_roster(signed)
+            page = await self._read_log(start)
             if not page.entries:
                 return
-            self._post(rounds.LogArrived(page.entries, page.rosters))
             until = page.entries[-1].record.round + 1
-            while self._rounds.head.round < until:
+            asked = time.monotonic()
+            while start <= self._rounds.head.round < until and time.monotonic() - asked < STUCK_SECONDS:
                 await asyncio.sleep(0.05)
                 self._tally.download = {"what": "rounds", "done": self._rounds.head.round, "size": until}
             self._tally.download = None
+
+    async def _read_log(self, start: int) -> Page:
+        """A page of the coordinator's log, with what it takes to follow it: on disk before anything is signed by it."""
+        page = await self._link.read_log(start)
+        for signed in page.rosters:
+            self._learn_roster(signed)
+        self._learn_rollbacks(page.rollbacks)
+        if page.entries:
+            self._post(rounds.LogArrived(page.entries, page.rosters))
+        return page
 
     async def _retrying(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         failures = 0
@@ -457,6 +494,8 @@ class Daemon:
         )
         try:
             async with self._vector_turn:
+                if self._trainer is not None:
+                    return  # after a rollback and a crash at the same time, two of us are on their way
                 self._trainer = await Trainer.start(
                     spec,
                     vectors=self._vectors,
@@ -513,16 +552,29 @@ class Daemon:
 
     async def _replace_trainer(self, why: str) -> None:
         """The local model is past saving: a new trainer starts from the shared state."""
-        trainer, self._trainer = self._trainer, None
-        if trainer is not None:
-            await trainer.stop()
-            self._leases.clear()
+        if await self._stop_trainer():
             self._post(session.PartDied(session.Part.TRAINER, why))
 
+    async def _stop_trainer(self) -> bool:
+        """End it, and with it the local model and the data that it had in hand; false if there was none."""
+        trainer, self._trainer = self._trainer, None
+        if trainer is None:
+            return False
+        await trainer.stop()
+        self._leases.clear()
+        return True
+
     def _sequences_wanted(self) -> int:
+        """Data to have in hand at least; twice of it is asked for. It lasts through an outage of the coordinator.
+
+        Never so much that the others would lack it."""
         assert self._rounds is not None
-        steps = self._spec.rounds.steps(self._rounds.head.round)
-        return ROUNDS_AHEAD * steps * self._spec.train.batch_sequences
+        some_rounds = ROUNDS_AHEAD * self._spec.rounds.steps(self._rounds.head.round) * self._spec.train.batch_sequences
+        stepped, roster = self._tally.stepped, self._rounds.roster
+        speed = stepped.tokens_per_second / self._manifest.context if stepped else 0.0
+        share = sum(shard.sequences for shard in self._shards.values()) // (2 * len(roster.members) if roster else 2)
+        outage = min(speed * self._spec.leases.hours_ahead * 3600, share)
+        return max(some_rounds, int(outage) // 2)
 
     async def _set_training(self, on: bool) -> None:
         if self._trainer is None:
@@ -598,6 +650,7 @@ class Daemon:
             case LogReply() as reply, _:
                 for signed in reply.rosters:
                     self._learn_roster(signed)
+                self._learn_rollbacks(reply.rollbacks)
                 self._post(rounds.LogArrived(reply.entries, reply.rosters))
             case message, signature:
                 self._post(rounds.Received(message, signature))
@@ -609,6 +662,56 @@ class Daemon:
             self._step_rounds(rounds.RosterArrived(signed))
             self._spawn(self._tell_engine())
             log.info("roster", epoch=signed.roster.epoch, members=len(signed.roster.members))
+
+    def _learn_rollbacks(self, arrived: tuple[SignedRollback, ...]) -> None:
+        assert self._rounds is not None
+        new = self._save_rollbacks(arrived, known=self._rounds.rollbacks)
+        if new:
+            self._step_rounds(rounds.RollbacksArrived(new))
+
+    def _save_rollbacks(
+        self, arrived: tuple[SignedRollback, ...], *, known: tuple[SignedRollback, ...]
+    ) -> tuple[SignedRollback, ...]:
+        """Those that continue what is known, durable now; refuses a second story under a number that is known."""
+        new: list[SignedRollback] = []
+        for signed in sorted(arrived, key=lambda each: each.rollback.number):
+            number = signed.rollback.number
+            if signed.rollback.run != self._manifest.run:
+                continue
+            if number <= len(known) and known[number - 1].rollback != signed.rollback:
+                raise Refused(Code.TWO_STORIES, f"the coordinator has signed two rollbacks with the number {number}")
+            if number == len(known) + len(new) + 1:
+                self._journal.save_rollback(signed)
+                new.append(signed)
+        return tuple(new)
+
+    def _tell_of(self, signed: SignedRollback) -> None:
+        rollback = signed.rollback
+        log.warning("rolled back", number=rollback.number, round=rollback.to.round, why=rollback.reason)
+        why = f": {printable(rollback.reason)}" if rollback.reason else ""
+        self._tally.notice = f"the researcher took the run back to round {rollback.to.round}{why}"
+
+    async def _rewind(self, signed: SignedRollback) -> None:
+        """Go back to what a rollback leaves. Local work began from what is undone, and goes with it."""
+        self._tell_of(signed)
+        await self._stop_trainer()
+        self._post(session.PartStopped(session.Part.TRAINER))
+        async with self._vector_turn:
+            own = await asyncio.to_thread(self._replica.rewind, signed)
+            self._gradient.forget()
+        if not own:
+            await self._retrying(self._load_newest_base)
+        replica = self._replica
+        assert replica.head is not None
+        here = rounds.Rewound(replica.head, replica.branch, replica.digest, replica.state.consumed, replica.last)
+        self._step_rounds(here)
+        self._spawn(self._start_trainer())
+
+    async def _load_newest_base(self) -> None:
+        assert self._rounds is not None
+        page = await self._link.read_log(self._rounds.head.round)
+        self._learn_rollbacks(page.rollbacks)
+        await self._load_base(page.base)
 
     async def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
         """Average with the group; whatever happens, say what is held."""
@@ -633,10 +736,11 @@ class Daemon:
             brought = self._rounds.contribution
             mine = brought is not None and rounds.holds(record, brought)
             taken = [part for part in record.parts if mine and self._me in part.included]
+            missed = rounds.missed_after(self._rounds, record)
             pending = self._gradient.pending
             await asyncio.to_thread(self._gradient.before_fold)
             digest = await asyncio.to_thread(self._replica.fold, entry)
-            await asyncio.to_thread(self._gradient.settle, taken)
+            await asyncio.to_thread(self._gradient.settle, taken, missed)
             if self._trainer is not None:
                 with suppress(Refused):
                     await self._trainer.merge(from_snapshot=pending)
@@ -661,10 +765,18 @@ class Daemon:
     async def _hand_in(self, entry: LogEntry, parts: list[Part]) -> None:
         """Give the coordinator the record and the parts reduced here; what fails is asked for by a later heartbeat."""
         with suppress(Refused):
-            missing = set(await self._link.push_entry(entry))
+            missing = set(await self._push(entry))
             for part in parts:
                 if part.digest in missing:
                     await self._link.upload_part(part.digest, await asyncio.to_thread(self._blobs.read, part.digest))
+
+    async def _push(self, entry: LogEntry) -> tuple[Digest, ...]:
+        """Bring the coordinator a record, with what it signed itself: its database may be an older one."""
+        assert self._rounds is not None
+        known = self._rounds.rosters
+        named = {entry.record.epoch, entry.certificate.ballot.epoch}
+        rosters = tuple(known[epoch] for epoch in sorted(known) if epoch >= min(named))
+        return await self._link.push_entry(entry, rosters, self._rounds.rollbacks)
 
     # the coordinator
 
@@ -705,6 +817,7 @@ class Daemon:
             bytes_received=tally.received,
             lease_ids=tuple(self._leases),
             known_round=max(self._known_round, state.head.round),
+            branch=len(state.rollbacks),
         )
         reply = await self._unless_changed(
             self._link.heartbeat(beat, wait_seconds=self._spec.coordinator.heartbeat_seconds)
@@ -714,18 +827,16 @@ class Daemon:
         self._tally.notice = reply.notice or self._tally.notice
         if reply.roster is not None:
             self._learn_roster(reply.roster)
+        self._learn_rollbacks(reply.rollbacks)
         self._known_round = reply.head_round
         assert self._rounds is not None
         head = self._rounds.head.round
         if head >= reply.head_round:  # else a lease may be missing because a record that we lack consumed it
             await self._lose_leases(frozenset(beat.lease_ids) - frozenset(reply.renewed))
         if reply.head_round > head and self._rounds.committed is None:
-            page = await self._link.read_log(head)
-            for signed in page.rosters:
-                self._learn_roster(signed)  # on disk before anything is signed under it
-            self._post(rounds.LogArrived(page.entries, page.rosters))
+            await self._read_log(head)
         for entry in self._journal.entries(reply.head_round, most=LOG_PAGE):
-            await self._link.push_entry(entry)
+            await self._push(entry)
         wanted = frozenset(reply.wanted)
         for digest in wanted & self._wanted_before:  # its reducer had a heartbeat's time to bring it
             if self._blobs.has(Digest(digest)):

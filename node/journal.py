@@ -1,4 +1,4 @@
-"""What a node must not forget: its promises, the log it has folded, the rosters that certify it. Atomic files."""
+"""What a node must not forget: its promises, the log it has folded, the rosters and rollbacks it goes by. Atomic files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from pathlib import Path
 from protocol import canonical
 from protocol.blobs import atomic_write
 from protocol.messages import Accepted
-from protocol.types import Ballot, BaseCheckpoint, Epoch, LogEntry, RoundNumber, SignedRoster
+from protocol.types import (
+    Ballot,
+    BaseCheckpoint,
+    Digest,
+    Epoch,
+    Head,
+    LogEntry,
+    RoundNumber,
+    SignedRollback,
+    SignedRoster,
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +28,12 @@ class Promise:
     round: RoundNumber
     ballot: Ballot
     accepted: Accepted | None
+    previous: Digest  # the head that the round follows
+
+
+@dataclass(frozen=True)
+class _Silence:
+    epoch: Epoch
 
 
 class Journal:
@@ -25,19 +41,27 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("log", "rosters"):
+        for name in ("log", "rosters", "rollbacks"):
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def promise(self, round_number: RoundNumber) -> Promise | None:
-        """What was promised in this round; what was promised in another no longer binds."""
+    def promise(self, head: Head) -> Promise | None:
+        """What was promised in the round that follows this head; what was promised in another no longer binds."""
         path = self.folder / "promise.json"
         if not path.exists():
             return None
         promise = canonical.from_bytes(Promise, path.read_bytes())
-        return promise if promise.round == round_number else None
+        return promise if (promise.round, promise.previous) == (head.round, head.hash) else None
 
     def save_promise(self, promise: Promise) -> None:
         atomic_write(self.folder / "promise.json", canonical.to_bytes(promise))
+
+    def silence(self) -> Epoch:
+        """The newest roster under which this node signs nothing, because it forgot what it had signed; -1 for none."""
+        path = self.folder / "silence.json"
+        return canonical.from_bytes(_Silence, path.read_bytes()).epoch if path.exists() else Epoch(-1)
+
+    def save_silence(self, epoch: Epoch) -> None:
+        atomic_write(self.folder / "silence.json", canonical.to_bytes(_Silence(epoch)))
 
     def append(self, entry: LogEntry) -> None:
         atomic_write(self._log(entry.record.round), canonical.to_bytes(entry))
@@ -62,6 +86,22 @@ class Journal:
             for path in sorted((self.folder / "rosters").glob("*.json"))
         )
         return {each.roster.epoch: each for each in signed}
+
+    def save_rollback(self, signed: SignedRollback) -> None:
+        atomic_write(self.folder / "rollbacks" / f"{signed.rollback.number:04d}.json", canonical.to_bytes(signed))
+
+    def rollbacks(self) -> tuple[SignedRollback, ...]:
+        """All that are known, the first one first."""
+        paths = sorted((self.folder / "rollbacks").glob("*.json"))
+        return tuple(canonical.from_bytes(SignedRollback, path.read_bytes()) for path in paths)
+
+    def undo(self, signed: SignedRollback) -> None:
+        """Put the entries aside that this rollback has undone: they are no part of the log any more, but can be seen."""
+        aside = self.folder / "undone" / f"{signed.rollback.number:04d}"
+        aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in sorted((self.folder / "log").glob("*.json"), reverse=True):  # so that what is left has no gap
+            if int(path.stem) >= signed.rollback.to.round:
+                path.replace(aside / path.name)
 
     def base(self) -> BaseCheckpoint | None:
         """The checkpoint that the log is folded onto at the next start."""

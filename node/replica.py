@@ -12,9 +12,9 @@ from protocol.blobs import BlobStore
 from protocol.codec import Codec
 from protocol.errors import Code, Refused
 from protocol.fold import Outer, fold
-from protocol.log import next_head
+from protocol.log import head_after, next_head, next_turn, record_hash
 from protocol.state import State, read_base, write_base
-from protocol.types import BaseCheckpoint, BlobRef, Digest, Head, LogEntry, Manifest
+from protocol.types import BaseCheckpoint, BlobRef, Digest, Head, LogEntry, Manifest, SignedRollback
 
 ENTRIES_KEPT = 64  # rounds behind our own checkpoint that peers may still ask for
 
@@ -33,6 +33,7 @@ class Replica:
         self._outer = outer
         self._state: State | None = None
         self.head: Head | None = None
+        self.branch = 0  # the number of the newest rollback that this copy has followed
         self.digest = Digest("")
         self.last: LogEntry | None = None
 
@@ -42,10 +43,15 @@ class Replica:
         return self._state
 
     def open_own(self, folder: Path) -> bool:
-        """Load the checkpoint that this node wrote itself, if there is a whole one, and fold its log onto it."""
+        """Load the checkpoint that this node wrote itself, if there is a whole one, and fold its log onto it.
+
+        Not if a rollback has undone it: the way back is then to an older one."""
         base = self._journal.base()
         path = folder / "base.safetensors"
         if base is None or not path.exists():
+            return False
+        due = next_turn(base.round, base.branch, (signed.rollback for signed in self._journal.rollbacks()))
+        if due is not None and due.to.round < base.round:
             return False
         try:
             self.load(base, path)
@@ -63,18 +69,43 @@ class Replica:
             raise Refused(Code.STATE_MISMATCH, f"base checkpoint of round {found.round}, expected {base.round}")
         np.copyto(self._vectors.shared, found.params)
         self._state = State(found.round, self._vectors.shared, found.momentum, found.consumed)
-        self.head = Head(base.round, base.head)
+        self.head, self.branch = Head(base.round, base.head), base.branch
         self.digest = base.state
         self.last = None
 
     def replay(self) -> None:
-        """Fold the entries that are on disk here, up to the first that lacks a part."""
-        while self.head is not None and (entry := self._journal.entry(self.head.round)) is not None:
-            if entry.record.previous != self.head.hash:
+        """Fold the entries that are on disk here, up to the first that lacks a part, and turn where the line turns."""
+        rollbacks = self._journal.rollbacks()
+        while self.head is not None:
+            due = next_turn(self.head.round, self.branch, (signed.rollback for signed in rollbacks))
+            if due is not None and due.to.round == self.head.round:
+                self.turn(rollbacks[due.number - 1])
+                undone = self._journal.entry(self.head.round)
+                if undone is not None and undone.record.previous != self.head.hash:
+                    self._journal.undo(rollbacks[due.number - 1])
+                continue
+            entry = self._journal.entry(self.head.round)
+            if due is not None or entry is None or entry.record.previous != self.head.hash:
                 return
             if not all(self._blobs.has(part.digest) for part in entry.record.parts):
                 return
             self.fold(entry)
+
+    def turn(self, signed: SignedRollback) -> None:
+        """Go on from this very head on another branch."""
+        rollback = signed.rollback
+        assert self.head is not None and self.head.round == rollback.to.round
+        if self.last is not None and record_hash(self.last.record) != rollback.to.hash:
+            what = f"rollback {rollback.number} leaves record {rollback.to.hash[:12]}, here is another"
+            raise Refused(Code.TWO_STORIES, what)
+        self.head, self.branch = head_after(rollback), rollback.number
+
+    def rewind(self, signed: SignedRollback) -> bool:
+        """Go back to the state that the rollback leaves, from our own checkpoint; false if that is too new as well.
+
+        Whatever of the way is lost here, a part or an entry, is left to be caught up with."""
+        self._journal.undo(signed)
+        return self.open_own(self._journal.folder)
 
     def fold(self, entry: LogEntry) -> Digest:
         """Make the entry durable, then apply it. A crash in between is mended by the next replay."""
@@ -95,7 +126,7 @@ class Replica:
         path = folder / "base.safetensors"
         state = write_base(path, self.state)
         reference = BlobRef(Digest("0" * 64), path.stat().st_size)
-        self._journal.save_base(BaseCheckpoint(self.head.round, self.head.hash, state, reference))
+        self._journal.save_base(BaseCheckpoint(self.head.round, self.head.hash, state, reference, self.branch))
         oldest = self.head.round - ENTRIES_KEPT
         number = oldest - 1
         while (entry := self._journal.entry(number)) is not None:

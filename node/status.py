@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from node.core import session
-from node.core.rounds import Rounds, Rules
+from node.core.rounds import Rounds, Rules, majority_awaited
 from node.core.session import Session
 from node.training import Stepped, Trainer
 
@@ -74,7 +74,13 @@ def view(
         "device": trainer.started.device if trainer else None,
         "micro_batch": trainer.started.micro_batch if trainer else None,
     }
-    return shown if rounds is None else shown | _rounds(rounds, rules)
+    if rounds is None:
+        return shown
+    awaited = majority_awaited(rounds, now)
+    if awaited is not None and state.takes_part:
+        heard, members = awaited
+        shown["reason"] = f"{shown['reason']}; waiting for a majority: {heard} of {members} nodes answer"
+    return shown | _rounds(rounds, rules)
 
 
 def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:

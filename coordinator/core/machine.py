@@ -37,6 +37,7 @@ from protocol.types import (
 TAKES_PART = frozenset({"training", "waiting", "finishing"})  # activities of a node that can be rostered
 BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it holds nobody up
 AHEAD_MAX = 64  # records kept that came before those between; their senders bring them again
+LEASES_AT_ONCE = 16  # about so many answer one request: hours of data are still a short list in a heartbeat
 EVENTS_KEPT = 200  # lines of history on the page
 
 
@@ -454,7 +455,7 @@ def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules)
         state.leases,
         node,
         sequences=wanted,
-        largest=rules.lease_sequences_max,
+        largest=max(rules.lease_sequences_max, wanted // LEASES_AT_ONCE),
         until_ms=int((now + rules.lease_seconds) * 1000),
     )
     return replace(state, leases=leases), (SaveLeases(), GrantLeases(node, granted))

@@ -65,6 +65,7 @@ ROSTERS_KEPT = 64  # rosters that late certificates may still name
 ATTEMPT_JUMP_MAX = 16  # how far ahead of ours a peer's attempt may pull us
 RESEND_SECONDS = 2.0  # a lost promise costs a round this much, not a timeout
 SEALED = 1 << 40  # an attempt that no round reaches: what is promised there forbids all others of its epoch
+MISSED_SECONDS = 30.0  # a majority that is awaited for longer is worth a word
 LOG_ASK_SECONDS = 1.0  # between two questions for records that we miss
 
 
@@ -110,6 +111,7 @@ class Rounds:
     last: LogEntry | None = None
     phase: Phase = Phase.TRAINING
     ballot: Ballot = Ballot(Epoch(-1), 0)  # nothing below it is signed any more
+    promised_at: float | None = None  # first, in this round
     ballot_is_new: bool = False  # no former life of this process can have led it
     heard: Ballot = Ballot(Epoch(-1), 0)  # the highest that a peer has promised in this round
     accepted: Accepted | None = None
@@ -406,6 +408,16 @@ def lifted(ballot: Ballot) -> Ballot:
     return Ballot(ballot.epoch, ballot.attempt - SEALED) if ballot.attempt >= SEALED else ballot
 
 
+def majority_awaited(state: Rounds, now: float) -> tuple[int, int] | None:
+    """How many members of how many are heard of, when a majority has been missing for a while; for people."""
+    roster = state.roster
+    if state.phase is not Phase.GATHERING or roster is None or state.majority_since is not None:
+        return None
+    if state.promised_at is None or now - state.promised_at < MISSED_SECONDS:
+        return None
+    return len(_promises(state, roster, state.ballot)), len(roster.members)
+
+
 def step(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
     """Take one event; return the new state and what must be done, in order."""
     state, effects = _apply(_go_by_newest(state), event, now, rules)
@@ -581,6 +593,7 @@ def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: R
         state,
         phase=Phase.GATHERING,
         ballot=ballot,
+        promised_at=now if state.promised_at is None else state.promised_at,
         ballot_is_new=True,
         begin=None,
         claims={},

@@ -84,6 +84,13 @@ class PartDied:
 
 
 @dataclass(frozen=True)
+class PartStopped:
+    """We ended it ourselves, and start it again when its time has come."""
+
+    part: Part
+
+
+@dataclass(frozen=True)
 class LeasesArrived:
     sequences: int
 
@@ -132,6 +139,7 @@ Event = (
     | CaughtUp
     | PartReady
     | PartDied
+    | PartStopped
     | LeasesArrived
     | DataUsed
     | PauseAsked
@@ -193,6 +201,8 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
             return _part(state, part, True), ()
         case PartDied(part, why):
             return _died(state, part, why, now)
+        case PartStopped(part):
+            return _without(state, part), ()
         case LeasesArrived(sequences):
             wait = 0.0 if sequences else LEASE_ASK_SECONDS
             left = state.sequences_left + sequences
@@ -219,11 +229,14 @@ def _part(state: Session, part: Part, ready: bool) -> Session:
     return replace(state, trainer_ready=ready) if part is Part.TRAINER else replace(state, engine_ready=ready)
 
 
+def _without(state: Session, part: Part) -> Session:
+    state = _part(state, part, False)
+    return replace(state, training=False, sequences_left=0) if part is Part.TRAINER else state
+
+
 def _died(state: Session, part: Part, why: str, now: float) -> Outcome:
     crashes = (*(at for at in state.crashes if now - at < RESTART_WINDOW_SECONDS), now)
-    state = replace(_part(state, part, False), crashes=crashes, trouble=why)
-    if part is Part.TRAINER:
-        state = replace(state, training=False, sequences_left=0)
+    state = replace(_without(state, part), crashes=crashes, trouble=why)
     if len(crashes) >= RESTARTS_MAX:
         return state, (End(f"the {part.value} ended {len(crashes)} times in ten minutes; the last time: {why}"),)
     wait = RESTART_SECONDS[min(len(crashes) - 1, len(RESTART_SECONDS) - 1)]
