@@ -25,9 +25,11 @@ from protocol import console
 from protocol.errors import Code, Exit, Refused
 
 if TYPE_CHECKING:
+    from coordinator.core.ledger import Books
     from coordinator.folder import RunFolder
     from coordinator.ingest import Corpus, Progress
-    from coordinator.store import Store
+    from coordinator.ledger import Verdict
+    from coordinator.store import Evaluation, Order, Store
     from coordinator.tokenizer import Tokenizer
     from protocol.address import Address
     from protocol.runspec import RunSpec
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 RUNS_DEPTH: Final = 3  # folders below the one that `runs` is asked about
 SHORT_ID: Final = 8  # characters that tell nodes apart on a screen
 PASSES_MANY: Final = 4  # repeating text more often teaches little (arXiv 2305.16264)
+ANSWER_SECONDS: Final = 30.0  # a coordinator that runs looks for orders twice a second
+ASK_SECONDS: Final = 0.2
 _VIRTUAL: Final = ("docker", "br-", "veth", "virbr", "podman", "cni")  # interfaces that lead to this machine only
 
 _SHORT_HELP: Final = """\
@@ -58,6 +62,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(name="data", help="The text that the model learns from.", context_settings=_HELP, **_SETTINGS)
 invite_app = typer.Typer(name="invite", help="Who may join.", context_settings=_HELP, **_SETTINGS)
+
+ledger_app = typer.Typer(
+    name="ledger", invoke_without_command=True, context_settings=_HELP, rich_help_panel="Watch", **_SETTINGS
+)
 
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run's folder. [this one]", show_default=False)
@@ -327,6 +335,92 @@ def peers(run: RunOption = None, as_json: JsonOption = False) -> None:
     print(_table(("NAME", "NODE", "TOKENS", "ADMITTED", "BANNED"), rows) if rows else "No nodes yet.")
 
 
+@ledger_app.callback()
+def ledger(context: typer.Context, run: RunOption = None, as_json: JsonOption = False) -> None:
+    """Who contributed what, as the certified records say. `ledger verify` checks every row."""
+    context.obj = run
+    if context.invoked_subcommand is not None:
+        return
+    folder, _ = _run(run)
+    from coordinator.core.ledger import Wrong
+    from coordinator.ledger import read
+
+    try:
+        books = read(folder)
+    except Wrong as wrong:
+        raise Refused(Code.LEDGER, str(wrong)) from None
+    if as_json:
+        print(_json(_ledger_facts(books)))
+    else:
+        print(_ledger_text(books))
+
+
+@ledger_app.command("verify")
+def ledger_verify(
+    context: typer.Context,
+    deep: Annotated[bool, typer.Option("--deep", help="Read the archive again too, and fold every record.")] = False,
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Recompute every row from the log, and name the first that is wrong (exit code 4). Works beside a coordinator."""
+    folder, _ = _run(run or context.obj)
+    from coordinator.ledger import verify
+
+    verdict = verify(folder, deep=deep)
+    if as_json:
+        finding = None if verdict.finding is None else dict(vars(verdict.finding))
+        print(_json({"ok": finding is None, **vars(verdict), "finding": finding}))
+        return Exit.OK.value if finding is None else Exit.INTEGRITY.value
+    if verdict.finding is not None:
+        raise Refused(Code.LEDGER, str(verdict.finding))
+    print(_verdict_text(verdict))
+    return Exit.OK.value
+
+
+@app.command(rich_help_panel="Serve")
+def rollback(
+    to: Annotated[int, typer.Option("--to", metavar="ROUND", min=0, help="How many rounds stay.", show_default=False)],
+    folder_named: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="The run's folder. [this one]", show_default=False)
+    ] = None,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="One line; volunteers read it.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Go back to the state after an earlier round; every node follows.
+
+    Rounds after it are undone: their data is trained on again, credit for them stays. With --to at the newest round
+    nothing is undone and the run gets a new roster: the way out when most rostered nodes are gone for good.
+
+    Example: barnraise-coordinator rollback --to 40 --reason "learning rate too high"
+    """
+    from protocol.limits import REASON_CHARACTERS_MAX
+
+    if folder_named is not None and run is not None and folder_named.absolute() != run.absolute():
+        raise Refused(Code.USAGE, "two folders were named", fix="Name the run's folder once.")
+    if len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
+        raise Refused(Code.USAGE, f"--reason is one line of at most {REASON_CHARACTERS_MAX} characters")
+    folder, _ = _run(folder_named or run)
+    with _store(folder) as store:
+        facts = _rollback_facts(folder, store, to)
+        console.complain(_rollback_text(facts))
+        if not yes and not _agreed("Go back?" if facts["undone_rounds"] else "Begin a new roster?"):
+            console.complain("Nothing was changed.")
+            return Exit.INTERRUPTED.value
+        order = _ordered(folder, store, to, reason or "ordered by the researcher")
+    facts |= {"order": order.order_id, "state": order.state, "answer": order.answer}
+    refusal = _unanswered(folder, order)
+    if as_json:
+        print(_json(facts))
+        return Exit.OK.value if refusal is None else refusal.reason.exit.value
+    if refusal is not None:
+        raise refusal
+    waits = "No coordinator serves this run at the moment; it goes back at the next barnraise-coordinator start."
+    print(f"✓ {console.printable(order.answer)}" if order.state == "done" else waits)
+    return Exit.OK.value
+
+
 @app.command(rich_help_panel="Take the result")
 def export(
     to: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
@@ -349,6 +443,7 @@ def export(
 
 app.add_typer(data_app, rich_help_panel="Prepare")
 app.add_typer(invite_app, rich_help_panel="Serve")
+app.add_typer(ledger_app, rich_help_panel="Watch")
 
 
 def main() -> NoReturn:
@@ -727,6 +822,150 @@ def _run_state(folder: RunFolder, spec: RunSpec, store: Store) -> str:
     if store.get("manifest") is None:
         return "new" if store.get("corpus") is None else "ready"
     return "finished" if 0 < spec.run.rounds <= store.entry_count else "stopped"
+
+
+# ledger
+
+
+def _ledger_facts(books: Books) -> dict[str, Any]:
+    from coordinator.core.ledger import balances
+
+    nodes = [dict(vars(each)) for each in balances(books)]
+    gone = [each.rollback for _, each in sorted(books.rollbacks.items())]
+    return {
+        "nodes": nodes,
+        "tokens": sum(each["tokens"] for each in nodes),
+        "undone_tokens": sum(each["undone_tokens"] for each in nodes),
+        "records": len(books.entries),
+        "undone_records": sum(1 for row in books.entries if row.undone_by is not None),
+        "rollbacks": [
+            {"number": each.number, "to": each.to.round, "undone": each.undone.round, "reason": each.reason}
+            | {"ms": each.issued_ms}
+            for each in gone
+        ],
+    }
+
+
+def _ledger_text(books: Books) -> str:
+    facts = _ledger_facts(books)
+    rows = [
+        (
+            console.printable(each["name"]),
+            console.printable(each["node"][:SHORT_ID]),
+            f"{each['tokens']:,}",
+            f"{each['undone_tokens']:,}" if each["undone_tokens"] else "",
+            f"{each['rounds']:,}",
+        )
+        for each in facts["nodes"]
+    ]
+    if not rows:
+        return "No nodes yet."
+    total = f"{facts['tokens']:,} tokens of {_counted(len(rows), 'node')} in {_counted(facts['records'], 'record')}"
+    if facts["undone_records"]:
+        undone = f"{_counted(facts['undone_records'], 'record')} and {facts['undone_tokens']:,} tokens"
+        total += f"; {_counted(len(facts['rollbacks']), 'rollback')} undid {undone} of them, credited all the same"
+    return f"{_table(('NAME', 'NODE', 'TOKENS', 'UNDONE', 'ROUNDS'), rows)}\n{total}."
+
+
+def _verdict_text(verdict: Verdict) -> str:
+    records = _counted(verdict.records, "record")
+    if verdict.rollbacks:
+        records += f" and {verdict.undone:,} that {_counted(verdict.rollbacks, 'rollback')} undid"
+    said = (
+        f"✓ Every row is what the log says: {records}, {_counted(verdict.tokens, 'token')} in"
+        f" {_counted(verdict.sequences, 'sequence')} of data that each count once, {_counted(verdict.nodes, 'node')},"
+        f" {_counted(verdict.rosters, 'roster')}, {_counted(verdict.signatures, 'signature')},"
+        f" {_counted(verdict.bases, 'base checkpoint')}, {_counted(verdict.evaluations, 'evaluation')}."
+    )
+    if verdict.folded is not None:
+        said += f"\n✓ The archive folds to the same states: {_counted(verdict.folded, 'record')}"
+        said += f"; {_counted(verdict.waiting, 'record')} wait for parts." if verdict.waiting else "."
+    return said
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# rollback
+
+
+def _rollback_facts(folder: RunFolder, store: Store, to: int) -> dict[str, Any]:
+    """What going back to this round means, as the database has it now."""
+    if store.get("manifest") is None:
+        what = f"the run in {folder.path} was never started, so it has no log"
+        raise Refused(Code.RUN_MISSING, what, fix="Run: barnraise-coordinator start")
+    head = store.entry_count
+    if to > head:
+        raise Refused(Code.RUN_MISSING, f"round {to}, the log has 0 to {head}", fix="Choose one of them.")
+    undone = [contribution for entry in store.entries(to) for contribution in entry.record.contributions]
+    measured = [row for row in store.history() if row.heldout is not None and math.isfinite(row.heldout)]
+    return {
+        "to": to,
+        "head": head,
+        "undone_rounds": head - to,
+        "undone_tokens": sum(each.tokens for each in undone),
+        "heldout": _measured(measured, to),
+        "heldout_now": _measured(measured, head),
+    }
+
+
+def _measured(rows: Sequence[Evaluation], to: int) -> dict[str, Any] | None:
+    """The held-out loss at this round, or the nearest before it."""
+    found = next((row for row in reversed(rows) if row.round <= to), None)
+    return None if found is None else {"round": found.round, "loss": found.heldout}
+
+
+def _rollback_text(facts: Mapping[str, Any]) -> str:
+    to, head = facts["to"], facts["head"]
+    if to == head:
+        return (
+            f"Round {to:,} is the newest: nothing is undone. The run gets a new roster of the nodes that are here,\n"
+            "and goes on with their majority; what others may have certified meanwhile no longer counts."
+        )
+    lines = [
+        f"Going back to round {to:,} of {head:,} undoes {_counted(facts['undone_rounds'], 'round')} and"
+        f" {facts['undone_tokens']:,} tokens of training."
+    ]
+    then, now = facts["heldout"], facts["heldout_now"]
+    if then is not None:
+        line = f"Held-out loss was {then['loss']:.4f} after {_counted(then['round'], 'round')}"
+        later = now is not None and now["round"] > then["round"]
+        lines.append(f"{line}; it is {now['loss']:.4f} after {now['round']:,}." if later else f"{line}.")
+    lines.append(
+        "Volunteers' nodes follow by themselves: they take the earlier state, drop what they trained since, and go on.\n"
+        "Their credit stays; the data of the undone rounds is trained on again."
+    )
+    return "\n".join(lines)
+
+
+def _agreed(question: str) -> bool:
+    """Asks only a person: without a terminal on both ends the command itself is the consent."""
+    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    agreed: bool = typer.confirm(question, err=True)
+    return agreed
+
+
+def _ordered(folder: RunFolder, store: Store, to: int, reason: str) -> Order:
+    """Place the order, and wait for the answer of a coordinator that runs."""
+    from coordinator.orders import ROLLBACK, RollbackOrder
+
+    order_id = store.add_order(ROLLBACK, RollbackOrder(to, reason).to_bytes())
+    until = time.monotonic() + ANSWER_SECONDS
+    while (order := store.order(order_id)).state == "open" and folder.busy and time.monotonic() < until:
+        time.sleep(ASK_SECONDS)
+    return order
+
+
+def _unanswered(folder: RunFolder, order: Order) -> Refused | None:
+    """Why the order was not carried out; none when it was, or will be at the next start."""
+    if order.state == "refused":
+        return Refused(Code.ORDER_REFUSED, order.answer)
+    if order.state == "open" and folder.busy:
+        what = f"the coordinator has not answered for {ANSWER_SECONDS:.0f} s"
+        return Refused(Code.UNREACHABLE, what, fix="See its log. The order waits, and is carried out when it can be.")
+    return None
 
 
 # export

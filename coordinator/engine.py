@@ -15,20 +15,21 @@ from typing import Any, Protocol
 
 import structlog
 
-from coordinator import archive, service, web
+from coordinator import archive, orders, service, web
 from coordinator.core import leases as data
-from coordinator.core import machine
+from coordinator.core import machine, watch
 from coordinator.core.rosters import quorum
 from coordinator.evaluation import Evaluator
 from coordinator.folder import Published, RunFolder
 from coordinator.rendezvous import Rendezvous
-from coordinator.store import Evaluation, Store
+from coordinator.store import Evaluation, Order, Store
 from protocol import address, p2pd
 from protocol.blobs import BlobStore
 from protocol.codec import codec
-from protocol.errors import Refused
+from protocol.errors import Code, Refused
 from protocol.fold import fold, outer_of
 from protocol.identity import Key, libp2p_private_key_bytes, sign_rollback, sign_roster
+from protocol.limits import REASON_CHARACTERS_MAX
 from protocol.log import genesis_head, head_after, is_certified, line_head, next_head, next_turn, ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed, Floats, write_base
@@ -107,6 +108,9 @@ class Coordinator:
         self._measure = asyncio.Event()
         self._measured = -1
         measured = store.history()
+        self._watch = watch.of_history(measured, _rollbacks(self.state))
+        wishes = self._spec.watch
+        self._watch_rules = watch.Rules(wishes.rollback, wishes.jump, wishes.evaluations, wishes.most)
         self._first = next((row for row in measured if row.heldout is not None), None)
         self._newest = measured[-1] if measured else None
         self._sample = ""
@@ -258,6 +262,8 @@ class Coordinator:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
+            for order in self.store.open_orders():
+                self._obey(order)
             self.submit(machine.Ticked())
 
     def _now(self) -> float:
@@ -404,6 +410,28 @@ class Coordinator:
         parts = {part.digest for entry in entries for part in entry.record.parts}
         return frozenset(digest for digest in parts if self.blobs.has(digest))
 
+    def _obey(self, order: Order) -> None:
+        """Carry out what a command asked for, or say why not."""
+        try:
+            if order.kind != orders.ROLLBACK:
+                raise Refused(Code.FIELD, f"no such order: {order.kind}")
+            answer, done = self._roll_back(orders.RollbackOrder.from_bytes(order.body)), True
+        except Refused as refused:
+            answer, done = refused.what, False
+        self.store.close_order(order.order_id, answer=answer, done=done)
+
+    def _roll_back(self, order: orders.RollbackOrder) -> str:
+        """Go back, and say what that undid."""
+        head, branch = self.state.head, self.state.branch
+        if order.to > head.round:
+            raise Refused(Code.RUN_MISSING, f"round {order.to}, the log has 0 to {head.round}")
+        self.submit(machine.RollbackAsked(self._record_head(order.to), order.reason))
+        if self.state.branch == branch:
+            raise Refused(Code.STATE_MISMATCH, "the log has yet to follow a rollback that nodes remember")
+        if head.round == order.to:
+            return f"round {order.to} stays; the run goes on with a new roster of those who are here"
+        return f"{head.round - order.to} rounds are undone; the run goes on from round {order.to}"
+
     def _turn(self, signed: SignedRollback) -> None:
         """What the rollback undoes is undone in the database first, all of it or nothing."""
         start = signed.rollback.to.round
@@ -413,6 +441,7 @@ class Coordinator:
         leases = data.undo(self.state.leases, freed) if undone else self.state.leases
         self.store.save_rollback(signed, leases)
         head = head_after(signed.rollback)
+        self._watch = watch.gone_back(self._watch, signed.rollback)
         self.submit(machine.RolledBack(signed, head, consumed, tokens, leases))
 
     async def _rewind(self) -> None:
@@ -427,6 +456,7 @@ class Coordinator:
         unfolded = self.store.entries(self._replica.round)
         head, self._replica_branch = self._head_at(self._replica.round)
         self.submit(machine.Rewound(head, self._replica.digest(), unfolded, self._archived(unfolded)))
+        self._queue_evaluation(self._replica.round)
 
     # measuring
 
@@ -472,8 +502,7 @@ class Coordinator:
             self._newest = replace(facts, heldout=heldout)
             self._first = self._first or self._newest
             self.store.save_evaluation(self._newest)
-            if heldout is None:
-                self.submit(machine.Noticed(f"held-out loss after round {round_number} is not a number"))
+            self._heed(round_number, heldout)
             over = machine.run_is_over(self.state, self._rules)
             if over or time.monotonic() - self._sampled_at > SAMPLE_SECONDS:
                 self._sampled_at = time.monotonic()
@@ -482,6 +511,15 @@ class Coordinator:
                 self._sample = prompt + written
             self._measured = round_number
             self._announce()
+
+    def _heed(self, round_number: RoundNumber, heldout: float | None) -> None:
+        """Go back by itself, or warn, if the watch says so."""
+        self._watch, verdict = watch.watch(self._watch, round_number, heldout, self._watch_rules)
+        if isinstance(verdict, watch.GoBack):
+            reason = verdict.reason[:REASON_CHARACTERS_MAX]
+            self.submit(machine.RollbackAsked(self._record_head(verdict.to), reason))
+        elif verdict is not None:
+            self.submit(machine.Noticed(verdict))
 
     # the page
 

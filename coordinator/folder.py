@@ -98,6 +98,13 @@ class RunFolder:
         return self.ours / "coordinator.db"
 
     @property
+    def backup(self) -> Path:
+        """The newest copy of the database."""
+        from coordinator.store import backup_of
+
+        return backup_of(self.database)
+
+    @property
     def runtime(self) -> Path:
         """Sockets and scratch files of the running coordinator; swept at its start."""
         return self.ours / "runtime"
@@ -207,7 +214,7 @@ class RunFolder:
 
     def open_blobs(self) -> BlobStore:
         self.prepare()
-        return BlobStore(self.ours / "blobs")
+        return BlobStore(self.ours / "blobs", full_fix="Free some space on the disk that holds the run's folder.")
 
     def corpus(self, store: Store) -> Corpus:
         """What `data add` made."""

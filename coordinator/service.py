@@ -14,7 +14,7 @@ import secrets
 import time
 import unicodedata
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -37,9 +37,13 @@ from protocol.limits import (
     ADDRESSES_MAX,
     BLOB_CHUNK_BYTES,
     CONTROL_BYTES_MAX,
+    INCARNATION_BYTES,
     NAME_CHARACTERS_MAX,
+    NUMBER_MAX,
     PROTOCOL_VERSION,
     RANGES_MAX,
+    ROLLBACKS_MAX,
+    ROSTERS_RECALLED_MAX,
 )
 from protocol.types import (
     BaseCheckpoint,
@@ -51,9 +55,11 @@ from protocol.types import (
     Pass,
     PeerId,
     RoundNumber,
+    RunId,
     Seal,
     Shard,
     SignedManifest,
+    SignedRollback,
     SignedRoster,
 )
 from protocol.v1 import barnraise_pb2 as wire
@@ -74,7 +80,6 @@ LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checke
 LEAVES_KEPT: Final = 64  # blobs whose hashes are remembered, some 10 KB each
 WANTED_MAX: Final = 1024  # parts named in one answer: those of 16 rounds of a full roster
 SEQUENCES_MAX: Final = 1 << 31
-NUMBER_MAX: Final = 1 << 53  # exact in every language that reads our JSON
 REFUSAL_CHARACTERS_MAX: Final = 300  # HTTP/2 trailers are small
 WHY_CHARACTERS_MAX: Final = 80
 SOFTWARE_CHARACTERS_MAX: Final = 200
@@ -146,9 +151,11 @@ class Session:
 
     node: NodeId
     token: str
+    incarnation: bytes
     calls: int = 0
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
+    life: int = 0  # the highest that it has said
 
 
 class Server:
@@ -260,6 +267,10 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         peer = self._check_peer(request)
         addresses = _addresses(request.addresses)
         _bounded("software", request.software, SOFTWARE_CHARACTERS_MAX)
+        _number("life", request.life, high=NUMBER_MAX)
+        if len(request.incarnation) != INCARNATION_BYTES:
+            what = f"incarnation of {len(request.incarnation)} bytes, expected {INCARNATION_BYTES}"
+            raise Refused(Code.FIELD, what)
         known = self._desk.store.node(node)
         token = known.invite if known else self._admit(request.invite, node, peer, now_ms)
         if known is not None and known.banned:
@@ -269,18 +280,24 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         signed = identity.sign_pass(self._desk.key, body)
         admitted_ms = known.admitted_ms if known else now_ms
         self._desk.store.save_node(StoredNode(node, peer, name, token, signed, admitted_ms))
-        session = self._new_session(node)
-        self._desk.submit(machine.NodeOpened(node, peer, name, addresses))
-        log.info("a node opened a session", node=node[:16], name=name, software=canonical.shown(request.software))
-        roster = self._desk.state.roster
+        session = self._new_session(node, request.incarnation)
+        life, silent = self._begin_life(session, request.life)
+        forgot = silent is not None and silent != self._desk.state.silent.get(node)
+        self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot))
+        software = canonical.shown(request.software)
+        log.info("a node opened a session", node=node[:16], name=name, software=software, life=life, forgot=forgot)
+        state = self._desk.state
         return wire.OpenReply(
             session=session.token,
             coordinator_ms=now_ms,
             manifest=canonical.to_bytes(self._desk.manifest),
-            roster=canonical.to_bytes(roster) if roster else b"",
+            roster=canonical.to_bytes(state.roster) if state.roster else b"",
             base=canonical.to_bytes(self._desk.base()),
             rendezvous=self._desk.rendezvous,
             shards=[canonical.to_bytes(shard) for shard in self._desk.shards],
+            rollbacks=map(canonical.to_bytes, state.rollbacks),
+            silent_epoch=0 if silent is None else silent + 1,
+            life=life,
             **{"pass": canonical.to_bytes(signed)},  # a word of Python's
         )
 
@@ -325,11 +342,17 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     # sessions
 
-    def _new_session(self, node: NodeId) -> Session:
-        session = Session(node, secrets.token_hex(32))
+    def _new_session(self, node: NodeId, incarnation: bytes) -> Session:
+        session = Session(node, secrets.token_hex(32), incarnation)
         self._end_session(node)
         self._sessions[session.token] = self._session_of[node] = session
         return session
+
+    def _begin_life(self, session: Session, life: int) -> tuple[int, Epoch | None]:
+        """Keep the life that this process says; tells the highest, and up to which roster the node signs nothing."""
+        newest = Epoch(self._desk.state.next_epoch - 1)
+        session.life, silent = self._desk.store.begin_life(session.node, life, newest, session.incarnation)
+        return session.life, silent
 
     def _end_session(self, node: NodeId) -> None:
         older = self._session_of.pop(node, None)
@@ -361,6 +384,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         with self._session(context) as session:
             beat = _beat(session.node, request)
             wait_seconds = _number("wait_seconds", request.wait_seconds, high=math.inf)
+            if request.life > session.life:
+                self._begin_life(session, request.life)
             self._desk.submit(beat)
             end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
             while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
@@ -374,6 +399,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         return (
             self._newer_roster(beat) is not None
             or state.head.round > request.known_round
+            or len(state.rollbacks) > request.branch
             or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
             or (self._desk.finished() and not session.told_finished)
         )
@@ -394,6 +420,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             renewed=[lease_id for lease_id in beat.lease_ids if lease_id in mine],
             coordinator_ms=self._desk.now_ms(),
             finished=session.told_finished,
+            rollbacks=[canonical.to_bytes(each) for each in state.rollbacks if each.rollback.number > beat.branch],
+            epoch=state.next_epoch,
+            branch=len(state.rollbacks),
         )
 
     async def _acquire_leases(self, request: wire.LeaseRequest, context: Context) -> wire.LeaseReply:
@@ -408,11 +437,12 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         with self._session(context):
             if request.from_round > NUMBER_MAX:
                 raise Refused(Code.FIELD, f"from_round {request.from_round}, expected at most {NUMBER_MAX}")
-            reply = wire.ReadLogReply(base=canonical.to_bytes(self._desk.base()))
+            rollbacks = [canonical.to_bytes(each) for each in self._desk.state.rollbacks]
+            reply = wire.ReadLogReply(base=canonical.to_bytes(self._desk.base()), rollbacks=rollbacks)
             rosters: dict[Epoch, bytes] = {}
             if (newest := self._desk.state.roster) is not None:
                 rosters[newest.roster.epoch] = canonical.to_bytes(newest)
-            used = len(reply.base) + sum(map(len, rosters.values()))
+            used = len(reply.base) + sum(map(len, rollbacks)) + sum(map(len, rosters.values()))
             for entry in self._entries(request.from_round):
                 data, named = canonical.to_bytes(entry), self._rosters_of(entry)
                 used += len(data) + sum(len(signed) for epoch, signed in named.items() if epoch not in rosters)
@@ -435,12 +465,56 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     async def _push_entry(self, request: wire.PushEntryRequest, context: Context) -> wire.PushEntryReply:
         with self._session(context):
-            entry = canonical.from_bytes(LogEntry, request.entry)
-            self._desk.submit(machine.EntryArrived(entry))
+            recalls = bool(request.rosters or request.rollbacks)
+            entry = None if recalls and not request.entry else canonical.from_bytes(LogEntry, request.entry)
+            rosters, rollbacks = self._unknown_rosters(request.rosters), self._unknown_rollbacks(request.rollbacks)
+            if rosters or rollbacks:
+                log.warning("nodes brought back what was forgotten", rosters=len(rosters), rollbacks=len(rollbacks))
+                self._desk.submit(machine.Recalled(rosters, rollbacks))
+            if entry is not None:
+                self._desk.submit(machine.EntryArrived(entry))
             state = self._desk.state
             return wire.PushEntryReply(
                 missing=[part.digest for part in state.wanted[:WANTED_MAX]], head_round=state.head.round
             )
+
+    def _unknown_rosters(self, brought: Sequence[bytes]) -> tuple[SignedRoster, ...]:
+        """Rosters that this coordinator signed and has no memory of: its database came from a backup."""
+        if len(brought) > ROSTERS_RECALLED_MAX:
+            raise Refused(Code.LIMIT, f"{len(brought)} rosters, at most {ROSTERS_RECALLED_MAX} are allowed")
+        unknown: dict[Epoch, SignedRoster] = {}
+        for signed in (canonical.from_bytes(SignedRoster, data) for data in brought):
+            known = self._desk.state.history.get(signed.roster.epoch) or unknown.get(signed.roster.epoch)
+            if signed == known:
+                continue
+            roster = identity.check_roster(self._desk.key.public, signed)
+            self._check_run("roster", roster.run)
+            if known is not None:
+                raise Refused(Code.TWO_STORIES, f"this coordinator has signed two rosters {roster.epoch}")
+            unknown[roster.epoch] = signed
+        return tuple(unknown[epoch] for epoch in sorted(unknown))
+
+    def _unknown_rollbacks(self, brought: Sequence[bytes]) -> tuple[SignedRollback, ...]:
+        """The same for rollbacks, which follow the known ones without a gap."""
+        if len(brought) > ROLLBACKS_MAX:
+            raise Refused(Code.LIMIT, f"{len(brought)} rollbacks, at most {ROLLBACKS_MAX} are allowed")
+        known = {each.rollback.number: each for each in self._desk.state.rollbacks}
+        after = len(known)
+        for signed in (canonical.from_bytes(SignedRollback, data) for data in brought):
+            number = signed.rollback.number
+            if signed == known.get(number):
+                continue
+            self._check_run("rollback", identity.check_rollback(self._desk.key.public, signed).run)
+            if number in known:
+                raise Refused(Code.TWO_STORIES, f"this coordinator has signed two rollbacks {number}")
+            if number != len(known) + 1 or number > ROLLBACKS_MAX:
+                raise Refused(Code.FIELD, f"rollback {number}, expected {len(known) + 1}")
+            known[number] = signed
+        return tuple(known.values())[after:]
+
+    def _check_run(self, what: str, run: RunId) -> None:
+        if run != self._desk.manifest.manifest.run:
+            raise Refused(Code.SIGNATURE, f"the {what} is of another run")
 
     async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
         with self._session(context) as session:
@@ -679,7 +753,7 @@ def _beat(node: NodeId, request: wire.HeartbeatRequest) -> machine.HeartbeatArri
     for lease_id in request.lease_ids:
         if not re.fullmatch(r"[0-9a-f]{1,16}", lease_id):
             raise Refused(Code.FIELD, "lease_ids: one is not a hex number")
-    for name in ("head_round", "epoch", "known_round", "bytes_sent", "bytes_received"):
+    for name in ("head_round", "epoch", "known_round", "bytes_sent", "bytes_received", "branch", "life"):
         _number(name, getattr(request, name), high=NUMBER_MAX)
     return machine.HeartbeatArrived(
         node,
@@ -687,6 +761,7 @@ def _beat(node: NodeId, request: wire.HeartbeatRequest) -> machine.HeartbeatArri
         request.head_round,
         request.epoch - 1,
         _addresses(request.addresses),
+        request.branch,
         _number("tokens_per_second", request.tokens_per_second, high=1e12),
         request.train_loss if math.isfinite(request.train_loss) else None,
         _number("busy_share", request.busy_share, high=1.0),

@@ -1,14 +1,19 @@
 """The store: what a coordinator must never forget, in one SQLite file. Knows nothing of the network or of rounds' rules.
 
-Every method is one transaction, durable when it returns. It is called from one thread.
+Every method is one transaction, durable when it returns. It is called from one thread; `backup` may be from another.
+
+"The line" is the log as all rollbacks leave it. What a rollback undid stays beside it, marked with its number.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +24,7 @@ from sqlalchemy import (
     Engine,
     Float,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -31,6 +37,7 @@ from sqlalchemy import (
     func,
     inspect,
     select,
+    text,
     update,
 )
 from sqlalchemy.dialects.sqlite import insert
@@ -45,6 +52,7 @@ from protocol.types import (
     BaseCheckpoint,
     DataRange,
     Digest,
+    Epoch,
     Lease,
     LogEntry,
     NodeId,
@@ -52,12 +60,14 @@ from protocol.types import (
     RoundNumber,
     Shard,
     SignedPass,
+    SignedRollback,
     SignedRoster,
 )
 
-SCHEMA: Final = 1  # raised when an older program could misread a newer database
+SCHEMA: Final = 2  # raised when an older program could misread a newer database
 EVENTS_KEPT: Final = 10_000  # lines of history; older ones go
 BUSY_SECONDS: Final = 5.0  # another command, such as `invite create`, holds the database for milliseconds
+_SUM_BYTES: Final = 4  # a checksum before each value: SQLite has none, and sees no rot inside a row
 
 _SCHEMA = MetaData()
 _meta = Table("meta", _SCHEMA, Column("key", String, primary_key=True), Column("value", LargeBinary, nullable=False))
@@ -92,19 +102,36 @@ _nodes = Table(
 _rosters = Table(
     "rosters", _SCHEMA, Column("epoch", Integer, primary_key=True), Column("bytes", LargeBinary, nullable=False)
 )
+_lives = Table(
+    "lives",
+    _SCHEMA,
+    Column("node", String, ForeignKey("nodes.node"), primary_key=True),
+    Column("life", Integer, nullable=False),
+    Column("incarnation", LargeBinary, nullable=False),  # of the process that said it
+    Column("silent", Integer),  # the newest epoch that it signs nothing under, for it has forgotten what it signed
+)
+_rollbacks = Table(
+    "rollbacks",
+    _SCHEMA,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("bytes", LargeBinary, nullable=False),
+)
+_ON_THE_LINE: Final = text("undone IS NULL")
 _entries = Table(
     "entries",
     _SCHEMA,
-    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("id", Integer, primary_key=True),
+    Column("round", Integer, nullable=False),
     Column("hash", String, nullable=False, unique=True),
+    Column("undone", Integer, ForeignKey("rollbacks.number")),
     Column("bytes", LargeBinary, nullable=False),
+    Index("entries_line", "round", unique=True, sqlite_where=_ON_THE_LINE),
 )
 _parts = Table(
     "parts",
     _SCHEMA,
     Column("digest", String, primary_key=True),
-    Column("round", Integer, ForeignKey("entries.round"), nullable=False),
-    Column("size", Integer, nullable=False),
+    Column("entry", Integer, ForeignKey("entries.id"), nullable=False),
 )
 _cursor = Table(
     "cursor",
@@ -132,13 +159,25 @@ _bases = Table(
 _evaluations = Table(
     "evaluations",
     _SCHEMA,
-    Column("round", Integer, primary_key=True),
+    Column("id", Integer, primary_key=True),
+    Column("round", Integer, nullable=False),
+    Column("undone", Integer, ForeignKey("rollbacks.number")),
     Column("tokens", Integer, nullable=False),
     Column("heldout", Float),
     Column("train", Float),
     Column("ms", Integer, nullable=False),
     Column("nodes", Integer, nullable=False),
     Column("bytes", Integer, nullable=False),
+    Index("evaluations_line", "round", unique=True, sqlite_where=_ON_THE_LINE),
+)
+_orders = Table(
+    "orders",
+    _SCHEMA,
+    Column("order_id", Integer, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("state", String, nullable=False),
+    Column("answer", String, nullable=False, default=""),
 )
 _events = Table(
     "events",
@@ -186,20 +225,41 @@ class Evaluation:
     bytes: int
 
 
+class OrderState(StrEnum):
+    OPEN = "open"
+    DONE = "done"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command asks of the coordinator that runs, and what came of it."""
+
+    order_id: int
+    kind: str
+    body: bytes
+    state: OrderState
+    answer: str
+
+
+def backup_of(path: Path) -> Path:
+    """Where a database's backup lies."""
+    return path.with_name(f"{path.stem}.backup{path.suffix}")
+
+
 class Store:
     """One run's database. Opening it makes it, or goes on after whatever end the last process had."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite itself would let others read
         self.path = path
+        self._check_not_lost()
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite itself would let others read
         self._engine = _engine(path)
         try:
             self._prepare()
-        except BaseException as error:
+        except BaseException:
             self._engine.dispose()
-            if isinstance(error, DatabaseError) and not isinstance(error, OperationalError):
-                raise Refused(Code.STORE_BAD, f"{path} is not a whole SQLite database: {error.orig}") from None
             raise
 
     def close(self) -> None:
@@ -208,11 +268,11 @@ class Store:
     def get(self, key: str) -> bytes | None:
         with self._reading() as connection:
             value: bytes | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == key))
-            return value
+            return value if value is None else _unsealed(value)
 
     def set(self, key: str, value: bytes) -> None:
         with self._writing() as connection:
-            _put(connection, _meta, {"key": key, "value": value})
+            _put(connection, _meta, {"key": key, "value": _sealed(value)})
 
     # invites and nodes
 
@@ -252,7 +312,7 @@ class Store:
 
     def save_node(self, node: StoredNode) -> None:
         """Admit a node, or renew its name and pass. Credit and ban stay as they are."""
-        renewed = {"name": node.name, "pass": canonical.to_bytes(node.signed_pass)}
+        renewed = {"name": node.name, "pass": _packed(node.signed_pass)}
         row = {
             "node": node.node,
             "peer": node.peer,
@@ -297,32 +357,62 @@ class Store:
         if not known:
             raise Refused(Code.NOT_ADMITTED, f"there is no node {canonical.shown(node[:64])}")
 
+    def begin_life(self, node: NodeId, life: int, newest_epoch: Epoch, incarnation: bytes) -> tuple[int, Epoch | None]:
+        """A start of this node: the highest life known of it, and up to which epoch it signs nothing.
+
+        A life that is not above the one stored is of a disk that was put back or copied: its promises under all
+        rosters issued so far, `newest_epoch` the last, are forgotten. Not so from the process that said the one stored:
+        it has only lost its connection."""
+        with self._writing() as connection:
+            mine = _lives.c.node == node
+            known = connection.execute(select(_lives.c.life, _lives.c.silent, _lives.c.incarnation).where(mine)).first()
+            if known is None and connection.scalar(select(_nodes.c.node).where(_nodes.c.node == node)) is None:
+                raise Refused(Code.NOT_ADMITTED, f"there is no node {canonical.shown(node[:64])}")
+            stored, silent, process = (0, None, b"") if known is None else known
+            if incarnation == process:
+                life = max(life, stored)
+            elif life <= stored:
+                life, silent = stored + 1, newest_epoch
+            row = {"node": node, "life": life, "silent": silent, "incarnation": incarnation}
+            _put(connection, _lives, row)
+        return life, silent
+
+    def silent(self) -> dict[NodeId, Epoch]:
+        """The nodes that have ever forgotten what they signed, and up to which epoch they sign nothing."""
+        with self._reading() as connection:
+            rows = connection.execute(select(_lives.c.node, _lives.c.silent).where(_lives.c.silent.is_not(None)))
+            return {NodeId(node): Epoch(epoch) for node, epoch in rows}
+
     # the log
 
     def save_roster(self, signed: SignedRoster) -> None:
         with self._writing() as connection:
-            row = {"epoch": signed.roster.epoch, "bytes": canonical.to_bytes(signed)}
+            row = {"epoch": signed.roster.epoch, "bytes": _packed(signed)}
             connection.execute(_rosters.insert().values(row))
 
     def rosters(self) -> tuple[SignedRoster, ...]:
         return self._all(SignedRoster, select(_rosters.c.bytes).order_by(_rosters.c.epoch))
 
-    def append_entry(self, entry: LogEntry, tokens: Mapping[NodeId, int]) -> None:
-        """The log grows by one record, and its contributors' credit by what it says: both or neither."""
-        row = {"round": entry.record.round, "hash": record_hash(entry.record), "bytes": canonical.to_bytes(entry)}
-        parts = [{"digest": part.digest, "round": entry.record.round, "size": part.size} for part in entry.record.parts]
+    def append_entry(self, entry: LogEntry, tokens: Mapping[NodeId, int], leases: Leases | None = None) -> None:
+        """The line grows by one record, its contributors' credit by what it says, and the leases lose its data."""
+        record = entry.record
+        row = {"round": record.round, "hash": record_hash(record), "bytes": _packed(entry)}
         with self._writing() as connection:
             count = _count(connection)
-            assert entry.record.round == count, f"record {entry.record.round}, expected {count}"
-            connection.execute(_entries.insert().values(row))
-            if parts:
+            assert record.round == count, f"record {record.round}, expected {count}"
+            entry_id = connection.execute(_entries.insert().values(row)).lastrowid
+            if record.parts:
+                parts = [{"digest": part.digest, "entry": entry_id} for part in record.parts]
                 connection.execute(insert(_parts).on_conflict_do_nothing(), parts)
             for node, more in tokens.items():
                 grown = update(_nodes).values(credit_tokens=_nodes.c.credit_tokens + more)
                 connection.execute(grown.where(_nodes.c.node == node))
+            if leases is not None:
+                _put_leases(connection, leases)
 
     def entries(self, start: int = 0, limit: int | None = None) -> tuple[LogEntry, ...]:
-        query = select(_entries.c.bytes).where(_entries.c.round >= start).order_by(_entries.c.round)
+        """The line's records from round `start` on."""
+        query = select(_entries.c.bytes).where(_ON_THE_LINE, _entries.c.round >= start).order_by(_entries.c.round)
         return self._all(LogEntry, query.limit(limit) if limit is not None else query)
 
     @property
@@ -330,38 +420,62 @@ class Store:
         with self._reading() as connection:
             return _count(connection)
 
+    def save_rollback(self, signed: SignedRollback, leases: Leases, passed: Sequence[SignedRollback] = ()) -> None:
+        """The line ends at an earlier round, and data that was consumed after it is in the leases again.
+
+        Records, their credit and what was measured stay, marked with the rollback's number; the state at `to.round`
+        and its measurement are of the line still. Base checkpoints beyond it go; their blobs are the caller's.
+        `passed` are rollbacks before it that this log never came to follow, for this one goes back further."""
+        rollback = signed.rollback
+        number, stays = rollback.number, rollback.to.round
+        rows = [{"number": each.rollback.number, "bytes": _packed(each)} for each in (*passed, signed)]
+        with self._writing() as connection:
+            newest = connection.scalar(select(func.max(_rollbacks.c.number))) or 0
+            assert [row["number"] for row in rows] == list(range(newest + 1, number + 1)), f"{number} after {newest}"
+            last = connection.scalar(select(_entries.c.hash).where(_ON_THE_LINE, _entries.c.round == stays - 1))
+            assert last in (None, rollback.to.hash), f"rollback {number} to {rollback.to.hash}, the line has {last}"
+            connection.execute(_rollbacks.insert(), rows)
+            for table, first in ((_entries, stays), (_evaluations, stays + 1)):
+                connection.execute(update(table).where(_ON_THE_LINE, table.c.round >= first).values(undone=number))
+            connection.execute(delete(_bases).where(_bases.c.round > stays))
+            _put_leases(connection, leases)
+
+    def rollbacks(self) -> tuple[SignedRollback, ...]:
+        return self._all(SignedRollback, select(_rollbacks.c.bytes).order_by(_rollbacks.c.number))
+
+    def undone(self) -> tuple[tuple[int, LogEntry], ...]:
+        """Every record that is not of the line any more, after the number of the rollback that undid it."""
+        query = select(_entries.c.undone, _entries.c.bytes).where(_entries.c.undone.is_not(None))
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(_entries.c.undone, _entries.c.round))
+            return tuple((number, _unpacked(LogEntry, data)) for number, data in rows)
+
     def has_part(self, digest: Digest) -> bool:
-        """Whether a record of the log names this part."""
+        """Whether a record of the log names this part, be it undone."""
         with self._reading() as connection:
             return connection.scalar(select(_parts.c.digest).where(_parts.c.digest == digest)) is not None
 
     # data
 
     def save_leases(self, leases: Leases) -> None:
-        held = [{"lease_id": lease.lease_id, "bytes": canonical.to_bytes(lease)} for lease in leases.held.values()]
-        returned = [{"position": i, "bytes": canonical.to_bytes(data)} for i, data in enumerate(leases.returned)]
         with self._writing() as connection:
-            _put(connection, _cursor, {"id": 0, "bytes": canonical.to_bytes(leases.cursor), "serial": leases.serial})
-            for table, rows in ((_leases, held), (_returned, returned)):
-                connection.execute(delete(table))
-                if rows:
-                    connection.execute(table.insert(), rows)
+            _put_leases(connection, leases)
 
     def load_leases(self, shards: tuple[Shard, ...]) -> Leases:
         with self._reading() as connection:
             row = connection.execute(select(_cursor.c.bytes, _cursor.c.serial)).first()
             held = _values(connection, Lease, select(_leases.c.bytes).order_by(_leases.c.lease_id))
             returned = _values(connection, DataRange, select(_returned.c.bytes).order_by(_returned.c.position))
-        if row is None:
-            return Leases(shards)
-        cursor = canonical.from_bytes(Cursor, row.bytes)
+            if row is None:
+                return Leases(shards)
+            cursor = _unpacked(Cursor, row.bytes)
         return Leases(shards, cursor, returned, {lease.lease_id: lease for lease in held}, row.serial)
 
     def save_shards(self, shards: Sequence[Shard], heldout: Shard | None) -> None:
         """Their order is the order of the data; it never changes once leases are granted."""
-        rows = [{"position": i, "heldout": False, "bytes": canonical.to_bytes(s)} for i, s in enumerate(shards)]
+        rows = [{"position": i, "heldout": False, "bytes": _packed(s)} for i, s in enumerate(shards)]
         if heldout is not None:
-            rows.append({"position": len(rows), "heldout": True, "bytes": canonical.to_bytes(heldout)})
+            rows.append({"position": len(rows), "heldout": True, "bytes": _packed(heldout)})
         with self._writing() as connection:
             connection.execute(delete(_shards))
             if rows:
@@ -376,8 +490,17 @@ class Store:
     # what came of it
 
     def save_base(self, base: BaseCheckpoint) -> None:
+        """Keep this checkpoint, unless a rollback has undone its state while it was written."""
         with self._writing() as connection:
-            _put(connection, _bases, {"round": base.round, "bytes": canonical.to_bytes(base)})
+            later = select(_rollbacks.c.bytes).where(_rollbacks.c.number > base.branch)
+            undone = [each.rollback.to.round < base.round for each in _values(connection, SignedRollback, later)]
+            if not any(undone):
+                _put(connection, _bases, {"round": base.round, "bytes": _packed(base)})
+
+    def drop_base(self, round_number: RoundNumber) -> None:
+        """Its blob is not what it was."""
+        with self._writing() as connection:
+            connection.execute(delete(_bases).where(_bases.c.round == round_number))
 
     def bases(self) -> tuple[BaseCheckpoint, ...]:
         return self._all(BaseCheckpoint, select(_bases.c.bytes).order_by(_bases.c.round))
@@ -387,12 +510,16 @@ class Store:
         return next(iter(self._all(BaseCheckpoint, newest)), None)
 
     def save_evaluation(self, evaluation: Evaluation) -> None:
+        """Once per round of the line: a later measurement of the same state replaces the earlier."""
+        row = dict(vars(evaluation))
+        statement = insert(_evaluations).values(row)
         with self._writing() as connection:
-            _put(connection, _evaluations, dict(vars(evaluation)))
+            connection.execute(statement.on_conflict_do_update(["round"], index_where=_ON_THE_LINE, set_=row))
 
     def history(self, limit: int | None = None) -> tuple[Evaluation, ...]:
-        """The newest evaluations, oldest first."""
-        newest = select(_evaluations).order_by(_evaluations.c.round.desc()).limit(limit)
+        """The line's newest evaluations, oldest first."""
+        columns = [_evaluations.c[name] for name in Evaluation.__dataclass_fields__]
+        newest = select(*columns).where(_ON_THE_LINE).order_by(_evaluations.c.round.desc()).limit(limit)
         with self._reading() as connection:
             return tuple(Evaluation(**row) for row in connection.execute(newest).mappings())[::-1]
 
@@ -408,7 +535,67 @@ class Store:
         with self._reading() as connection:
             return tuple((row.ms, row.text) for row in connection.execute(newest))[::-1]
 
+    # orders
+
+    def add_order(self, kind: str, body: bytes) -> int:
+        """Ask something of the coordinator that runs, or of the next one."""
+        row = {"kind": kind, "body": _sealed(body), "state": OrderState.OPEN}
+        with self._writing() as connection:
+            return connection.execute(_orders.insert().values(row)).lastrowid
+
+    def open_orders(self) -> tuple[Order, ...]:
+        query = select(_orders).where(_orders.c.state == OrderState.OPEN).order_by(_orders.c.order_id)
+        with self._reading() as connection:
+            return tuple(_order(row) for row in connection.execute(query).mappings())
+
+    def close_order(self, order_id: int, *, answer: str, done: bool) -> None:
+        state = OrderState.DONE if done else OrderState.REFUSED
+        mine = (_orders.c.order_id == order_id) & (_orders.c.state == OrderState.OPEN)
+        with self._writing() as connection:
+            closed = connection.execute(update(_orders).where(mine).values(state=state, answer=answer)).rowcount
+        assert closed == 1, f"order {order_id} is not open"
+
+    def order(self, order_id: int) -> Order:
+        with self._reading() as connection:
+            return _order(connection.execute(select(_orders).where(_orders.c.order_id == order_id)).mappings().one())
+
+    # the file
+
+    def backup(self, path: Path | None = None) -> None:
+        """Put a whole copy of the database in the place of the last one; that one stays until this one is durable.
+
+        To be called once a run is published and at each base checkpoint: a coordinator that begins again from it
+        asks its nodes for the records, rosters and rollbacks since, and they still hold them from there on. Writers
+        go on meanwhile, so it may run in another thread. Where the database is rotten, the last copy is left."""
+        path = path or backup_of(self.path)
+        new = path.with_name(f".new-{path.name}")
+        new.unlink(missing_ok=True)
+        try:
+            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            with closing(sqlite3.connect(self.path)) as source, closing(sqlite3.connect(new)) as copy:
+                source.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")  # one file is a whole database
+                self._check_whole(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            new.replace(path)
+        except sqlite3.DatabaseError as error:
+            raise (self._refusal(error) or error) from None
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _check_not_lost(self) -> None:
+        """Refuse to begin afresh where there was a run: SQLite takes an empty file for a new database."""
+        with suppress(FileNotFoundError):
+            if self.path.stat().st_size:
+                return
+        left = (backup_of(self.path), self.path.with_name(f"{self.path.name}-wal"))
+        if any(path.exists() and path.stat().st_size for path in left):
+            raise self._bad("is empty or gone")
+
     def _prepare(self) -> None:
+        with self._reading() as connection:
+            self._check_whole(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
         with self._writing() as connection:
             if not inspect(connection).get_table_names():
                 _SCHEMA.create_all(connection)
@@ -418,18 +605,56 @@ class Store:
                 found = int(connection.scalar(select(_meta.c.value).where(_meta.c.key == "schema")))  # type: ignore[arg-type]
             except (OperationalError, TypeError, ValueError):
                 raise Refused(Code.STORE_BAD, f"{self.path} is not a database of this program") from None
-        if found != SCHEMA:
-            raise Refused(Code.VERSION, f"{self.path} has schema {found}, this program reads schema {SCHEMA}")
+        if found == SCHEMA:
+            return
+        what = f"{self.path} has schema {found}, this program reads schema {SCHEMA}"
+        older = "It is of a program before the first release. Begin another run with: barnraise-coordinator new NAME"
+        raise Refused(Code.VERSION, what, fix=older if found < SCHEMA else None)
+
+    def _check_whole(self, found: str | None) -> None:
+        if found != "ok":
+            raise self._bad(f"is damaged: {found}")
+
+    def _bad(self, what: str) -> Refused:
+        """A refusal that names the backup, if there is one."""
+        backup, wal = backup_of(self.path), f"{self.path.name}-wal"
+        fix = f"Move {self.path.name} and {wal} away, then copy {backup} to {self.path}." if backup.exists() else None
+        return Refused(Code.STORE_BAD, f"{self.path} {what}", fix=fix)
+
+    def _refusal(self, error: BaseException | None) -> Refused | None:
+        """What SQLite reports, by name; none for what is our own mistake."""
+        name = getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_FULL":
+            fix = "Free some space on the disk that holds the run's folder. Nothing was changed."
+            return Refused(Code.DISK_CAP, f"no room to write to {self.path}: {error}", fix=fix)
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return self._bad(f"is not a whole SQLite database: {error}")
+        if name.startswith("SQLITE_IOERR"):
+            fix = "See that the disk is in order and has room, then start the coordinator again. Nothing was changed."
+            return Refused(Code.STORE_BAD, f"{self.path} cannot be read or written: {error}", fix=fix)
+        return None
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        with self._engine.begin() as connection:
+        with self._refusing(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(reads=True) as connection:
+        with self._refusing(), self._engine.connect().execution_options(reads=True) as connection:
             yield connection
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except _Rotten:
+            raise self._bad("holds a value that has changed on disk") from None
+        except DatabaseError as error:
+            refusal = self._refusal(error.orig)
+            if refusal is None:
+                raise
+            raise refusal from None
 
     def _all(self, cls: type[Any], query: Any) -> tuple[Any, ...]:
         with self._reading() as connection:
@@ -442,7 +667,13 @@ def _engine(path: Path) -> Engine:
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: ConnectionPoolEntry) -> None:
         connection.isolation_level = None  # transactions begin where we say so, below
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            "trusted_schema=OFF",
+            "cell_size_check=ON",
+        ):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -460,15 +691,52 @@ def _put(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
 
 
 def _count(connection: Connection) -> int:
-    newest: int | None = connection.scalar(select(func.max(_entries.c.round)))
+    newest: int | None = connection.scalar(select(func.max(_entries.c.round)).where(_ON_THE_LINE))
     return 0 if newest is None else newest + 1
+
+
+def _put_leases(connection: Connection, leases: Leases) -> None:
+    held = [{"lease_id": lease.lease_id, "bytes": _packed(lease)} for lease in leases.held.values()]
+    returned = [{"position": i, "bytes": _packed(data)} for i, data in enumerate(leases.returned)]
+    _put(connection, _cursor, {"id": 0, "bytes": _packed(leases.cursor), "serial": leases.serial})
+    for table, rows in ((_leases, held), (_returned, returned)):
+        connection.execute(delete(table))
+        if rows:
+            connection.execute(table.insert(), rows)
+
+
+class _Rotten(Exception):
+    """A value is not what was written. The file is; restore its backup."""
+
+
+def _sealed(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_SUM_BYTES, "big") + data
+
+
+def _unsealed(data: bytes) -> bytes:
+    found, value = data[:_SUM_BYTES], data[_SUM_BYTES:]
+    if zlib.crc32(value).to_bytes(_SUM_BYTES, "big") != found:
+        raise _Rotten
+    return value
+
+
+def _packed(value: Any) -> bytes:
+    return _sealed(canonical.to_bytes(value))
+
+
+def _unpacked(cls: type[Any], data: bytes) -> Any:
+    return canonical.from_bytes(cls, _unsealed(data))
 
 
 def _values(connection: Connection, cls: type[Any], query: Any) -> tuple[Any, ...]:
     rows: Iterable[bytes] = connection.scalars(query)
-    return tuple(canonical.from_bytes(cls, data) for data in rows)
+    return tuple(_unpacked(cls, data) for data in rows)
+
+
+def _order(row: RowMapping) -> Order:
+    return Order(row["order_id"], row["kind"], _unsealed(row["body"]), OrderState(row["state"]), row["answer"])
 
 
 def _stored_node(row: RowMapping) -> StoredNode:
     fields = {key: value for key, value in row.items() if key != "pass"}
-    return StoredNode(**fields, signed_pass=canonical.from_bytes(SignedPass, row["pass"]))
+    return StoredNode(**fields, signed_pass=_unpacked(SignedPass, row["pass"]))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import platform
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from importlib.metadata import version
+from dataclasses import replace
 from typing import IO, Any
 
 import structlog
@@ -24,7 +23,9 @@ from node.courier import LOG_PAGE, Courier
 from node.engine import Engine
 from node.hardware import usable_threads
 from node.journal import Journal, Promise
-from node.link import Beat, Door, Link, News, Opened, Page
+from node.link import Beat, Door, Link, News, Page
+from node.membership import Membership
+from node.progress import Carry, Drop, Offer, Progress, ProgressFile, Settle, resume
 from node.pseudograd import PseudoGradient
 from node.replica import Replica
 from node.status import Tally, view
@@ -66,6 +67,7 @@ from protocol.types import (
 IDENTITY = "p2p.identity"
 TICK_SECONDS = 0.2
 STATUS_SECONDS = 0.5
+KEEP_SECONDS = 1.0  # between two looks whether local progress is to be saved
 ROUNDS_AHEAD = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
 STUCK_SECONDS = 30.0  # without a record folded: the page that was read may be of a branch that is no more
 LEAVE_SECONDS = 2.0  # for the coordinator to hear that we go
@@ -91,22 +93,22 @@ class Daemon:
     """One node. Everything that decides is in node.core; this carries it out."""
 
     def __init__(
-        self, settings: Settings, key: Key, link: Link, opened: Opened, owned: AsyncExitStack, on_status: Any
+        self, settings: Settings, key: Key, link: Link, membership: Membership, owned: AsyncExitStack, on_status: Any
     ) -> None:
         self._settings = settings
         self._key = key
         self._me = key.public
         self._link = link
-        self._opened = opened
+        self._membership = membership
         self._owned = owned
         self._on_status = on_status
-        self._manifest = opened.manifest.manifest
+        self._manifest = membership.opened.manifest.manifest
         self._spec = RunSpec.from_json(self._manifest.spec)
         self._codec = codec(self._spec.update.codec)
         self._home = Home(settings.home)
         self._blobs = BlobStore(self._home.blobs, settings.max_disk_bytes or BLOB_BYTES_MAX)
         self._journal = Journal(self._home.journal / self._manifest.name)
-        self._shards: dict[Digest, Shard] = {shard.digest: shard for shard in opened.shards}
+        self._shards: dict[Digest, Shard] = {shard.digest: shard for shard in membership.opened.shards}
         self._vectors = Vectors.create(self._manifest.parameters, runtime_dir=self._home.runtime)
         self._replica = Replica(
             self._manifest,
@@ -121,6 +123,13 @@ class Daemon:
             self._vectors.snapshot,
             self._codec,
             residual_decay=self._spec.update.residual_decay,
+            stale_rounds=self._spec.update.stale_rounds,
+        )
+        self._progress = ProgressFile(
+            self._journal.folder / "progress",
+            self._manifest.parameters,
+            room=self._blobs.has_room,
+            now=time.monotonic(),
         )
         self._rules = self._make_rules()
         self._session = session.Session()
@@ -140,11 +149,12 @@ class Daemon:
         )
         self._engine: Engine | None = None
         self._trainer: Trainer | None = None
+        self._data_turn = asyncio.Lock()  # a lease reaches the trainer once
         self._vector_turn = asyncio.Lock()  # snapshot, fold and merge, one at a time
         self._inbox: asyncio.Queue[rounds.Event | session.Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[tuple[Exit, str]] = asyncio.get_running_loop().create_future()
-        self._leases: dict[str, Lease] = {}
+        self._leases: dict[str, Lease] = {lease.lease_id: lease for lease in membership.leases}
         self._changed = asyncio.Event()  # another activity than the last heartbeat said
         self._wanted_before: frozenset[str] = frozenset()
         self._known_round = 0
@@ -166,9 +176,10 @@ class Daemon:
         p2pd.write_identity(home.runtime / IDENTITY, libp2p_private_key_bytes(transport))
         link = Link(Door.of(invite), key=key, transport_key=transport)
         owned.push_async_callback(link.close)
-        opened = await _patiently(link, invite, settings.name or "", known=home.remembered() is not None)
+        membership = Membership(key.public, link, invite, settings.name or "", home.journal / invite.name)
+        await membership.begin(known=home.remembered() is not None)
         home.remember(invites.encode(invite))
-        daemon = cls(settings, key, link, opened, owned, on_status)
+        daemon = cls(settings, key, link, membership, owned, on_status)
         owned.callback(daemon._vectors.close)
         owned.push_async_callback(daemon._close_children)
         return daemon
@@ -212,6 +223,7 @@ class Daemon:
             await self._stop_tasks()
             with suppress(Refused, TimeoutError):
                 await asyncio.wait_for(self._link.leave(why, self._seal()), LEAVE_SECONDS)
+                self._membership.keep(())
         return int(code.value)
 
     def _seal(self) -> Seal | None:
@@ -339,15 +351,15 @@ class Daemon:
 
     async def _prepare(self) -> None:
         """Load or download the state, then start what needs it."""
-        self._save_rollbacks(self._opened.rollbacks, known=self._journal.rollbacks())
+        opened, online = self._membership.opened, self._membership.online
+        self._save_rollbacks(opened.rollbacks, known=self._journal.rollbacks())
+        self._silence(opened.silent_epoch)
         own = await asyncio.to_thread(self._replica.open_own, self._journal.folder)
-        if not own or self._whole_model_is_less(self._opened.base):
-            await self._retrying(lambda: self._load_base(self._opened.base))
+        if not own or (online and self._whole_model_is_less(opened.base)):
+            await self._retrying(lambda: self._load_base(opened.base))
         assert self._replica.head is not None
         head = self._replica.head
         promise = self._journal.promise(head)
-        if self._opened.silent_epoch is not None:
-            self._journal.save_silence(self._opened.silent_epoch)
         self._rounds = Rounds(
             head=head,
             digest=self._replica.digest,
@@ -357,19 +369,36 @@ class Daemon:
             rollbacks=self._journal.rollbacks(),
             silent=self._journal.silence(),
             last=self._replica.last,
-            ballot=rounds.lifted(promise.ballot) if promise else Ballot(Epoch(-1), 0),
+            ballot=self._promised(promise, lift=online),
             accepted=promise.accepted if promise else None,
         )
-        if self._opened.roster is not None:
-            self._learn_roster(self._opened.roster)
-        log.info("state loaded", round=head.round, state=self._replica.digest[:12])
-        self._post(session.LinkOpened())
+        await asyncio.to_thread(self._resume_progress)
+        if opened.roster is not None:
+            self._learn_roster(opened.roster)
+        log.info("state loaded", round=head.round, state=self._replica.digest[:12], online=online)
+        self._post(session.LinkOpened() if online else session.LinkLost("it did not answer at the start"))
         self._spawn(self._start_engine())
-        await self._retrying(self._catch_up)
+        if online:
+            await self._retrying(self._catch_up)
         self._post(session.DataUsed(0, self._sequences_wanted()))
         self._post(session.CaughtUp())
         self._spawn(self._start_trainer())
         self._spawn(self._heartbeat())
+        self._spawn(self._keep_progress())
+
+    def _promised(self, promise: Promise | None, *, lift: bool) -> Ballot:
+        """Only the coordinator can lift a seal: others may rely on it."""
+        if promise is None:
+            return Ballot(Epoch(-1), 0)
+        return rounds.lifted(promise.ballot) if lift else promise.ballot
+
+    def _silence(self, epoch: Epoch | None) -> None:
+        """Sign nothing under the rosters up to this one from here on, and remember it."""
+        if epoch is None or epoch <= self._journal.silence():
+            return
+        log.warning("this folder is an older copy of itself: it signs nothing under older rosters", epoch=epoch)
+        self._journal.save_silence(epoch)
+        self._step_rounds(rounds.Silenced(epoch))
 
     def _whole_model_is_less(self, base: BaseCheckpoint) -> bool:
         """Whether this base checkpoint is less to download than the updates that lead to it from what is here."""
@@ -445,7 +474,7 @@ class Daemon:
                 identity_path=self._home.runtime / IDENTITY,
                 run=self._manifest.run,
                 listen=self._settings.listen_multiaddrs,
-                rendezvous=self._opened.rendezvous,
+                rendezvous=self._membership.opened.rendezvous,
                 codec=self._spec.update.codec,
                 parameters=self._manifest.parameters,
                 blob_dir=self._blobs.folder,
@@ -511,7 +540,36 @@ class Daemon:
             raise
         log.info("trainer ready", device=self._trainer.started.device, micro_batch=self._trainer.started.micro_batch)
         await self._set_goal()
+        await self._refill()
         self._post(session.PartReady(session.Part.TRAINER))
+
+    async def _refill(self) -> None:
+        """Give a new trainer what is leased and neither in a record nor on its way to one."""
+        assert self._rounds is not None
+        state, pieces = self._rounds, []
+        waiting = [c for c in (state.contribution, state.carried) if c is not None]
+        used = state.consumed.with_ranges(each for contribution in waiting for each in contribution.ranges)
+        async with self._data_turn:
+            for lease in self._leases.values():
+                shard = self._shards[lease.range.shard]
+                if self._blobs.has(shard.digest):
+                    path = self._blobs.path(shard.digest)
+                    pieces += [(rest, path) for rest in rounds.unused((lease.range,), used)]
+            left = sum(each.stop - each.start for each, _ in pieces)
+            if self._trainer is not None and pieces:
+                with suppress(Refused):
+                    await self._trainer.add_data(pieces)
+                    self._post(session.DataUsed(left, self._sequences_wanted()))
+
+    async def _train_again(self, dropped: list[DataRange]) -> None:
+        """What was trained too long ago to be of use is data like any other, where it is still ours."""
+        leased = [lease.range for lease in self._leases.values()]
+        again = rounds.unused(tuple(dropped), self._replica.state.consumed)
+        shared = [common for each in again for lease in leased if (common := each.common(lease)) is not None]
+        if shared and self._trainer is not None:
+            log.info("work that no round took is done again", sequences=sum(each.stop - each.start for each in shared))
+            with suppress(Refused):
+                await self._trainer.add_data([(each, self._blobs.path(each.shard)) for each in shared])
 
     async def _stop_tasks(self) -> None:
         for task in self._tasks:
@@ -547,7 +605,6 @@ class Daemon:
                 self._spawn(self._set_training(True) if shard is not None else self._replace_trainer(what))
             case Exited(returncode):
                 self._trainer = None
-                self._leases.clear()
                 self._post(session.PartDied(session.Part.TRAINER, f"exit code {returncode}"))
 
     async def _replace_trainer(self, why: str) -> None:
@@ -556,12 +613,11 @@ class Daemon:
             self._post(session.PartDied(session.Part.TRAINER, why))
 
     async def _stop_trainer(self) -> bool:
-        """End it, and with it the local model and the data that it had in hand; false if there was none."""
+        """End it, and with it the local model; false if there was none."""
         trainer, self._trainer = self._trainer, None
         if trainer is None:
             return False
         await trainer.stop()
-        self._leases.clear()
         return True
 
     def _sequences_wanted(self) -> int:
@@ -597,10 +653,11 @@ class Daemon:
             for lease in leases:
                 shard = self._shards[lease.range.shard]
                 await self._fetch_blob(shard.digest, shard.size, "data")
-                if self._trainer is None:
-                    break
-                self._leases[lease.lease_id] = lease
-                await self._trainer.add_data([(lease.range, self._blobs.path(shard.digest))])
+                async with self._data_turn:
+                    self._leases[lease.lease_id] = lease
+                    self._membership.keep(self._leases.values())
+                    if self._trainer is not None:  # else the next one gets it
+                        await self._trainer.add_data([(lease.range, self._blobs.path(shard.digest))])
                 granted += lease.range.stop - lease.range.start
         except Refused as refused:
             log.warning("no data", why=refused.what)
@@ -628,7 +685,76 @@ class Daemon:
             except Refused as refused:  # the trainer is gone, and with it what it had not handed over
                 log.warning("no snapshot", why=refused.what)
                 await asyncio.to_thread(self._gradient.encode)
+            await asyncio.to_thread(self._save_offered, ranges)
         self._post(rounds.SnapshotTaken(ranges))
+
+    # local progress
+
+    def _save_offered(self, ranges: tuple[DataRange, ...]) -> None:
+        """Before a round hears of a snapshot: the file says the same, or nothing."""
+        if self._progress.due(time.monotonic(), offered=True):
+            self._progress.save(self._progress_of(ranges, offered=True), self._gradient.residual)
+        else:
+            self._progress.forget()
+
+    async def _keep_progress(self) -> None:
+        """Between rounds, now and then: what the trainer has made is on disk when this machine loses its power."""
+        while True:
+            await asyncio.sleep(KEEP_SECONDS)
+            if not self._progress.due(time.monotonic(), offered=False):
+                continue
+            async with self._vector_turn:
+                state = self._rounds
+                assert state is not None
+                idle = state.phase is rounds.Phase.TRAINING and state.contribution is None and not state.snapshot_asked
+                if self._trainer is None or not idle or self._gradient.pending:
+                    continue
+                with suppress(Refused):  # the trainer has died
+                    seen = await self._trainer.peek()
+                    progress = self._progress_of(seen.ranges, offered=False)
+                    residual, vectors = self._gradient.residual, self._vectors
+                    save = self._progress.save
+                    await asyncio.to_thread(save, progress, residual, shared=vectors.shared, local=vectors.snapshot)
+
+    def _progress_of(self, ranges: tuple[DataRange, ...], *, offered: bool) -> Progress:
+        state = self._rounds
+        assert state is not None
+        brings = rounds.combine(state.carried, ranges, state.consumed, self._rules)
+        return Progress(state.head, state.branch, state.missed, brings, offered)
+
+    def _resume_progress(self) -> None:
+        """Take up what an earlier life of this node had trained, as far as the log has no other use for it."""
+        found, state = self._progress.load(), self._rounds
+        assert state is not None
+        if found is None:
+            return
+        progress, values = found
+        found_use = resume(
+            progress,
+            state.consumed,
+            self._journal.entry,
+            head=state.head,
+            branch=state.branch,
+            stale_rounds=self._rules.stale_rounds,
+        )
+        log.info("saved progress", tokens=progress.contribution.tokens, use=type(found_use).__name__)
+        match found_use:
+            case Drop(why):
+                log.info("saved progress was dropped", why=why)
+                self._progress.forget()
+            case Offer(contribution, missed):
+                self._gradient.load(values)
+                self._gradient.encode()
+                self._rounds = replace(state, contribution=contribution, missed=missed)
+            case Carry(contribution, missed, missed_away):
+                self._gradient.load(values)
+                for number in range(missed - missed_away + 1, missed + 1):
+                    self._gradient.settle((), missed=number)
+                self._rounds = replace(state, carried=contribution, missed=missed)
+            case Settle(entry):
+                self._gradient.load(values)
+                self._gradient.encode()
+                self._gradient.settle([part for part in entry.record.parts if self._me in part.included])
 
     # rounds
 
@@ -696,9 +822,11 @@ class Daemon:
         self._tell_of(signed)
         await self._stop_trainer()
         self._post(session.PartStopped(session.Part.TRAINER))
+        self._leases.clear()  # the coordinator has taken them back
         async with self._vector_turn:
             own = await asyncio.to_thread(self._replica.rewind, signed)
             self._gradient.forget()
+            self._progress.forget()
         if not own:
             await self._retrying(self._load_newest_base)
         replica = self._replica
@@ -737,10 +865,12 @@ class Daemon:
             mine = brought is not None and rounds.holds(record, brought)
             taken = [part for part in record.parts if mine and self._me in part.included]
             missed = rounds.missed_after(self._rounds, record)
+            held = [c for c in (brought, self._rounds.carried) if c is not None]
+            dropped = [r for c in held for r in c.ranges] if missed > self._rules.stale_rounds else []
             pending = self._gradient.pending
             await asyncio.to_thread(self._gradient.before_fold)
             digest = await asyncio.to_thread(self._replica.fold, entry)
-            await asyncio.to_thread(self._gradient.settle, taken, missed)
+            await asyncio.to_thread(self._gradient.settle, taken, missed=missed)
             if self._trainer is not None:
                 with suppress(Refused):
                     await self._trainer.merge(from_snapshot=pending)
@@ -748,6 +878,8 @@ class Daemon:
         self._tally.settled(record.round, tokens=tokens, accepted=mine)
         log.info("round folded", round=record.round, members=len(record.contributions), state=digest[:12], mine=mine)
         self._step_rounds(rounds.Folded(record.round, digest))
+        self._membership.renew()
+        await self._train_again(dropped)
         self._post(session.RoundSettled(self._rounds.pending))
         self._leases = {
             lease_id: lease
@@ -786,6 +918,8 @@ class Daemon:
         while True:
             assert self._rounds is not None
             try:
+                if not self._membership.online:
+                    await self._come_back()
                 await self._beat()
                 if failures or not self._session.linked:
                     self._post(session.LinkOpened())
@@ -796,6 +930,14 @@ class Daemon:
                 failures += 1
                 self._post(session.LinkLost(refused.what))
                 await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load
+
+    async def _come_back(self) -> None:
+        """Be let in after a start without the coordinator."""
+        opened = await self._membership.enter()
+        self._silence(opened.silent_epoch)
+        self._learn_rollbacks(opened.rollbacks)
+        if opened.roster is not None:
+            self._learn_roster(opened.roster)
 
     async def _beat(self) -> None:
         state = self._rounds
@@ -818,6 +960,7 @@ class Daemon:
             lease_ids=tuple(self._leases),
             known_round=max(self._known_round, state.head.round),
             branch=len(state.rollbacks),
+            life=self._membership.life,
         )
         reply = await self._unless_changed(
             self._link.heartbeat(beat, wait_seconds=self._spec.coordinator.heartbeat_seconds)
@@ -827,6 +970,7 @@ class Daemon:
         self._tally.notice = reply.notice or self._tally.notice
         if reply.roster is not None:
             self._learn_roster(reply.roster)
+        self._silence(reply.silent_epoch)
         self._learn_rollbacks(reply.rollbacks)
         self._known_round = reply.head_round
         assert self._rounds is not None
@@ -860,6 +1004,8 @@ class Daemon:
 
     async def _lose_leases(self, lost: frozenset[str]) -> None:
         ranges = [self._leases.pop(lease_id).range for lease_id in lost if lease_id in self._leases]
+        if ranges:
+            self._membership.keep(self._leases.values())
         if ranges and self._trainer is not None:
             log.warning("leases were lost", sequences=sum(each.stop - each.start for each in ranges))
             with suppress(Refused):
@@ -903,7 +1049,7 @@ class Daemon:
             self._rounds,
             self._rules,
             run=self._manifest.name,
-            name=self._opened.signed_pass.body.name,
+            name=self._membership.opened.signed_pass.body.name,
             trainer=self._trainer,
             tally=self._tally,
         )
@@ -915,21 +1061,3 @@ def _vote_is_valid(node: NodeId, body: VoteBody, signature: str) -> bool:
     except Refused:
         return False
     return True
-
-
-async def _patiently(link: Link, invite: Invite, name: str, *, known: bool) -> Opened:
-    """Open the session. A first join fails at once when nobody answers; a known member keeps trying."""
-    failures = 0
-    while True:
-        try:
-            return await link.open(invite=invites.encode(invite), name=name, software=_software())
-        except Refused as refused:
-            if not known or refused.reason is not Code.UNREACHABLE:
-                raise
-            log.warning("the coordinator is away", why=refused.what)
-            await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load
-            failures += 1
-
-
-def _software() -> str:
-    return f"barnraise {version('barnraise')}, python {platform.python_version()}, {platform.system()}"

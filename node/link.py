@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -24,20 +25,34 @@ from protocol.blobs import LEAF_BYTES, BlobStore, Writer, atomic_write, check_di
 from protocol.errors import Code, Refused
 from protocol.identity import Key, coordinator_key, peer_id_of
 from protocol.invite import Invite
-from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION
+from protocol.limits import (
+    ADDRESSES_MAX,
+    BLOB_CHUNK_BYTES,
+    CONTROL_BYTES_MAX,
+    INCARNATION_BYTES,
+    NUMBER_MAX,
+    PROTOCOL_VERSION,
+    REASON_CHARACTERS_MAX,
+    ROLLBACKS_MAX,
+    ROSTERS_RECALLED_MAX,
+)
 from protocol.types import (
     BaseCheckpoint,
     BlobRef,
     Digest,
+    Epoch,
     Head,
     Lease,
     LogEntry,
     Manifest,
+    NodeId,
+    PeerId,
     RunId,
     Seal,
     Shard,
     SignedManifest,
     SignedPass,
+    SignedRollback,
     SignedRoster,
 )
 from protocol.v1 import barnraise_pb2 as wire
@@ -101,6 +116,9 @@ class Opened:
     rendezvous: tuple[str, ...]
     shards: tuple[Shard, ...]
     skew_seconds: float  # how far the coordinator's clock is ahead of ours
+    rollbacks: tuple[SignedRollback, ...]  # all of the run
+    silent_epoch: Epoch | None  # this node has forgotten promises: it signs nothing under rosters up to this one
+    life: int  # highest that the coordinator knows of this node: its next start must say a higher one
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,8 @@ class Beat:
     activity: str
     head: Head | None = None
     epoch: int = -1  # of the newest roster that it holds
+    branch: int = 0  # how many rollbacks it knows of
+    life: int = 0  # when it was raised since the open
     known_round: int = 0  # the coordinator's head, as the node knows it
     addresses: tuple[str, ...] = ()
     lease_ids: tuple[str, ...] = ()
@@ -129,15 +149,20 @@ class News:
     notice: str
     coordinator_ms: int
     finished: bool
+    rollbacks: tuple[SignedRollback, ...]  # those that the node does not know of
+    epoch: int  # of the newest roster that the coordinator knows of; with `branch`, how much it has forgotten
+    branch: int  # how many rollbacks it knows of
+    silent_epoch: Epoch | None  # as in Opened; a session that was opened again may have raised it
 
 
 @dataclass(frozen=True)
 class Page:
-    """Consecutive entries of the log, the rosters that they name, and the newest base checkpoint."""
+    """Consecutive entries of the line, the rosters that they name, the newest base checkpoint, all rollbacks."""
 
     entries: tuple[LogEntry, ...]
     rosters: tuple[SignedRoster, ...]
     base: BaseCheckpoint
+    rollbacks: tuple[SignedRollback, ...]
 
 
 @dataclass(frozen=True)
@@ -148,6 +173,7 @@ class _Hello:
     name: str
     addresses: tuple[str, ...]
     software: str
+    life: int
 
 
 class Link:
@@ -162,23 +188,27 @@ class Link:
         self._channel: grpc.aio.Channel | None = None
         self._stub: wire_grpc.CoordinatorAsyncStub | None = None
         self._session = ""
-        self._hello = _Hello("", "", (), "")
+        self._hello = _Hello("", "", (), "", 0)
+        self._incarnation = secrets.token_bytes(INCARNATION_BYTES)  # one link is one running process
+        self._silent_epoch: Epoch | None = None
         self._opening = asyncio.Lock()
 
     async def open(
-        self, *, invite: str = "", name: str = "", addresses: Sequence[str] = (), software: str = ""
+        self, *, life: int, invite: str = "", name: str = "", addresses: Sequence[str] = (), software: str = ""
     ) -> Opened:
         """Connect at the first address that answers with the pinned certificate, and be let in.
 
-        The invite is needed once; later the node's key is known.
+        The invite is needed once; later the node's key is known. A life that the coordinator has heard before from
+        another process is that of a disk which came from a backup.
         """
         async with self._opening:
-            self._hello = _Hello(invite, name, tuple(addresses)[:ADDRESSES_MAX], software)
+            self._hello = _Hello(invite, name, tuple(addresses)[:ADDRESSES_MAX], software, life)
             await self._connect()
             return await self._enter()
 
     async def heartbeat(self, beat: Beat, *, wait_seconds: float = 0.0) -> News:
         """Say how things are; answered at once when there is news, else after about `wait_seconds`."""
+        self._hello = replace(self._hello, life=max(self._hello.life, beat.life))
         request = wire.HeartbeatRequest(
             activity=beat.activity,
             head_round=beat.head.round if beat.head else 0,
@@ -193,6 +223,8 @@ class Link:
             lease_ids=beat.lease_ids,
             busy_share=min(max(beat.busy_share, 0.0), 1.0),
             known_round=beat.known_round,
+            branch=beat.branch,
+            life=beat.life,
         )
         reply: wire.HeartbeatReply = await self._call("Heartbeat", request, seconds=wait_seconds + CALL_SECONDS)
         return News(
@@ -203,14 +235,17 @@ class Link:
             canonical.shown(reply.notice),
             reply.coordinator_ms,
             reply.finished,
+            self._rollbacks(reply.rollbacks, known=beat.branch),
+            _number("epoch", reply.epoch) - 1,
+            _number("branch", reply.branch),
+            self._silent_epoch,
         )
 
     async def acquire_leases(self, sequences: int) -> tuple[Lease, ...]:
         reply: wire.LeaseReply = await self._call("AcquireLeases", wire.LeaseRequest(sequences=sequences))
         leases = tuple(canonical.from_bytes(Lease, data) for data in reply.leases)
         for lease in leases:
-            if lease.node != self._key.public or not 0 <= lease.range.start < lease.range.stop:
-                raise Refused(Code.FIELD, f"lease {canonical.shown(lease.lease_id)} is not one of this node's")
+            check_lease(lease, self._key.public)
         return leases
 
     async def read_log(self, from_round: int) -> Page:
@@ -222,11 +257,24 @@ class Link:
             if entry.record.round != expected or entry.record.run != self.door.run:
                 raise Refused(Code.RECORD_BAD, f"record {entry.record.round}, expected {expected}")
         rosters = tuple(self._roster(data) for data in reply.rosters)
-        return Page(entries, rosters, canonical.from_bytes(BaseCheckpoint, reply.base))
+        base = canonical.from_bytes(BaseCheckpoint, reply.base)
+        return Page(entries, rosters, base, self._rollbacks(reply.rollbacks))
 
-    async def push_entry(self, entry: LogEntry) -> tuple[Digest, ...]:
-        """Bring a certified record; tells which parts the coordinator lacks."""
-        request = wire.PushEntryRequest(entry=canonical.to_bytes(entry))
+    async def push_entry(
+        self,
+        entry: LogEntry | None,
+        rosters: Sequence[SignedRoster] = (),
+        rollbacks: Sequence[SignedRollback] = (),
+    ) -> tuple[Digest, ...]:
+        """Bring a certified record; tells which parts the coordinator lacks.
+
+        With it, or alone, what the coordinator once signed and may not know any more; of many rosters the first ones.
+        """
+        request = wire.PushEntryRequest(
+            entry=canonical.to_bytes(entry) if entry is not None else b"",
+            rosters=map(canonical.to_bytes, rosters[:ROSTERS_RECALLED_MAX]),
+            rollbacks=map(canonical.to_bytes, rollbacks),
+        )
         reply: wire.PushEntryReply = await self._call("PushEntry", request)
         return tuple(check_digest(digest) for digest in reply.missing)
 
@@ -321,39 +369,48 @@ class Link:
             name=self._hello.name,
             protocol=PROTOCOL_VERSION,
             software=self._hello.software,
+            life=self._hello.life,
+            incarnation=self._incarnation,
         )
         reply: wire.OpenReply = await self._once("Open", request)
         opened = self._opened(reply, skew_seconds)
-        self._session = reply.session
+        self._session, self._silent_epoch = reply.session, opened.silent_epoch
+        self._hello = replace(self._hello, life=opened.life)
         return opened
 
     def _opened(self, reply: wire.OpenReply, skew_seconds: float) -> Opened:
         signed = canonical.from_bytes(SignedManifest, reply.manifest)
-        manifest = identity.check_manifest(self._coordinator, signed)
-        if manifest.run != self.door.run:
-            raise Refused(Code.SIGNATURE, f"the manifest is of run {manifest.name}, not of this one")
+        manifest = check_manifest(signed, self.door.run)
+        base = canonical.from_bytes(BaseCheckpoint, reply.base)
+        check_base(base, manifest)
         return Opened(
             self._pass(getattr(reply, "pass"), reply.coordinator_ms),
             signed,
             self._roster(reply.roster) if reply.roster else None,
-            _base(reply.base, manifest),
+            base,
             tuple(canonical.shown(text) for text in reply.rendezvous[:ADDRESSES_MAX]),
             tuple(canonical.from_bytes(Shard, data) for data in reply.shards),
             skew_seconds,
+            self._rollbacks(reply.rollbacks),
+            Epoch(_number("silent_epoch", reply.silent_epoch) - 1) if reply.silent_epoch else None,
+            max(self._hello.life, _number("life", reply.life)),
         )
 
     def _pass(self, data: bytes, coordinator_ms: int) -> SignedPass:
         """Checked by the coordinator's clock: ours may be wrong."""
         signed = canonical.from_bytes(SignedPass, data)
-        body = identity.check_pass(self._coordinator, signed, coordinator_ms)
-        if (body.run, body.node, body.peer) != (self.door.run, self._key.public, self.peer):
-            raise Refused(Code.SIGNATURE, "the pass is not for this node")
+        check_pass(signed, self.door.run, node=self._key.public, peer=self.peer, now_ms=coordinator_ms)
         return signed
 
     def _roster(self, data: bytes) -> SignedRoster:
         signed = canonical.from_bytes(SignedRoster, data)
         if identity.check_roster(self._coordinator, signed).run != self.door.run:
             raise Refused(Code.SIGNATURE, "the roster is of another run")
+        return signed
+
+    def _rollbacks(self, data: Sequence[bytes], *, known: int = 0) -> tuple[SignedRollback, ...]:
+        signed = tuple(canonical.from_bytes(SignedRollback, each) for each in data)
+        check_rollbacks(signed, self.door.run, known=known)
         return signed
 
     # calling
@@ -427,11 +484,48 @@ class Link:
         return asyncio.CancelledError()
 
 
-def _base(data: bytes, manifest: Manifest) -> BaseCheckpoint:
-    base = canonical.from_bytes(BaseCheckpoint, data)
+def check_manifest(signed: SignedManifest, run: RunId) -> Manifest:
+    manifest = identity.check_manifest(coordinator_key(run), signed)
+    if manifest.run != run:
+        raise Refused(Code.SIGNATURE, f"the manifest is of run {manifest.name}, not of this one")
+    return manifest
+
+
+def check_pass(signed: SignedPass, run: RunId, *, node: NodeId, peer: PeerId, now_ms: int) -> None:
+    body = identity.check_pass(coordinator_key(run), signed, now_ms)
+    if (body.run, body.node, body.peer) != (run, node, peer):
+        raise Refused(Code.SIGNATURE, "the pass is not for this node")
+
+
+def check_base(base: BaseCheckpoint, manifest: Manifest) -> None:
     if base.round == 0 and base.state != manifest.genesis:
         raise Refused(Code.STATE_MISMATCH, "the first base checkpoint is not the manifest's first state")
-    return base
+
+
+def check_lease(lease: Lease, node: NodeId) -> None:
+    if lease.node != node or not 0 <= lease.range.start < lease.range.stop:
+        raise Refused(Code.FIELD, f"lease {canonical.shown(lease.lease_id)} is not one of this node's")
+
+
+def check_rollbacks(rollbacks: Sequence[SignedRollback], run: RunId, *, known: int = 0) -> None:
+    """Refuse any but those that follow the `known` first ones without a gap."""
+    if known + len(rollbacks) > ROLLBACKS_MAX:
+        raise Refused(Code.LIMIT, f"{known + len(rollbacks)} rollbacks, at most {ROLLBACKS_MAX} are allowed")
+    for expected, signed in enumerate(rollbacks, known + 1):
+        rollback = identity.check_rollback(coordinator_key(run), signed)
+        if rollback.run != run:
+            raise Refused(Code.SIGNATURE, "the rollback is of another run")
+        if rollback.number != expected:
+            raise Refused(Code.FIELD, f"rollback {rollback.number}, expected {expected}")
+        if len(rollback.reason) > REASON_CHARACTERS_MAX:
+            what = f"rollback {expected} for a reason of {len(rollback.reason)} characters"
+            raise Refused(Code.LIMIT, f"{what}, at most {REASON_CHARACTERS_MAX} are allowed")
+
+
+def _number(name: str, value: int) -> int:
+    if value > NUMBER_MAX:
+        raise Refused(Code.FIELD, f"{name} {value}, expected at most {NUMBER_MAX}")
+    return value
 
 
 def _take(writer: Writer, chunk: wire.BlobChunk) -> None:

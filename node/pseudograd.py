@@ -3,6 +3,10 @@
 Error feedback (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847): with u = residual + (start - local) the
 node sends D(E(u)); when a round has taken it, u - D(E(u)) stays as the residual. What a round did not take, all
 of it or some slices, simply stays in u.
+
+Missed rounds: what was trained from an older model says less about the newer one. After the m-th fold in a row that
+took nothing of us, u weighs w(m) of what it was: w(m) = 2^(1 - m) for 1 <= m <= stale_rounds, and 0 beyond. So the first
+missed round costs nothing. u is one vector: what joins it between two missed rounds halves with it from then on.
 """
 
 from __future__ import annotations
@@ -27,11 +31,13 @@ class PseudoGradient:
         codec: Codec,
         *,
         residual_decay: float,
+        stale_rounds: int = 8,
     ) -> None:
         self._shared = shared
         self._snapshot = snapshot
         self._codec = codec
         self._decay = np.float32(residual_decay)
+        self._stale_rounds = stale_rounds
         self.residual: NDArray[np.float32] = np.zeros(shared.size, np.float32)
         self.payload = b""
         self.pending = False  # a snapshot is inside u, and the trainer has not merged since
@@ -57,8 +63,12 @@ class PseudoGradient:
         if not self.pending:
             self._snapshot[:] = self._shared
 
-    def settle(self, parts: Sequence[Part]) -> None:
-        """After a fold: take out of u what these parts, those that hold our contribution, have taken of it."""
+    def settle(self, parts: Sequence[Part], *, missed: int = 0) -> None:
+        """After a fold: take out of u what these parts, those that hold our contribution, have taken of it.
+
+        `missed`: so many folds in a row, with this one, have taken nothing of what we held.
+        The trainer now merges from its snapshot, if one is in u: what u weighs no longer concerns it."""
+        assert not (parts and missed)
         for part in parts:
             start, stop = self._codec.encoded_bytes(part.start), self._codec.encoded_bytes(part.stop)
             assert part.start % CHUNK_VALUES == 0
@@ -69,6 +79,23 @@ class PseudoGradient:
                     left *= self._decay
         if parts:
             self.payload = b""
+        self.pending = False
+        if missed > self._stale_rounds:
+            self.forget()
+        elif missed > 1:
+            self.residual *= np.float32(0.5)
+            self.payload = b""  # it says twice as much as is left
+
+    def forget(self) -> None:
+        """Hold nothing back: u is zero. What a snapshot had brought is gone too."""
+        self.residual.fill(0)
+        self.payload = b""
+        self.pending = False
+
+    def load(self, values: NDArray[np.float32]) -> None:
+        """Hold back what an earlier life of this node had saved; no trainer knows of it."""
+        self.residual[:] = values
+        self.payload = b""
         self.pending = False
 
     def trainer_restarted(self) -> None:

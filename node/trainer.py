@@ -416,6 +416,8 @@ class Loop:
                 self._report_goal()
             case "snapshot":
                 reply |= self._snapshot()
+            case "peek":
+                reply |= self._peek()
             case "merge":
                 self._learner.merge()
             case unknown:
@@ -450,11 +452,14 @@ class Loop:
             self._reject(pieces)
 
     def _snapshot(self) -> Order:
-        self._learner.save()
-        ranges = [plain(each) for each in self._consumed]
-        answer = {"steps": self._done.steps, "tokens": self._done.tokens, "loss": self._done.loss, "ranges": ranges}
+        answer = self._peek()
         self._done, self._consumed, self._goal = Tally(), [], None
         return answer
+
+    def _peek(self) -> Order:
+        self._learner.save()
+        ranges = [plain(each) for each in self._consumed]
+        return {"steps": self._done.steps, "tokens": self._done.tokens, "loss": self._done.loss, "ranges": ranges}
 
     def _reject(self, pieces: Sequence[Piece]) -> None:
         self._rejected += 1

@@ -212,8 +212,15 @@ class Trainer:
         """Copy the local parameters into `vectors.snapshot`; training goes on right after."""
         answer = await self._ask("snapshot")
         self._snapshot_pending = True
-        ranges = tuple(ranged(each) for each in answer["ranges"])
-        return Snapshot(answer["steps"], answer["tokens"], ranges, answer["loss"])
+        return _snapshot(answer)
+
+    async def peek(self) -> Snapshot:
+        """The same, but nothing is handed over: the next snapshot tells of these steps again, as if nobody had looked.
+
+        While a snapshot waits for its merge, `vectors.snapshot` is not free.
+        """
+        assert not self._snapshot_pending, "a merge still needs the snapshot"
+        return _snapshot(await self._ask("peek"))
 
     async def merge(self, *, from_snapshot: bool) -> None:
         """Move the local parameters by `shared - snapshot`, so that they keep the steps made since the snapshot.
@@ -290,6 +297,11 @@ async def _first_answer(child: Child, spec: TrainerSpec, vectors: Vectors) -> Ma
         raise Refused.from_wire(answer["code"], answer["what"])
     started: Mapping[str, Any] = answer["started"]
     return started
+
+
+def _snapshot(answer: Mapping[str, Any]) -> Snapshot:
+    ranges = tuple(ranged(each) for each in answer["ranges"])
+    return Snapshot(answer["steps"], answer["tokens"], ranges, answer["loss"])
 
 
 def plain(each: DataRange) -> list[Any]:

@@ -6,6 +6,7 @@ that tree can check every chunk as it arrives; whoever does not checks at the en
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -29,6 +30,7 @@ Data = bytes | bytearray | memoryview
 LEAF_BYTES: Final = 32
 _ORPHAN_SECONDS: Final = 3600.0  # a new file that nobody has written to for so long was left by a crash
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})  # Windows has no quota
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has neither the flag nor, without rights, the links
 
 
@@ -89,9 +91,10 @@ class BlobStore:
     writes towards the cap until it starts anew.
     """
 
-    def __init__(self, folder: Path, bytes_max: int = BLOB_BYTES_MAX) -> None:
+    def __init__(self, folder: Path, bytes_max: int = BLOB_BYTES_MAX, *, full_fix: str | None = None) -> None:
         self.folder = folder
         self.bytes_max = bytes_max
+        self._full_fix = full_fix  # what to do here when the disk is full
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         self._partial = folder / "partial"
@@ -203,27 +206,50 @@ class BlobStore:
             check_leaves(leaves, digest, size)
         return Writer(self, digest, size, leaves)
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more would stay below the cap, and leave the disk its free room."""
+        try:
+            self._check_room(size)
+        except Refused:
+            return False
+        return True
+
     def _reserve(self, size: int) -> None:
+        self._check_room(size)
+        self.bytes_used += size
+
+    def _check_room(self, size: int) -> None:
         if not 0 <= size <= min(self.bytes_max, BLOB_BYTES_MAX):
             raise Refused(Code.BLOB_TOO_LARGE, f"blob of {size:,} bytes, the cap is {self.bytes_max:,}")
         if self.bytes_used + size > self.bytes_max:
             what = f"{size:,} bytes more than the {self.bytes_used:,} in use pass the cap of {self.bytes_max:,}"
-            raise Refused(Code.DISK_CAP, what)
+            raise Refused(Code.DISK_CAP, what, fix=self._full_fix)
         free = shutil.disk_usage(self.folder).free
         if free - size < DISK_FREE_BYTES_MIN:
             what = f"{size:,} bytes of the {free:,} free would leave less than {DISK_FREE_BYTES_MIN:,}"
-            raise Refused(Code.DISK_CAP, what)
-        self.bytes_used += size
+            raise Refused(Code.DISK_CAP, what, fix=self._full_fix)
 
     @contextmanager
     def _reserved(self, size: int) -> Iterator[None]:
         """Room for a new blob, given back when the block fails."""
         self._reserve(size)
         try:
-            yield
+            with self._named():
+                yield
         except BaseException:
             self.bytes_used -= size
             raise
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A disk that is full all the same, for others write to it too, is a refusal."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            what = f"no room to write to {self.folder}: {error.strerror}"
+            raise Refused(Code.DISK_CAP, what, fix=self._full_fix) from None
 
     def _move_in(self, new: Path, digest: Digest) -> None:
         path = self.path(digest)
@@ -258,6 +284,7 @@ class Writer:
                 self._path.unlink()
             raise
         store._writing.add(digest)
+        self._open = True
         self._resume()
 
     @property
@@ -273,30 +300,30 @@ class Writer:
         if self.position + len(view) > self.size:
             self.discard()
             raise Refused(Code.BLOB_CORRUPT, f"more than the {self.size:,} bytes of blob {self.digest[:12]}")
-        while len(view):
-            taken = BLOB_CHUNK_BYTES - len(self._buffer)
-            self._buffer += view[:taken]
-            view = view[taken:]
-            if len(self._buffer) == BLOB_CHUNK_BYTES:
-                self._take_chunk()
+        with self._filling():
+            while len(view):
+                taken = BLOB_CHUNK_BYTES - len(self._buffer)
+                self._buffer += view[:taken]
+                view = view[taken:]
+                if len(self._buffer) == BLOB_CHUNK_BYTES:
+                    self._take_chunk()
 
     def finish(self) -> BlobRef:
         """Verify the whole, and put it into the store."""
         if self._buffer:
-            self._take_chunk()
+            with self._filling():
+                self._take_chunk()
         if self._written != self.size:
             self.close()
             raise Refused(Code.BLOB_CORRUPT, f"{self._written:,} bytes, expected {self.size:,}")
         if self._tree.root(self.size) != self.digest:
             self.discard()
             raise Refused(Code.BLOB_CORRUPT, f"bytes that are not those of blob {self.digest[:12]}")
-        try:
+        with self._filling():
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError:
-            self.discard()  # after a failed fsync nobody knows what is on the disk
-            raise
         self._file.close()
+        self._open = False
         self._store._writing.discard(self.digest)
         if self._store.has(self.digest):
             self._path.unlink()
@@ -307,17 +334,30 @@ class Writer:
 
     def close(self) -> None:
         """Stop for now; whole chunks stay on disk for the next writer of this blob."""
-        if not self._file.closed:
-            self._file.truncate(self._written)
-            self._file.close()
+        if self._open:
+            with self._filling():
+                self._file.truncate(self._written)
+                self._file.close()
             self._end(kept=self._written)
 
     def discard(self) -> None:
         """Stop and keep nothing."""
-        if not self._file.closed:
-            self._file.close()
+        if self._open:
+            with suppress(OSError):
+                self._file.close()  # what it holds back may find no room
             self._path.unlink(missing_ok=True)
             self._end(kept=0)
+
+    @contextmanager
+    def _filling(self) -> Iterator[None]:
+        """After a write or fsync that failed nobody knows what is on the disk: nothing is kept."""
+        try:
+            with self._store._named():
+                yield
+        except (OSError, Refused) as error:
+            if not isinstance(error, Refused) or error.reason is Code.DISK_CAP:
+                self.discard()
+            raise
 
     def __enter__(self) -> Writer:
         return self
@@ -326,6 +366,7 @@ class Writer:
         self.close()
 
     def _end(self, *, kept: int) -> None:
+        self._open = False
         self._store.bytes_used += kept - self.size
         self._store._writing.discard(self.digest)
 

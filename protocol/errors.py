@@ -93,6 +93,8 @@ class Code(Enum):
         Exit.INTEGRITY,
         "This copy of the log and the coordinator's differ. Nothing was changed; tell the researcher.",
     )
+    LEDGER = ("E-LEDGER-001", Exit.INTEGRITY, "Keep a copy of the run's folder as it is, then restore a backup of it.")
+    ORDER_REFUSED = ("E-ORDER-001", Exit.REFUSED, "Nothing was changed.")
     DATA_FIXED = ("E-DATA-006", Exit.REFUSED, "Begin another run with: barnraise-coordinator new NAME")
 
     @property

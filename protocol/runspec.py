@@ -165,6 +165,7 @@ class UpdateSection(_Section):
     outer_learning_rate: Rate = 1.0
     outer_momentum: Beta = 0.0
     residual_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
+    stale_rounds: Annotated[int, Field(ge=1, le=1000)] = 8  # halved seven times by then: under 1 % is left to drop
 
     @model_validator(mode="after")
     def _momentum_fits(self) -> Self:
@@ -184,11 +185,21 @@ class EvaluateSection(_Section):
     base_every_rounds: Count = 50
 
 
+class WatchSection(_Section):
+    """When the coordinator takes the model back by itself (coordinator/core/watch.py)."""
+
+    rollback: bool = True
+    jump: Annotated[float, Field(gt=0, le=20)] = 0.5  # 1.6 times the perplexity; healthy runs rose by 0.07 at most
+    evaluations: Annotated[int, Field(ge=1, le=8)] = 3  # one may be luck; 8 is half of the watch's window
+    most: Annotated[int, Field(ge=1, le=100)] = 3
+
+
 class LeasesSection(_Section):
     """How data is handed out."""
 
     sequences: Count = 2048
     seconds: DaySeconds = 120
+    hours_ahead: Annotated[float, Field(ge=0, le=168)] = 4.0  # most outages end sooner; a shard more on the disk
 
 
 class CoordinatorSection(_Section):
@@ -229,6 +240,7 @@ class RunSpec(_Section):
     rounds: RoundsSection = RoundsSection()
     update: UpdateSection = UpdateSection()
     evaluate: EvaluateSection = EvaluateSection()
+    watch: WatchSection = WatchSection()
     leases: LeasesSection = LeasesSection()
     coordinator: CoordinatorSection = CoordinatorSection()
 
@@ -490,6 +502,7 @@ outer = "average"          # average, or nesterov (then set outer_momentum, as i
 outer_learning_rate = 1.0
 outer_momentum = 0.0
 residual_decay = 1.0       # how much of what a codec left out is kept for the next round
+stale_rounds = 8           # a node whose work missed more rounds in a row drops it; until then it halves
 
 [evaluate]
 every_rounds = 1           # measure on held-out text
@@ -497,9 +510,17 @@ sequences = 64
 prompt = ""                # what the samples on the page begin with; empty = the start of a document
 base_every_rounds = 50     # archive the whole model, so that late joiners start there
 
+[watch]
+# The run goes back to its last good measurement when the held-out loss is not a number, or has jumped.
+rollback = true            # false: only warn
+jump = 0.5                 # nats above the lowest of the last 16 measurements
+evaluations = 3            # so many in a row are a jump
+most = 3                   # so often back to the same round; then it only warns
+
 [leases]
 sequences = 2048           # most data handed to a node at a time
 seconds = 120              # a node that is silent for so long loses it; at least 3 heartbeats
+hours_ahead = 4.0          # how long nodes have data when the coordinator is away
 
 [coordinator]
 listen = "0.0.0.0:49300"   # nodes connect here

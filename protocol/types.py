@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NewType
 
@@ -75,6 +75,12 @@ class DataRange:
     def overlaps(self, other: DataRange) -> bool:
         same = self.pass_number == other.pass_number and self.shard == other.shard
         return same and self.start < other.stop and other.start < self.stop
+
+    def common(self, other: DataRange) -> DataRange | None:
+        """What both hold."""
+        if not self.overlaps(other):
+            return None
+        return replace(self, start=max(self.start, other.start), stop=min(self.stop, other.stop))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+from protocol.state import Consumed
 from protocol.types import DataRange, Lease, NodeId, Shard
 
 
@@ -91,24 +93,53 @@ def expired(leases: Leases, now_ms: int) -> tuple[str, ...]:
 
 def consume(leases: Leases, ranges: Iterable[DataRange]) -> Leases:
     """Strike certified ranges from whatever is held or was given back."""
-    for used in ranges:
-        returned = [rest for r in leases.returned for rest in _without(r, used)]
-        held = dict(leases.held)
-        for lease_id, lease in leases.held.items():
-            if not lease.range.overlaps(used):
-                continue
-            del held[lease_id]
-            rests = _without(lease.range, used)
-            if rests:
-                held[lease_id] = replace(lease, range=rests[-1])  # its holder trains forwards
-                returned += rests[:-1]
-        leases = replace(leases, returned=tuple(returned), held=held)
-    return leases
+    return strike(leases, Consumed().with_ranges(ranges))
 
 
-def _without(whole: DataRange, used: DataRange) -> list[DataRange]:
-    if not whole.overlaps(used):
-        return [whole]
-    before = replace(whole, stop=max(whole.start, used.start))
-    after = replace(whole, start=min(whole.stop, used.stop))
-    return [part for part in (before, after) if part.start < part.stop]
+def strike(leases: Leases, consumed: Consumed) -> Leases:
+    """Strike all that certified records have consumed: after a restart, records may be newer than the leases."""
+    returned = [rest for data in leases.returned for rest in _unused(data, consumed)]
+    held: dict[str, Lease] = {}
+    for lease_id, lease in leases.held.items():
+        rests = _unused(lease.range, consumed)
+        if rests:
+            held[lease_id] = replace(lease, range=rests[-1])  # its holder trains forwards
+            returned += rests[:-1]
+    return replace(leases, returned=tuple(returned), held=held)
+
+
+def undo(leases: Leases, ranges: Iterable[DataRange]) -> Leases:
+    """A rollback: every lease ends, and what the undone records consumed is data again. All of it is granted in order.
+
+    A record may name data that was never leased, for its members cannot know; beyond the cursor it is granted anyway."""
+    order = {shard.digest: index for index, shard in enumerate(leases.shards)}
+    known = [data for data in ranges if data.shard in order]
+    touched = [below for data in known if (below := _below_cursor(leases, data, order[data.shard])) is not None]
+    free = [*leases.returned, *(lease.range for lease in leases.held.values()), *touched]
+    joined: list[DataRange] = []
+    for data in sorted(free, key=lambda data: (data.pass_number, order[data.shard], data.start)):
+        last = joined[-1] if joined else None
+        if last and (last.pass_number, last.shard) == (data.pass_number, data.shard) and data.start <= last.stop:
+            joined[-1] = replace(last, stop=max(last.stop, data.stop))
+        else:
+            joined.append(data)
+    return replace(leases, returned=tuple(joined), held={})
+
+
+def _below_cursor(leases: Leases, data: DataRange, index: int) -> DataRange | None:
+    """What of this range was granted once."""
+    cursor, stop = leases.cursor, leases.shards[index].sequences
+    if (data.pass_number, index) > (cursor.pass_number, cursor.shard):
+        return None
+    if (data.pass_number, index) == (cursor.pass_number, cursor.shard):
+        stop = cursor.start
+    stop = min(stop, data.stop)
+    return replace(data, stop=stop) if data.start < stop else None
+
+
+def _unused(data: DataRange, consumed: Consumed) -> list[DataRange]:
+    if not consumed.overlaps(data):
+        return [data]
+    bounds = consumed.bounds[data.pass_number, data.shard]
+    gaps = pairwise((data.start, *(min(max(bound, data.start), data.stop) for bound in bounds), data.stop))
+    return [replace(data, start=start, stop=stop) for start, stop in list(gaps)[::2] if start < stop]

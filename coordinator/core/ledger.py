@@ -20,7 +20,6 @@ from protocol.log import (
     check_record_shape,
     genesis_head,
     head_after,
-    next_head,
     ranges_of,
     record_hash,
 )
@@ -70,7 +69,7 @@ class Books:
     rosters: Mapping[int, SignedRoster] = field(default_factory=dict)
     rollbacks: Mapping[int, SignedRollback] = field(default_factory=dict)
     entries: tuple[EntryRow, ...] = ()
-    parts: Mapping[Digest, int] = field(default_factory=dict)  # bytes
+    parts: Mapping[Digest, str] = field(default_factory=dict)  # hash of a record that names it
     credit: Mapping[NodeId, int] = field(default_factory=dict)  # tokens
     names: Mapping[NodeId, str] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
@@ -120,6 +119,7 @@ class Log:
     line: tuple[LogEntry, ...]  # what all rollbacks leave
     branches: tuple[int, ...]  # of each record of the line
     branch: int
+    hashes: tuple[Digest, ...]  # of the manifest and of each record of the line
     states: Mapping[int, Digest]  # by round, as far as records tell
     tokens: tuple[int, ...]  # in the first 0, 1, 2 … records
     consumed: Consumed
@@ -181,7 +181,7 @@ def _follow(books: Books) -> Log:
     manifest = _manifest(books.manifest)
     rosters = _rosters(books, manifest)
     _check_rollbacks(books, manifest)
-    segments = _segments(books.entries, rosters)
+    segments = _segments(books, rosters)
     start = genesis_head(manifest).hash
     line = _Line(manifest, [start], [start], states={0: manifest.genesis})
     story: list[LogEntry | Rollback] = []
@@ -204,6 +204,7 @@ def _follow(books: Books) -> Log:
         line=tuple(row.entry for row in line.rows),
         branches=tuple(line.branches),
         branch=line.branch,
+        hashes=tuple(line.records),
         states=line.states,
         tokens=tuple(line.tokens),
         consumed=line.consumed,
@@ -233,8 +234,6 @@ def _rosters(books: Books, manifest: Manifest) -> dict[int, Roster]:
             raise Wrong("rosters", key, says=says, wanted=f"roster {epoch} of run {manifest.run}")
         if not roster.members:
             raise Wrong("rosters", key, says="nobody", wanted="at least one member")
-        if not 0 <= roster.branch <= len(books.rollbacks):
-            raise Wrong("rosters", key, says=f"branch {roster.branch}", wanted=f"{len(books.rollbacks)} rollbacks")
         if last is not None:
             _check_succession(key, last, roster)
         found[epoch] = last = roster
@@ -267,15 +266,18 @@ def _check_rollbacks(books: Books, manifest: Manifest) -> None:
             raise Wrong("rollbacks", key, says=says, wanted=f"rollback {wanted} of run {manifest.run}")
 
 
-def _segments(entries: Iterable[EntryRow], rosters: Mapping[int, Roster]) -> dict[int, list[EntryRow]]:
+def _segments(books: Books, rosters: Mapping[int, Roster]) -> dict[int, list[EntryRow]]:
     """The records of each branch, in order. A record is of the branch of the roster that certified it."""
     found: dict[int, list[EntryRow]] = {}
-    for row in entries:
+    for row in books.entries:
         epoch = row.entry.certificate.ballot.epoch
         for each in (epoch, row.entry.record.epoch):
             if each not in rosters:
                 raise Wrong("entries", _key(row), says=f"roster {each}", wanted="no such roster")
-        found.setdefault(rosters[epoch].branch, []).append(row)
+        branch = rosters[epoch].branch
+        if not 0 <= branch <= len(books.rollbacks):
+            raise Wrong("entries", _key(row), says=f"branch {branch}", wanted=f"{len(books.rollbacks)} rollbacks")
+        found.setdefault(branch, []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: row.round)
     return found
@@ -300,6 +302,10 @@ def _append(line: _Line, row: EntryRow, rosters: Mapping[int, Roster]) -> None:
     if (row.round, row.hash) != (record.round, hashed):
         wanted = f"round {record.round}, hash {hashed[:SHORT]}"
         raise Wrong("entries", key, says=f"round {row.round}, hash {canonical.shown(row.hash[:SHORT])}", wanted=wanted)
+    if record.run != line.manifest.run:
+        raise Wrong("entries", key, says=f"run {canonical.shown(record.run)}", wanted=f"run {line.manifest.run}")
+    if record.round > head.round:
+        raise Wrong("entries", f"round {head.round}", says="nothing", wanted=f"a record before that of {key}")
     if (record.round, record.previous) != (head.round, head.hash):
         says = f"round {record.round} after {canonical.shown(record.previous[:SHORT])}"
         raise Wrong("entries", key, says=says, wanted=f"round {head.round} after {head.hash[:SHORT]}")
@@ -361,7 +367,7 @@ def _check_evaluations(line: _Line, evaluations: Iterable[EvaluationRow], undone
             continue
         key = f"round {row.round}" + (f", undone by rollback {number}" if undone is not None else "")
         if not after < row.round < len(line.tokens):
-            wanted = f"records {after + 1} to {len(line.rows)}"
+            wanted = f"{after + 1} to {len(line.rows)} records"
             raise Wrong("evaluations", key, says=f"measured after {row.round} records", wanted=wanted)
         if row.tokens != line.tokens[row.round]:
             wanted = f"{line.tokens[row.round]:,} tokens"
@@ -372,15 +378,14 @@ def _check_evaluations(line: _Line, evaluations: Iterable[EvaluationRow], undone
 
 
 def _check_parts(books: Books) -> None:
-    named = {part.digest: (part.size, row) for row in books.entries for part in row.entry.record.parts}
-    for digest, size in books.parts.items():
-        if digest not in named:
-            raise Wrong("parts", digest[:SHORT], says=f"a part of {size:,} bytes", wanted="no such part")
-        if named[digest][0] != size:
-            raise Wrong("parts", digest[:SHORT], says=f"{size:,} bytes", wanted=f"{named[digest][0]:,} bytes")
-    for digest, (size, row) in named.items():
+    named = {(part.digest, row.hash): row for row in books.entries for part in row.entry.record.parts}
+    for digest, record in books.parts.items():
+        if (digest, record) not in named:
+            says = f"a part of record {canonical.shown(record[:SHORT]) or 'nothing'}"
+            raise Wrong("parts", canonical.shown(digest[:SHORT]), says=says, wanted="no such part")
+    for (digest, _), row in named.items():
         if digest not in books.parts:
-            raise Wrong("parts", digest[:SHORT], says="nothing", wanted=f"a part of {size:,} bytes of {_key(row)}")
+            raise Wrong("parts", digest[:SHORT], says="nothing", wanted=f"a part of {_key(row)}")
 
 
 def _check_credit(books: Books) -> None:
@@ -401,7 +406,7 @@ def _check_leases(leases: Leases, consumed: Consumed) -> None:
             raise Wrong("cursor", "id 0", says="that it was never granted", wanted=f"that {where} was consumed")
     taken = consumed
     for lease_id, lease in leases.held.items():
-        key = f"lease {canonical.shown(lease_id)}"
+        key = f"lease_id {canonical.shown(lease_id)}"
         if lease.lease_id != lease_id or not _given_before(lease_id, leases.serial):
             wanted = f"a lease below {leases.serial:x}"
             raise Wrong("leases", key, says=f"lease {canonical.shown(lease.lease_id)}", wanted=wanted)
@@ -458,14 +463,13 @@ def _first_gap(taken: Consumed, whole: DataRange) -> DataRange:
 def _check_bases(books: Books, log: Log) -> None:
     if 0 not in books.bases:
         raise Wrong("bases", "round 0", says="nothing", wanted="that the run began with one")
-    hashes = (genesis_head(books.manifest.manifest).hash, *(next_head(entry.record).hash for entry in log.line))
     for number, base in sorted(books.bases.items()):
         key = f"round {number}"
-        if base.round != number or not 0 <= number < len(hashes):
+        if base.round != number or not 0 <= number < len(log.hashes):
             raise Wrong("bases", key, says=f"the state after {base.round} records", wanted=f"{len(log.line)} records")
-        if base.head != hashes[number]:
+        if base.head != log.hashes[number]:
             says = f"head {canonical.shown(base.head[:SHORT])}"
-            raise Wrong("bases", key, says=says, wanted=f"head {hashes[number][:SHORT]}")
+            raise Wrong("bases", key, says=says, wanted=f"head {log.hashes[number][:SHORT]}")
         begun = log.branches[number - 1] if number else 0  # the branch of the record before it
         if not begun <= base.branch <= log.branch:
             wanted = f"branch {begun} to {log.branch}"

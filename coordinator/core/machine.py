@@ -12,6 +12,7 @@ from coordinator.core import leases as data
 from coordinator.core.leases import Leases
 from coordinator.core.rosters import next_members
 from protocol.errors import Refused
+from protocol.limits import ROLLBACKS_MAX
 from protocol.log import check_ranges, check_record_shape, next_head, next_turn, ranges_of
 from protocol.state import Consumed
 from protocol.types import (
@@ -560,6 +561,8 @@ def _rollback_asked(state: State, to: Head, reason: str, now: float, rules: Rule
     number = len(state.rollbacks) + 1
     if state.branch != number - 1:
         return _say(state, now, "no rollback: the log has yet to follow one that nodes remember"), (Announce(),)
+    if number > ROLLBACKS_MAX:
+        return _say(state, now, f"no rollback: the run has had {ROLLBACKS_MAX}"), (Announce(),)
     rollback = Rollback(rules.run, number, to, state.head, reason, int(now * 1000))
     return state, (SignRollback(rollback),)
 

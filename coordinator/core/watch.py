@@ -13,8 +13,7 @@ the run file forbids going back, where nothing good was ever measured, and where
 `most` times to this round or a later one, the watch only warns. A good measurement below everything in the window is a
 new best, and what the run went back to before it is forgiven.
 
-What is wrong from its first measurement on is not seen, nor is a rise of less than `jump` in WINDOW measurements: that
-is no jump but a choice of the run file, as overfitting is.
+A rise of less than `jump` in WINDOW measurements is no jump: a model that overfits rises so, and going back helps nobody.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Final, Protocol
 
 from protocol.types import Rollback, RoundNumber
 
-WINDOW: Final = 16  # twice the longest jump that a run file can ask for: the good ones before it are still known
+WINDOW: Final = 16  # twice the longest jump that a run file can ask for, so that as many good ones are known
 _BY_ITSELF: Final = "by itself: "  # begins the reason of every rollback that no person asked for
 
 
@@ -69,7 +68,10 @@ class GoBack:
 def watch(
     state: Watch, round_number: RoundNumber, heldout: float | None, rules: Rules
 ) -> tuple[Watch, GoBack | str | None]:
-    """Take one more measurement of the line: nothing, a warning, or the order to go back."""
+    """Take one more measurement, of the line as it now is: nothing, a warning, or the order to go back.
+
+    `said` lasts until `gone_back` is told of the rollback, so an order that is still under way is not given twice.
+    """
     state = _with(state, round_number, heldout)
     good, bad = _parted(state, rules)
     if not bad:
@@ -103,20 +105,20 @@ def gone_back(state: Watch, rollback: Rollback) -> Watch:
 
 
 def of_history(rows: Iterable[Measured], rollbacks: Iterable[Rollback] = ()) -> Watch:
-    """The watch as a coordinator's store remembers it: the line's measurements, and all rollbacks so far."""
+    """The watch as a coordinator's store remembers it: the line's measurements by round, and all rollbacks so far."""
     state = Watch(returns=tuple(r.to.round for r in rollbacks if r.reason.startswith(_BY_ITSELF)))
-    for row in sorted(rows, key=lambda row: row.round):
+    for row in rows:
         state = _with(state, RoundNumber(row.round), row.heldout)
     return state
 
 
 def _with(state: Watch, round_number: RoundNumber, heldout: float | None) -> Watch:
     loss = math.inf if heldout is None or not math.isfinite(heldout) else heldout
-    others = {number: value for number, value in state.window if number != round_number}
+    known = dict(state.window)
     returns = state.returns
-    if others and loss < min(others.values()):  # a new best: measured after every return to a round before it
+    if known and loss < min(known.values()):  # a new best: measured after every return to a round before it
         returns = tuple(to for to in returns if to >= round_number)
-    window = sorted((others | {round_number: loss}).items())[-WINDOW:]
+    window = sorted((known | {round_number: loss}).items())[-WINDOW:]
     return replace(state, window=tuple(window), returns=returns)
 
 

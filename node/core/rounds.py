@@ -117,7 +117,7 @@ class Rounds:
     accepted: Accepted | None = None
     contribution: Contribution | None = None  # the snapshot made for this round
     carried: Contribution | None = None  # what earlier rounds did not take
-    missed: int = 0  # rounds in a row that took nothing of what was there to take
+    missed: int = 0  # rounds in a row that took nothing of ours
     snapshot_asked: bool = False
     steps: int = 0  # inner steps since the last snapshot
     active: bool = False  # may take part: synced, not paused
@@ -255,6 +255,13 @@ class Rewound:
 
 
 @dataclass(frozen=True)
+class Silenced:
+    """The coordinator says that this node has forgotten what it signed under the rosters up to this one; durable."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
 class ActivityChanged:
     """Whether this node takes part in rounds: it is synced and not paused."""
 
@@ -283,6 +290,7 @@ Event = (
     | LogArrived
     | RollbacksArrived
     | Rewound
+    | Silenced
     | ActivityChanged
     | Finishing
     | Ticked
@@ -453,6 +461,8 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
             return _learn_rollbacks(state, rollbacks, rules), ()
         case Rewound():
             return _rewound(state, event, now), ()
+        case Silenced(epoch):
+            return _silenced(state, epoch, now)
         case ActivityChanged(active):
             return replace(state, active=active, round_started=now), ()
         case Finishing():
@@ -547,15 +557,17 @@ def _round_is_over(state: Rounds, now: float, rules: Rules) -> bool:
 def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:
     if not state.snapshot_asked:
         return state  # asked for before a rollback
-    contribution = _combine(state.carried, ranges, state.consumed, rules)
+    contribution = combine(state.carried, ranges, state.consumed, rules)
+    if state.carried is None:
+        state = replace(state, missed=0)
     return replace(state, contribution=contribution, carried=None, snapshot_asked=False, steps=0)
 
 
-def _combine(
+def combine(
     carried: Contribution | None, ranges: tuple[DataRange, ...], consumed: Consumed, rules: Rules
 ) -> Contribution:
     """What was left over and what is new, without ranges that count elsewhere or twice."""
-    free = _unused((carried.ranges if carried else ()) + ranges, consumed)[-RANGES_MAX:]
+    free = unused((carried.ranges if carried else ()) + ranges, consumed)[-RANGES_MAX:]
     return Contribution(rules.me, _tokens(free, rules), free)
 
 
@@ -563,7 +575,7 @@ def _tokens(ranges: tuple[DataRange, ...], rules: Rules) -> int:
     return sum(r.stop - r.start for r in ranges) * rules.context
 
 
-def _unused(ranges: tuple[DataRange, ...], consumed: Consumed) -> tuple[DataRange, ...]:
+def unused(ranges: tuple[DataRange, ...], consumed: Consumed) -> tuple[DataRange, ...]:
     """What these ranges hold beyond what is consumed, and beyond those before them."""
     free: list[DataRange] = []
     for data in ranges:
@@ -684,7 +696,7 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
         ranges, member = signed.ready.contribution.ranges, roster.member(node)
         if member is None or signed.ready.contribution.tokens > member.weight_cap:
             continue  # nobody would sign a record with it
-        if _unused(ranges, taken) != ranges:
+        if unused(ranges, taken) != ranges:
             continue  # trained on data that counts elsewhere; it learns so from the log
         taken = taken.with_ranges(ranges)
         chosen.append(signed)
@@ -1046,12 +1058,8 @@ def _fold(state: Rounds) -> Outcome:
 
 
 def missed_after(state: Rounds, record: Record) -> int:
-    """How many rounds in a row, with this one, have taken nothing although there was something to take."""
-    brought = state.contribution
-    if brought is not None and holds(record, brought):
-        return 0
-    held = state.carried is not None or (brought is not None and brought.tokens > 0)
-    return state.missed + 1 if held else 0
+    """How many rounds in a row, with this one, have taken nothing of ours; fresh work begins to count anew."""
+    return 0 if state.contribution is not None and holds(record, state.contribution) else state.missed + 1
 
 
 def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float, rules: Rules) -> Rounds:
@@ -1076,7 +1084,7 @@ def _folded(state: Rounds, round_number: RoundNumber, digest: Digest, now: float
         consumed=consumed,
         last=entry,
         carried=carried,
-        missed=missed if carried is not None else 0,
+        missed=missed,
         snapshot_asked=state.snapshot_asked,
         steps=state.steps,
         backlog=tuple(e for e in state.backlog if e.record.round > round_number),
@@ -1149,6 +1157,28 @@ def _turn(state: Rounds, signed: SignedRollback, now: float) -> Outcome:
         backlog=state.backlog,
     )
     return _go_by_newest(fresh), (*stop, Turn(signed))
+
+
+def _silenced(state: Rounds, epoch: Epoch, now: float) -> Outcome:
+    """Leave the open round, if it is one of those, and wait for a newer roster. What was trained is kept."""
+    if epoch <= state.silent:
+        return state, ()
+    state = replace(state, silent=epoch)
+    open_round = state.phase in (Phase.GATHERING, Phase.AVERAGING, Phase.DECIDING)
+    if not open_round or state.committed is not None:
+        return state, ()
+    stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
+    fresh = replace(
+        _anew(state, state.head, now),
+        contribution=state.contribution,
+        carried=state.carried,
+        missed=state.missed,
+        snapshot_asked=state.snapshot_asked,
+        steps=state.steps,
+        ballot=state.ballot,
+        backlog=state.backlog,
+    )
+    return fresh, stop
 
 
 def _rewound(state: Rounds, event: Rewound, now: float) -> Rounds:

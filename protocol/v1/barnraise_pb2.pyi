@@ -81,6 +81,7 @@ class OpenRequest(_message.Message):
     PROTOCOL_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     LIFE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """hex public key"""
     nonce: _builtins.bytes
@@ -100,7 +101,9 @@ class OpenRequest(_message.Message):
     software: _builtins.str
     """versions of what matters, for the researcher's eyes"""
     life: _builtins.int
-    """how often this node's folder has been started: it never falls unless a backup came back"""
+    """a counter in this node's folder, raised by each start: it never falls unless a backup came back"""
+    incarnation: _builtins.bytes
+    """16 random bytes of the running process: whoever says them again has not been started again"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -118,10 +121,11 @@ class OpenRequest(_message.Message):
         protocol: _builtins.int = ...,
         software: _builtins.str = ...,
         life: _builtins.int = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "invite", b"invite", "life", b"life", "name", b"name", "node", b"node", "nonce", b"nonce", "peer", b"peer", "peer_public_key", b"peer_public_key", "peer_signature", b"peer_signature", "protocol", b"protocol", "signature", b"signature", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "incarnation", b"incarnation", "invite", b"invite", "life", b"life", "name", b"name", "node", b"node", "nonce", b"nonce", "peer", b"peer", "peer_public_key", b"peer_public_key", "peer_signature", b"peer_signature", "protocol", b"protocol", "signature", b"signature", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -207,6 +211,7 @@ class HeartbeatRequest(_message.Message):
     BUSY_SHARE_FIELD_NUMBER: _builtins.int
     KNOWN_ROUND_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
     """joining, syncing, training, paused, finishing"""
     head_round: _builtins.int
@@ -225,6 +230,8 @@ class HeartbeatRequest(_message.Message):
     """coordinator's head as the node knows it"""
     branch: _builtins.int
     """how many rollbacks it knows of"""
+    life: _builtins.int
+    """as in OpenRequest, when the node has raised it since; 0: it has not"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -248,10 +255,11 @@ class HeartbeatRequest(_message.Message):
         busy_share: _builtins.float = ...,
         known_round: _builtins.int = ...,
         branch: _builtins.int = ...,
+        life: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "addresses", b"addresses", "branch", b"branch", "busy_share", b"busy_share", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "epoch", b"epoch", "head_hash", b"head_hash", "head_round", b"head_round", "known_round", b"known_round", "lease_ids", b"lease_ids", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "addresses", b"addresses", "branch", b"branch", "busy_share", b"busy_share", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "epoch", b"epoch", "head_hash", b"head_hash", "head_round", b"head_round", "known_round", b"known_round", "lease_ids", b"lease_ids", "life", b"life", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,6 +277,8 @@ class HeartbeatReply(_message.Message):
     COORDINATOR_MS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     ROLLBACKS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
     roster: _builtins.bytes
     """when newer than the node's"""
     head_round: _builtins.int
@@ -277,6 +287,10 @@ class HeartbeatReply(_message.Message):
     coordinator_ms: _builtins.int
     finished: _builtins.bool
     """the run has reached its last round"""
+    epoch: _builtins.int
+    """newest roster that the coordinator knows of, plus one; 0: none"""
+    branch: _builtins.int
+    """how many rollbacks it knows of: fewer than the node when its database came from a backup"""
     @_builtins.property
     def wanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """part digests that the coordinator lacks"""
@@ -300,10 +314,12 @@ class HeartbeatReply(_message.Message):
         coordinator_ms: _builtins.int = ...,
         finished: _builtins.bool = ...,
         rollbacks: _abc.Iterable[_builtins.bytes] | None = ...,
+        epoch: _builtins.int = ...,
+        branch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_ms", b"coordinator_ms", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 
-PARTS = ("startup", "codec", "exactness", "wire", "memory", "trainer", "overhead", "utilisation")
+PARTS = ("startup", "codec", "exactness", "wire", "memory", "trainer", "progress", "overhead", "utilisation")
 
 
 def main() -> int:

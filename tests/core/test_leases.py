@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from coordinator.core.leases import Leases, consume, expired, give_back, grant, renew
+from coordinator.core.leases import Cursor, Leases, consume, expired, give_back, grant, renew, strike, undo
+from protocol.state import Consumed
 from protocol.types import DataRange, Digest, NodeId, Shard
 
 ONE, TWO, EMPTY = Digest("1" * 64), Digest("2" * 64), Digest("3" * 64)
@@ -94,13 +96,65 @@ def test_another_passes_data_is_other_data():
     assert consume(leases, [DataRange(1, ONE, 0, 8), DataRange(0, TWO, 0, 5)]).held == leases.held
 
 
+def test_a_restart_strikes_what_records_consumed_after_the_leases_were_last_saved():
+    saved, granted = take(fresh(), A, 12)
+    saved = give_back(saved, [granted[1].lease_id])
+    consumed = Consumed().with_ranges([DataRange(0, ONE, 0, 2), DataRange(0, ONE, 4, 6), DataRange(0, TWO, 0, 1)])
+    leases = strike(saved, consumed)
+    assert spans(leases.of(A)) == [(0, "1", 6, 10)]
+    assert leases.returned == (DataRange(0, TWO, 1, 2), DataRange(0, ONE, 2, 4))
+    assert strike(leases, consumed) == leases
+    assert strike(saved, Consumed()) == saved
+
+
+def test_after_a_rollback_nobody_holds_data_and_all_of_it_is_granted_again_in_order():
+    leases, granted = take(fresh(), A, 22, largest=4)
+    leases = consume(leases, [DataRange(0, ONE, 2, 6), DataRange(1, ONE, 0, 1)])
+    leases = undo(leases, [DataRange(1, ONE, 0, 1), DataRange(0, ONE, 2, 6)])
+    assert leases.held == {}
+    assert leases.returned == (DataRange(0, ONE, 0, 10), DataRange(0, TWO, 0, 5), DataRange(1, ONE, 0, 7))
+    leases, again = take(leases, B, 24)
+    assert spans(again) == [(0, "1", 0, 10), (0, "2", 0, 5), (1, "1", 0, 7), (1, "1", 7, 9)]
+    assert not {lease.lease_id for lease in granted} & {lease.lease_id for lease in again}, "an old id names nothing"
+
+
+def test_shards_are_granted_again_in_their_order_not_by_name():
+    leases, granted = take(Leases((shard(TWO, 3), shard(ONE, 3))), A, 6)
+    leases = undo(give_back(leases, [granted[1].lease_id, granted[0].lease_id]), ())
+    assert leases.returned == (DataRange(0, TWO, 0, 3), DataRange(0, ONE, 0, 3))
+
+
+def test_undone_data_that_was_never_granted_is_left_to_the_cursor():
+    leases, _ = take(fresh(), A, 12)
+    beyond = [
+        DataRange(0, TWO, 1, 5),
+        DataRange(0, TWO, 3, 5),
+        DataRange(1, ONE, 0, 9),
+        DataRange(9, ONE, 0, 9),
+        DataRange(0, ONE, 5, 99),
+        DataRange(0, Digest("9" * 64), 0, 9),
+    ]
+    assert undo(leases, beyond).returned == (DataRange(0, ONE, 0, 10), DataRange(0, TWO, 0, 2))
+    assert undo(leases, beyond).cursor == Cursor(0, 2, 2)
+
+
+def test_undone_data_that_is_also_held_comes_back_once():
+    leases, _ = take(fresh(), A, 4)
+    assert undo(leases, [DataRange(0, ONE, 1, 3), DataRange(0, ONE, 1, 3)]).returned == (DataRange(0, ONE, 0, 4),)
+
+
 class Ledger(RuleBasedStateMachine):
     """No sequence is granted twice while it is held or after it is consumed, and none is lost."""
 
     def __init__(self):
         super().__init__()
         self.leases = fresh()
-        self.consumed = set()
+        self.saved = self.leases  # as the store has them: all that is granted or comes back, not all that is used
+        self.log = []  # the ranges of each record
+
+    @property
+    def consumed(self):
+        return set(self.sequences(self.log))
 
     def sequences(self, ranges):
         return [(r.pass_number, r.shard, n) for r in ranges for n in range(r.start, r.stop)]
@@ -118,11 +172,13 @@ class Ledger(RuleBasedStateMachine):
         new = self.sequences(lease.range for lease in granted)
         assert len(new) == max(0, sequences)
         assert not self.consumed & set(new)
+        self.saved = self.leases
 
     @rule(data=st.data())
     def lose(self, data):
         if self.leases.held:
             self.leases = give_back(self.leases, [data.draw(st.sampled_from(sorted(self.leases.held)))])
+            self.saved = self.leases
 
     @rule(data=st.data())
     def certify(self, data):
@@ -132,7 +188,24 @@ class Ledger(RuleBasedStateMachine):
         start = data.draw(st.integers(held.start, held.stop - 1))
         used = DataRange(held.pass_number, held.shard, start, data.draw(st.integers(start + 1, held.stop)))
         self.leases = consume(self.leases, [used])
-        self.consumed |= set(self.sequences([used]))
+        self.log.append(used)
+        if data.draw(st.booleans()):
+            self.saved = self.leases
+
+    @rule()
+    def restart(self):
+        self.leases = self.saved = strike(self.saved, Consumed().with_ranges(self.log))
+
+    @rule(data=st.data())
+    def roll_back(self, data):
+        stays = data.draw(st.integers(0, len(self.log)))
+        self.leases = self.saved = undo(self.leases, self.log[stays:])
+        self.log = self.log[:stays]
+        assert self.leases.held == {}
+        names = [s.digest for s in self.leases.shards]
+        order = [(r.pass_number, names.index(r.shard), r.start, r.stop) for r in self.leases.returned]
+        for one, next_one in pairwise(order):
+            assert one < next_one and (one[:2] < next_one[:2] or one[3] < next_one[2]), "sorted, disjoint, joined"
 
     @invariant()
     def every_sequence_is_in_one_place(self):

@@ -7,10 +7,13 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,10 @@ import numpy as np
 import pytest
 
 from coordinator import archive, cli
+from coordinator.core import leases as data
+from coordinator.core.leases import Leases
 from coordinator.folder import RunFolder
+from coordinator.orders import RollbackOrder
 from coordinator.plan import plan, steps_in
 from coordinator.store import Evaluation, StoredNode
 from protocol import address, console, identity, invite, runspec
@@ -26,8 +32,22 @@ from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.fold import fold
 from protocol.identity import Key, peer_id_of
-from protocol.log import genesis_head, next_head
-from protocol.types import Ballot, Certificate, Contribution, DataRange, LogEntry, Part, Pass, Record
+from protocol.log import VOTE, genesis_head, head_after, next_head, ranges_of, vote_bytes
+from protocol.types import (
+    Ballot,
+    Certificate,
+    Contribution,
+    DataRange,
+    LogEntry,
+    Member,
+    Part,
+    Pass,
+    Record,
+    Rollback,
+    Roster,
+    Signature,
+    VoteBody,
+)
 
 ROOT = Path(__file__).parents[2]
 RUN = """\
@@ -617,3 +637,329 @@ def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_
     with pytest.raises(OSError):
         socket.create_connection((where.host, where.port), timeout=5)
     assert not published.busy
+
+
+# the ledger
+
+
+def keep_books(folder, store, rounds=4, *, undone=2, later=1, lie_at=None):
+    """A run as a coordinator leaves it: certified rounds of two nodes, the last of them undone, and rounds after that."""
+    signed, blobs, packing = folder.manifest(store), folder.open_blobs(), codec("int4")
+    manifest, outer = signed.manifest, archive.outer_of(folder.spec().update)
+    state = archive.rebuild(store, blobs, manifest)
+    keys = {}
+    for name in ("ann", "bob"):
+        key = Key.generate()
+        peer = peer_id_of(key.public_bytes)
+        body = Pass(manifest.run, key.public, peer, name, 0, 1 << 50)
+        store.save_node(StoredNode(key.public, peer, name, None, identity.sign_pass(folder.key(), body), 1000))
+        keys[key.public] = key
+    members = tuple(Member(node, peer_id_of(key.public_bytes), (), 1 << 40) for node, key in keys.items())
+    head, leases, tokens = genesis_head(manifest), Leases(store.shards()), 0
+    story = [*range(rounds), "rollback", *range(later)] if undone else [*range(rounds)]
+    store.save_roster(identity.sign_roster(folder.key(), Roster(manifest.run, 0, members, 5)))
+    epoch = 0
+    store.save_evaluation(Evaluation(0, 0, 5.5, None, 1, 2, 10))
+    for place, what in enumerate(story):
+        if what == "rollback":
+            to = rounds - undone
+            gone = store.entries(to)
+            hashed = store.entries(to - 1, 1)[0] if to else None
+            kept = next_head(hashed.record) if hashed else genesis_head(manifest)
+            turn = Rollback(manifest.run, 1, kept, head, "it diverged", 7)
+            spans = [span for entry in gone for span in ranges_of(entry.record)]
+            leases = replace(leases, returned=(*leases.returned, *spans))
+            store.save_rollback(identity.sign_rollback(folder.key(), turn), leases)
+            head, epoch = head_after(turn), 1
+            tokens -= sum(each.tokens for entry in gone for each in entry.record.contributions)
+            roster = Roster(manifest.run, 1, members, 8, floor=to, branch=1)
+            store.save_roster(identity.sign_roster(folder.key(), roster))
+            state = archive.rebuild(store, blobs, manifest)
+            continue
+        values = np.random.default_rng(place).standard_normal(manifest.parameters).astype(np.float32) / 100
+        ref = blobs.put_bytes(packing.encode(values))
+        part = Part(0, 0, manifest.parameters, ref.digest, ref.size, members[0].node, tuple(keys))
+        contributions = []
+        for node in keys:
+            leases, granted = data.grant(leases, node, sequences=2, largest=2, until_ms=9)
+            contributions.append(Contribution(node, 32, tuple(lease.range for lease in granted)))
+        leases, _ = data.grant(leases, members[0].node, sequences=1, largest=1, until_ms=9)
+        before = "33" * 32 if place == lie_at else state.digest()
+        record = Record(
+            manifest.run, head.round, head.hash, epoch, members[0].node, tuple(contributions), (part,), before
+        )
+        head = next_head(record)
+        body = vote_bytes(VoteBody(record.run, record.round, Ballot(epoch, 0), head.hash))
+        votes = tuple(Signature(node, key.sign(VOTE, body)) for node, key in keys.items())
+        leases = data.consume(leases, ranges_of(record))
+        entry = LogEntry(record, Certificate(head.hash, Ballot(epoch, 0), votes))
+        store.append_entry(entry, {each.node: each.tokens for each in contributions}, leases)
+        fold(state, record, {0: blobs.read(ref.digest)}, packing, outer)
+        tokens += 64
+        store.save_evaluation(Evaluation(head.round, tokens, 5.0 - place / 10, None, 1, 2, 10))
+    return state
+
+
+@pytest.fixture(scope="module")
+def kept_once(published_once, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("kept") / "run")
+    shutil.copytree(published_once.path, folder.path)
+    store = folder.open_store()
+    keep_books(folder, store)
+    store.close()
+    return folder
+
+
+@pytest.fixture
+def kept(kept_once, tmp_path):
+    shutil.copytree(kept_once.path, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def kept_store(kept):
+    store = kept.open_store()
+    yield store
+    store.close()
+
+
+def alter(folder, statement, *values):
+    """Change the database behind everybody's back."""
+    connection = sqlite3.connect(folder.database)
+    with connection:
+        assert connection.execute(statement, values).rowcount == 1, statement
+    connection.close()
+
+
+def test_the_ledger_says_who_contributed_what_and_what_was_undone(kept, capsys):
+    assert call("ledger", "--run", kept.path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"ann +\w{8} +160 +64 +5\n", said)
+    assert "320 tokens of 2 nodes in 5 records; 1 rollback undid 2 records and 128 tokens of them" in said
+    assert call("ledger", "--json", "--run", kept.path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(each["name"], each["tokens"], each["undone_tokens"]) for each in found["nodes"]} == {
+        ("ann", 160, 64),
+        ("bob", 160, 64),
+    }
+    assert (found["tokens"], found["records"], found["undone_records"]) == (320, 5, 2)
+    (rollback,) = found["rollbacks"]
+    assert (rollback["to"], rollback["undone"], rollback["reason"]) == (2, 4, "it diverged")
+
+
+@pytest.mark.parametrize("words", [[], ["--deep"], ["--json"], ["--deep", "--json"]])
+def test_true_books_verify_beside_a_coordinator_and_nothing_is_changed(kept, words, capsys):
+    before = {path: path.read_bytes() for path in kept.ours.rglob("*") if path.is_file() and path.suffix != ".db-shm"}
+    writer = sqlite3.connect(kept.database, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    writer.execute("UPDATE nodes SET credit_tokens = 1")  # nobody sees what is not committed
+    with kept.lock():
+        assert call("ledger", "verify", "--run", kept.path, *words) == 0
+    writer.execute("ROLLBACK")
+    writer.close()
+    said = capsys.readouterr().out
+    if "--json" in words:
+        found = json.loads(said)
+        assert found["ok"] and found["finding"] is None
+        assert (found["records"], found["undone"], found["tokens"], found["sequences"]) == (3, 2, 192, 12)
+        assert found["folded"] == (5 if "--deep" in words else None)
+    else:
+        assert "Every row is what the log says: 3 records and 2 that 1 rollback undid" in said
+        assert ("folds to the same states: 5 records." in said) == ("--deep" in words)
+    after = {path: path.read_bytes() for path in before if path.name != "lock"}
+    assert after == {path: data for path, data in before.items() if path.name != "lock"}
+
+
+@pytest.mark.parametrize(
+    ("table", "statement"),
+    [
+        ("nodes", "UPDATE nodes SET credit_tokens = credit_tokens + 1 WHERE name = 'ann'"),
+        ("nodes", "UPDATE nodes SET credit_tokens = 'much' WHERE name = 'ann'"),
+        ("nodes", "DELETE FROM nodes WHERE name = 'bob'"),
+        ("entries", "UPDATE entries SET undone = NULL WHERE id = 4"),
+        ("entries", "UPDATE entries SET undone = 1 WHERE id = 5"),
+        ("entries", "UPDATE entries SET hash = 'x' WHERE id = 1"),
+        ("entries", "UPDATE entries SET round = 9 WHERE id = 5"),
+        ("entries", "UPDATE entries SET bytes = substr(bytes, 2) WHERE id = 3"),
+        ("entries", "UPDATE entries SET bytes = 'text' WHERE id = 3"),
+        ("entries", "DELETE FROM entries WHERE id = 1"),
+        ("rollbacks", "UPDATE rollbacks SET bytes = x'00' WHERE number = 1"),
+        ("entries", "DELETE FROM rollbacks WHERE number = 1"),
+        ("entries", "DELETE FROM rosters WHERE epoch = 1"),
+        ("rosters", "UPDATE rosters SET epoch = 5 WHERE epoch = 1"),
+        ("parts", "DELETE FROM parts WHERE entry = 2"),
+        ("parts", "UPDATE parts SET entry = 99 WHERE entry = 2"),
+        ("cursor", "UPDATE cursor SET serial = 'a' WHERE id = 0"),
+        ("leases", "UPDATE cursor SET serial = 0 WHERE id = 0"),
+        ("leases", "UPDATE leases SET lease_id = '0' WHERE rowid = 1"),
+        ("cursor", "DELETE FROM leases WHERE rowid = 1"),
+        ("bases", "UPDATE bases SET round = 1 WHERE round = 0"),
+        ("evaluations", "UPDATE evaluations SET tokens = tokens + 64 WHERE round = 1"),
+        ("evaluations", "UPDATE evaluations SET undone = 1 WHERE round = 1"),
+        ("meta", "UPDATE meta SET value = substr(value, 2) WHERE key = 'manifest'"),
+        ("shards", "UPDATE shards SET bytes = x'00' WHERE position = 0"),
+    ],
+)
+def test_a_wrong_row_of_the_database_is_named_with_exit_code_4(kept, table, statement, capsys):
+    alter(kept, statement)
+    assert call("ledger", "verify", "--run", kept.path) == 4
+    output = capsys.readouterr()
+    assert f"E-LEDGER-001 · {table}, " in output.err and "the log says" in output.err and not output.out
+    assert call("ledger", "verify", "--json", "--run", kept.path) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and found["finding"]["table"] == table
+
+
+def test_a_database_that_is_none_is_a_sentence(kept, kept_store, capsys):
+    kept_store.close()
+    for path in kept.ours.glob("coordinator.db-*"):
+        path.unlink()
+    kept.database.write_bytes(b"not a database" * 99)
+    for words in (["ledger"], ["ledger", "verify"]):
+        assert call(*words, "--run", kept.path) == 4
+        assert "E-STORE-001" in capsys.readouterr().err
+
+
+def test_a_run_that_never_started_has_no_ledger(folder, ready, capsys):
+    for words in (["ledger"], ["ledger", "verify"], ["rollback", "--to", "0"]):
+        assert call(*words, "--run", ready.path) == 3
+        assert "never started" in capsys.readouterr().err
+
+
+def test_what_rotted_on_disk_is_found_by_reading_it_again(kept, kept_store, capsys):
+    blobs, entries = kept.open_blobs(), kept_store.entries()
+    first, last = (entry.record.parts[0].digest for entry in (entries[0], entries[-1]))
+    for digest, table in ((first, "parts"), (kept_store.bases()[0].blob.digest, "bases")):
+        whole = blobs.path(digest).read_bytes()
+        blobs.path(digest).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert call("ledger", "verify", "--run", kept.path) == 0
+        assert call("ledger", "verify", "--deep", "--run", kept.path) == 4
+        assert f"{table}, " in capsys.readouterr().err
+        blobs.delete(digest)
+        assert call("ledger", "verify", "--deep", "--run", kept.path) == 4
+        assert f"{table}, " in capsys.readouterr().err
+        blobs.put_bytes(whole)
+    assert call("ledger", "verify", "--deep", "--run", kept.path) == 0
+    alter(kept, "DELETE FROM evaluations WHERE round = 3 AND undone IS NULL")
+    blobs.delete(last)  # nothing says that this record was ever folded here: its part may be on its way
+    capsys.readouterr()
+    assert call("ledger", "verify", "--deep", "--run", kept.path) == 0
+    assert "4 records; 1 record wait" in capsys.readouterr().out
+
+
+def test_a_state_that_members_certified_but_the_records_do_not_lead_to_is_found_by_folding(published, store, capsys):
+    keep_books(published, store, 3, undone=0, lie_at=2)
+    assert call("ledger", "verify", "--run", published.path) == 0
+    assert call("ledger", "verify", "--deep", "--run", published.path) == 4
+    assert "entries, round 2, " in (error := capsys.readouterr().err) and "it says state 333333333333" in error
+
+
+def test_the_ledger_loads_no_torch(kept):
+    code = (
+        "import sys; from coordinator import cli; from protocol import console\n"
+        f"words = ['ledger', 'verify', '--deep', '--run', {str(kept.path)!r}]\n"
+        "code = console.main(cli.app, program='x', short_help='', arguments=words)\n"
+        "sys.exit(code or ' '.join({'torch', 'transformers', 'hivemind', 'grpc', 'pyarrow'} & set(sys.modules)) or None)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# going back
+
+
+@contextmanager
+def coordinator_that_answers(folder, answer, *, done):
+    """Somebody who holds the run's lock, and answers every order."""
+    bodies, stop = [], threading.Event()
+
+    def work():
+        store = folder.open_store()
+        while not stop.wait(0.02):
+            for order in store.open_orders():
+                bodies.append((order.kind, order.body))
+                store.close_order(order.order_id, answer=answer, done=done)
+        store.close()
+
+    with folder.lock():
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield bodies
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_rollback_is_an_order_that_the_running_coordinator_answers(kept, capsys):
+    with coordinator_that_answers(kept, "went back to round 1", done=True) as bodies:
+        assert call("rollback", kept.path, "--to", "1", "--reason", "too hot") == 0
+    output = capsys.readouterr()
+    assert "undoes 2 rounds and 128 tokens" in output.err
+    assert "Held-out loss was 4.9000 after 2 rounds; it is" not in output.err
+    assert "Held-out loss was 5.0000 after 1 round; it is 4.5000 after 3." in output.err
+    assert output.out == "✓ went back to round 1\n"
+    assert [(kind, RollbackOrder.from_bytes(body)) for kind, body in bodies] == [
+        ("rollback", RollbackOrder(1, "too hot"))
+    ]
+
+
+def test_an_order_that_is_refused_is_exit_code_7_with_the_reason(kept, capsys):
+    with coordinator_that_answers(kept, "the log has moved on", done=False):
+        assert call("rollback", "--run", kept.path, "--to", "3") == 7
+    error = capsys.readouterr().err
+    assert "nothing is undone" in error and "E-ORDER-001 · the log has moved on" in error
+    with coordinator_that_answers(kept, "no", done=False):
+        assert call("rollback", "--run", kept.path, "--to", "3", "--json") == 7
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["answer"], found["undone_rounds"]) == ("refused", "no", 0)
+
+
+def test_without_a_coordinator_the_order_waits_for_the_next_start(kept, kept_store, capsys):
+    assert call("rollback", kept.path, "--run", kept.path, "--to", "0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["undone_rounds"], found["undone_tokens"]) == ("open", 3, 192)
+    assert (found["heldout"], found["heldout_now"]) == ({"round": 0, "loss": 5.5}, {"round": 3, "loss": 4.5})
+    assert call("rollback", "--run", kept.path, "--to", "0") == 0
+    assert "at the next barnraise-coordinator start" in capsys.readouterr().out
+    assert [order.order_id for order in kept_store.open_orders()] == [found["order"], found["order"] + 1]
+
+
+def test_a_coordinator_that_does_not_answer_is_said_to_be_silent_and_the_order_stays(
+    kept, kept_store, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli, "ANSWER_SECONDS", 0.3)
+    with kept.lock():
+        assert call("rollback", "--run", kept.path, "--to", "1") == 6
+    assert "has not answered" in capsys.readouterr().err and len(kept_store.open_orders()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--to", "4"], 3, "round 4, the log has 0 to 3"),
+        (["--to", "-1"], 2, "--to"),
+        ([], 2, "--to"),
+        (["--to", "1", "--reason", "x" * 201], 2, "at most 200 characters"),
+        (["--to", "1", "--reason", "a\nb"], 2, "one line"),
+        (["--to", "1", "elsewhere"], 2, "two folders"),
+    ],
+)
+def test_a_rollback_that_cannot_be_is_refused_before_an_order_is_placed(kept, kept_store, words, code, says, capsys):
+    assert call("rollback", "--run", kept.path, *words) == code
+    assert says in capsys.readouterr().err and not kept_store.open_orders()
+
+
+def test_a_person_is_asked_first_and_may_say_no(kept, kept_store, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli, "_agreed", lambda question: asked.append(question))
+    assert call("rollback", "--run", kept.path, "--to", "1") == 130
+    assert "Nothing was changed" in capsys.readouterr().err and not kept_store.open_orders()
+    assert call("rollback", "--run", kept.path, "--to", "3") == 130
+    assert call("rollback", "--run", kept.path, "--to", "1", "--yes") == 0
+    assert asked == ["Go back?", "Begin a new roster?"] and len(kept_store.open_orders()) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"reason":"","to":-1}', b'{"reason":"a\\nb","to":1}', b'{"to": 1}'])
+def test_a_body_that_is_no_order_is_refused(body):
+    with pytest.raises(Refused):
+        RollbackOrder.from_bytes(body)

@@ -20,8 +20,8 @@ from protocol import canonical, identity, invite, tls
 from protocol.blobs import BlobStore, digest_of
 from protocol.errors import Code, Exit, Refused
 from protocol.identity import Key, peer_id_of
-from protocol.limits import BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION
-from protocol.log import VOTE, check_certificate, genesis_head, record_hash, vote_bytes
+from protocol.limits import BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION, ROSTERS_RECALLED_MAX
+from protocol.log import VOTE, check_certificate, genesis_head, head_after, record_hash, vote_bytes
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -32,6 +32,7 @@ from protocol.types import (
     Manifest,
     Part,
     Record,
+    Rollback,
     Shard,
     Signature,
     VoteBody,
@@ -98,13 +99,28 @@ class RealDesk:
                     signed = identity.sign_roster(self.key, roster)
                     self.store.save_roster(signed)
                     self.submit(machine.RosterSigned(signed))
+                case machine.SaveRosters(rosters):
+                    for signed in rosters:
+                        self.store.save_roster(signed)
+                case machine.TurnLog(signed):
+                    self.turn(signed)
                 case machine.SaveLeases():
                     self.store.save_leases(self.state.leases)
                 case machine.SaveEntry(entry):
-                    self.store.append_entry(entry, {c.node: c.tokens for c in entry.record.contributions})
+                    credit = {c.node: c.tokens for c in entry.record.contributions}
+                    self.store.append_entry(entry, credit, self.state.leases)
                 case machine.Announce():
                     self.announce()
         return effects
+
+    def turn(self, signed):
+        """Only rollbacks to the first state: nothing stays."""
+        assert signed.rollback.to.round == 0
+        passed = self.state.rollbacks[len(self.store.rollbacks()) : signed.rollback.number - 1]
+        self.store.save_rollback(signed, self.state.leases, passed)
+        head = head_after(signed.rollback)
+        self.submit(machine.RolledBack(signed, head, Consumed(), 0, self.state.leases))
+        self.submit(machine.Rewound(head, GENESIS, (), frozenset()))
 
     def announce(self):
         self.news.set()
@@ -153,8 +169,17 @@ class World:
 
     async def member(self, **options):
         link = self.link()
-        await link.open(invite=self.invite(), **options)
+        await link.open(life=1, invite=self.invite(), **options)
         return link
+
+    def again(self, link):
+        """The same node in another process."""
+        return self.link(key=link._key, transport_key=link._transport_key)
+
+    def rollback(self, number=1, *, key=None, run=None, reason="because"):
+        to = genesis_head(self.desk.manifest.manifest)
+        body = Rollback(run or self.desk.run, number, to, to, reason, self.desk.now_ms())
+        return identity.sign_rollback(key or self.desk.key, body)
 
     async def training(self):
         """A member that is the whole roster."""
@@ -203,7 +228,7 @@ async def refused(awaitable):
 
 async def test_an_invited_node_is_let_in_with_all_it_needs(world):
     link = world.link()
-    opened = await link.open(invite=world.invite(), name="My box", addresses=["/ip4/127.0.0.1/tcp/4001"])
+    opened = await link.open(life=1, invite=world.invite(), name="My box", addresses=["/ip4/127.0.0.1/tcp/4001"])
     body = identity.check_pass(world.desk.key.public, opened.signed_pass, world.desk.now_ms())
     assert (body.node, body.peer, body.name) == (link._key.public, link.peer, "My box")
     assert opened.manifest == world.desk.manifest
@@ -220,26 +245,26 @@ async def test_an_invited_node_is_let_in_with_all_it_needs(world):
 async def test_an_admitted_node_comes_back_without_an_invite(world):
     link = await world.member(name="heron")
     await link.close()
-    opened = await link.open()
+    opened = await link.open(life=1)
     assert opened.signed_pass.body.name == "heron"
     assert world.desk.store.invites()[0].used == 1
 
 
 async def test_a_node_with_the_same_invite_twice_spends_it_once(world):
     link, text = world.link(), world.invite(uses=2)
-    await link.open(invite=text)
-    await link.open(invite=text)
+    await link.open(life=1, invite=text)
+    await link.open(life=1, invite=text)
     assert world.desk.store.invites()[0].used == 1
 
 
 async def test_a_stranger_without_an_invite_is_not_admitted(world):
-    assert (await refused(world.link().open())).reason is Code.NOT_ADMITTED
+    assert (await refused(world.link().open(life=1))).reason is Code.NOT_ADMITTED
     assert world.desk.store.nodes() == ()
 
 
 async def test_wrong_invites_are_refused_by_name(world):
     used = world.invite()
-    await world.link().open(invite=used)
+    await world.link().open(life=1, invite=used)
     cases = {
         "no invite": Code.INVITE_MALFORMED,
         used[:-3] + ("a" if used[-3] != "a" else "b") + used[-2:]: Code.INVITE_MISTYPED,
@@ -250,14 +275,14 @@ async def test_wrong_invites_are_refused_by_name(world):
         world.invite(run="other"): Code.INVITE_FORGED,
     }
     for text, reason in cases.items():
-        assert (await refused(world.link().open(invite=text))).reason is reason
+        assert (await refused(world.link().open(life=1, invite=text))).reason is reason
     assert len(world.desk.store.nodes()) == 1
     assert world.service.refusals["E-INVITE-004"] == 1
 
 
 async def test_a_single_use_invite_raced_by_twenty_nodes_admits_one(world):
     text = world.invite()
-    answers = await asyncio.gather(*(world.link().open(invite=text) for _ in range(20)), return_exceptions=True)
+    answers = await asyncio.gather(*(world.link().open(life=1, invite=text) for _ in range(20)), return_exceptions=True)
     refusals = [answer.reason for answer in answers if isinstance(answer, Refused)]
     assert refusals == [Code.INVITE_USED] * 19
     assert len(world.desk.store.nodes()) == 1
@@ -268,22 +293,22 @@ async def test_a_peer_id_belongs_to_one_node_and_a_node_has_one_peer_id(world):
     first = await world.member()
     twin = world.link(transport_key=first._transport_key)
     text = world.invite()
-    assert (await refused(twin.open(invite=text))).reason is Code.IDENTITY_TAKEN
+    assert (await refused(twin.open(life=1, invite=text))).reason is Code.IDENTITY_TAKEN
     moved = world.link(key=first._key)
-    assert (await refused(moved.open())).reason is Code.IDENTITY_TAKEN
-    await world.link().open(invite=text)  # the refused twin did not use it up
+    assert (await refused(moved.open(life=1))).reason is Code.IDENTITY_TAKEN
+    await world.link().open(life=1, invite=text)  # the refused twin did not use it up
 
 
 async def test_a_banned_node_is_shut_out_at_once(world):
     link = await world.member()
     world.desk.store.ban(link._key.public)
     assert (await refused(link.heartbeat(Beat("training")))).reason is Code.BANNED
-    assert (await refused(link.open())).reason is Code.BANNED
+    assert (await refused(link.open(life=1))).reason is Code.BANNED
 
 
 async def test_another_protocol_version_is_refused_with_both_versions(world, monkeypatch):
     monkeypatch.setattr("node.link.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-    refusal = await refused(world.link().open(invite=world.invite()))
+    refusal = await refused(world.link().open(life=1, invite=world.invite()))
     assert refusal.reason is Code.VERSION
     assert refusal.reason.exit is Exit.VERSION
     assert str(PROTOCOL_VERSION) in refusal.what
@@ -292,7 +317,7 @@ async def test_another_protocol_version_is_refused_with_both_versions(world, mon
 
 async def test_a_node_whose_clock_is_wrong_is_let_in_and_told(world):
     world.desk.skew_ms = -40 * 365 * DAY_MS
-    opened = await world.link().open(invite=world.invite())
+    opened = await world.link().open(life=1, invite=world.invite())
     assert opened.skew_seconds < -39 * 365 * 86400
 
 
@@ -300,7 +325,7 @@ async def test_a_node_whose_clock_is_wrong_is_let_in_and_told(world):
 
 
 async def test_another_certificate_is_a_hard_stop_before_anything_is_sent(world):
-    refusal = await refused(world.link(fingerprint="00" * 32).open(invite=world.invite()))
+    refusal = await refused(world.link(fingerprint="00" * 32).open(life=1, invite=world.invite()))
     assert refusal.reason is Code.PIN_MISMATCH
     assert refusal.reason.exit is Exit.INTEGRITY
     assert not world.service._nonces
@@ -311,8 +336,8 @@ async def test_the_next_address_is_tried_when_one_is_silent(world):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         silent = f"127.0.0.1:{closed.getsockname()[1]}"
-        await world.link(addresses=(silent, world.address)).open(invite=world.invite())
-        refusal = await refused(world.link(addresses=(silent,)).open(invite=world.invite()))
+        await world.link(addresses=(silent, world.address)).open(life=1, invite=world.invite())
+        refusal = await refused(world.link(addresses=(silent,)).open(life=1, invite=world.invite()))
         assert refusal.reason is Code.UNREACHABLE
 
 
@@ -356,7 +381,7 @@ def test_nothing_older_than_tls_1_3_is_spoken(tmp_path):
 
 async def test_a_manifest_of_another_signer_is_refused(world):
     world.desk.manifest = identity.sign_manifest(Key.generate(), world.desk.manifest.manifest)
-    assert (await refused(world.link().open(invite=world.invite()))).reason is Code.SIGNATURE
+    assert (await refused(world.link().open(life=1, invite=world.invite()))).reason is Code.SIGNATURE
 
 
 # the challenge, by hand
@@ -377,6 +402,8 @@ async def proof(world, link, **changes):
         "peer_public_key": link._transport_key.public_bytes,
         "peer_signature": bytes.fromhex(link._transport_key.sign("peer", body + node.encode())),
         "protocol": PROTOCOL_VERSION,
+        "life": 1,
+        "incarnation": bytes(16),
     }
     return wire.OpenRequest(**(fields | changes))
 
@@ -465,7 +492,7 @@ async def test_unanswered_challenges_are_bounded(world, monkeypatch):
     ],
 )  # fmt: skip
 async def test_addresses_that_nobody_could_use_are_refused(world, text):
-    refusal = await refused(world.link().open(invite=world.invite(), addresses=[text]))
+    refusal = await refused(world.link().open(life=1, invite=world.invite(), addresses=[text]))
     assert refusal.reason is Code.FIELD
     assert world.desk.store.nodes() == ()
 
@@ -497,7 +524,7 @@ async def test_without_a_session_nothing_is_answered(world):
 async def test_a_newer_session_replaces_the_older(world):
     link = await world.member()
     older = link._session
-    await link.open()
+    await link.open(life=1)
     assert await status_of(
         link._stub.Heartbeat(wire.HeartbeatRequest(activity="training"), metadata=(("session", older),))
     ) == (UNAUTHENTICATED, Code.SESSION.code)
@@ -556,6 +583,220 @@ async def test_leaving_gives_the_leases_back_and_ends_the_session(world):
     assert world.desk.store.load_leases(world.desk.shards) == world.desk.state.leases
     assert not world.service._sessions
     assert "(the owner [31mneeds the machine)" in world.desk.state.events[-1][1]
+
+
+# lives
+
+
+async def test_the_same_process_opens_again_without_becoming_forgetful(world):
+    link, _ = await world.training()
+    world.service._end_session(link._key.public)
+    assert (await link.heartbeat(Beat("training"))).silent_epoch is None
+    opened = await link.open(life=1)
+    assert (opened.life, opened.silent_epoch) == (1, None)
+    assert not any(event.forgot for event in world.desk.events if isinstance(event, machine.NodeOpened))
+
+
+async def test_a_started_node_says_a_higher_life_and_has_forgotten_nothing(world):
+    link, _ = await world.training()
+    opened = await world.again(link).open(life=2)
+    assert (opened.life, opened.silent_epoch) == (2, None)
+    assert world.desk.state.silent == {}
+
+
+async def test_a_node_whose_disk_was_put_back_is_told_what_it_must_not_sign_under(world):
+    link, roster = await world.training()
+    await world.again(link).open(life=7)
+    node, restored = link._key.public, world.again(link)
+    opened = await restored.open(life=3)
+    assert (opened.life, opened.silent_epoch) == (8, roster.epoch)
+    assert world.desk.state.silent == world.desk.store.silent() == {node: roster.epoch}
+    assert (await restored.open(life=3)).life == 8  # the first answer was lost on its way
+    later = await world.again(link).open(life=9)
+    assert (later.life, later.silent_epoch) == (9, roster.epoch)  # no start brings the promises back
+    forgot = [event.forgot for event in world.desk.events if isinstance(event, machine.NodeOpened)]
+    assert forgot == [False, False, True, False, False]
+
+
+async def test_a_clone_and_the_node_that_it_is_a_copy_of_are_both_silent(world):
+    link, roster = await world.training()
+    clone = world.again(link)
+    assert (await clone.open(life=1)).silent_epoch == roster.epoch
+    news = await link.heartbeat(Beat("training", epoch=roster.epoch))  # its session was replaced, so it opens another
+    assert news.silent_epoch == roster.epoch
+    assert world.desk.store.begin_life(link._key.public, 1, roster.epoch, bytes(16))[0] == 4
+
+
+async def test_a_life_that_was_raised_between_starts_shows_that_a_younger_backup_came_back(world):
+    link, roster = await world.training()
+    assert (await link.heartbeat(Beat("training", epoch=roster.epoch, life=5))).silent_epoch is None
+    assert (await world.again(link).open(life=2)).silent_epoch == roster.epoch
+
+
+async def test_a_node_that_forgot_before_there_was_a_roster_may_sign_under_all(world):
+    link = await world.member()
+    opened = await world.again(link).open(life=1)
+    assert (opened.life, opened.silent_epoch) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"life": 2**63}, "life"), ({"incarnation": b"short"}, "incarnation"), ({"incarnation": b""}, "inc")],
+)
+async def test_a_life_out_of_its_range_is_refused_by_name(world, fields, named):
+    link = world.link()
+    request = await proof(world, link, **fields)
+    with pytest.raises(grpc.aio.AioRpcError, match=named) as caught:
+        await link._stub.Open(request)
+    assert caught.value.code() is INVALID
+    assert world.desk.store.nodes() == ()
+
+
+# rollbacks
+
+
+async def test_a_node_is_told_all_rollbacks_when_it_opens_and_when_it_reads(world):
+    link = await world.member()
+    signed = tuple(world.rollback(number) for number in (1, 2))
+    world.desk.submit(machine.Recalled((), signed))
+    assert (await link.open(life=1)).rollbacks == signed
+    page = await link.read_log(0)
+    assert (page.rollbacks, page.entries) == (signed, ())
+
+
+async def test_a_waiting_heartbeat_wakes_on_a_rollback(world):
+    link, roster = await world.training()
+    beat = Beat("training", epoch=roster.epoch)
+    waiting = asyncio.create_task(link.heartbeat(beat, wait_seconds=20))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    began = time.monotonic()
+    signed = tuple(world.rollback(number) for number in (1, 2))
+    world.desk.state = replace(world.desk.state, rollbacks=signed)  # and no new roster, which would be news as well
+    world.desk.announce()
+    news = await waiting
+    assert time.monotonic() - began < 5
+    assert (news.rollbacks, news.branch) == (signed, 2)
+    news = await link.heartbeat(replace(beat, branch=1), wait_seconds=20)
+    assert news.rollbacks == signed[1:]
+    epoch = world.desk.state.next_epoch  # whoever knows all has to wait
+    began = time.monotonic()
+    assert (await link.heartbeat(replace(beat, epoch=epoch, branch=2), wait_seconds=0.4)).rollbacks == ()
+    assert time.monotonic() - began > 0.35
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (lambda world: [world.rollback(1, key=Key.generate())], Code.SIGNATURE),
+        (
+            lambda world: [replace(world.rollback(1), rollback=world.rollback(1, reason="else").rollback)],
+            Code.SIGNATURE,
+        ),
+        (lambda world: [world.rollback(1, run=identity.run_id(world.desk.key.public, "other"))], Code.SIGNATURE),
+        (lambda world: [world.rollback(2)], Code.FIELD),
+        (lambda world: [world.rollback(1), world.rollback(3)], Code.FIELD),
+        (lambda world: [world.rollback(1), world.rollback(1)], Code.FIELD),
+        (lambda world: [world.rollback(0)], Code.FIELD),
+        (lambda world: [world.rollback(1, reason="x" * 201)], Code.LIMIT),
+        (lambda world: [world.rollback(1)] * 257, Code.LIMIT),
+    ],
+    ids=["signer", "changed", "run", "first", "gap", "twice", "zero", "reason", "many"],
+)
+async def test_a_node_refuses_rollbacks_that_are_not_genuine_or_leave_a_gap(world, forge, reason):
+    link, roster = await world.training()
+    beat = Beat("training", epoch=roster.epoch)
+    state = world.desk.state
+    world.desk.state = replace(state, rollbacks=tuple(forge(world)), branch=10**6)
+    assert (await refused(link.read_log(0))).reason is reason
+    assert (await refused(link.open(life=1))).reason is reason
+    world.desk.state = state
+    await link.open(life=1)
+    world.desk.state = replace(state, rollbacks=tuple(forge(world)), branch=10**6)
+    if all(signed.rollback.number > 0 for signed in world.desk.state.rollbacks):  # else it is never told
+        assert (await refused(link.heartbeat(beat))).reason is reason
+    world.desk.state = state
+
+
+# what a coordinator has forgotten
+
+
+async def test_a_coordinator_learns_again_what_it_signed_before_its_database_was_put_back(world):
+    link, roster = await world.training()
+    newer = replace(roster, epoch=3)
+    signed = identity.sign_roster(world.desk.key, newer)
+    rollbacks = (world.rollback(1), world.rollback(2))
+    assert await link.push_entry(None, [signed, world.desk.state.roster], rollbacks) == ()
+    assert machine.Recalled((signed,), rollbacks) in world.desk.events
+    assert world.desk.state.rollbacks == world.desk.store.rollbacks() == rollbacks
+    assert world.desk.state.history[3] == signed
+    assert signed in world.desk.store.rosters()
+    news = await link.heartbeat(Beat("training", epoch=3, branch=2))
+    assert (news.epoch, news.branch) == (4, 2)  # the next roster takes no number twice
+    assert (news.roster.roster.epoch, news.roster.roster.branch) == (4, 2)
+
+
+async def test_what_is_known_already_is_not_brought_to_the_machine_again(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    before = len(world.desk.events)
+    await link.push_entry(world.decide(link, roster, [b"x"], lease), [world.desk.state.roster] * 2)
+    assert [type(event) for event in world.desk.events[before:]] == [machine.EntryArrived]
+
+
+async def test_more_rosters_than_fit_are_brought_a_part_at_a_time(world):
+    link, roster = await world.training()
+    signed = [identity.sign_roster(world.desk.key, replace(roster, epoch=epoch)) for epoch in range(1, 71)]
+    await link.push_entry(None, signed)
+    assert max(world.desk.state.history) == ROSTERS_RECALLED_MAX
+    stub, metadata = link._stub, link._metadata()
+    request = wire.PushEntryRequest(rosters=map(canonical.to_bytes, signed))
+    limit = (grpc.StatusCode.RESOURCE_EXHAUSTED, Code.LIMIT.code)
+    assert await status_of(stub.PushEntry(request, metadata=metadata)) == limit
+    assert max(world.desk.state.history) == ROSTERS_RECALLED_MAX
+
+
+async def test_a_roster_that_certifies_the_record_is_learned_before_it(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    signed = identity.sign_roster(world.desk.key, replace(roster, epoch=1))
+    entry = world.decide(link, signed.roster, [b"x"], lease)
+    await link.push_entry(entry)
+    assert world.desk.store.entry_count == 0
+    await link.push_entry(entry, [signed])
+    assert world.desk.store.entry_count == 1
+
+
+@pytest.mark.parametrize(
+    ("bring", "reason"),
+    [
+        (lambda world, roster: ([identity.sign_roster(Key.generate(), roster)], []), Code.SIGNATURE),
+        (
+            lambda world, roster: ([identity.sign_roster(world.desk.key, replace(roster, epoch=0))], []),
+            Code.TWO_STORIES,
+        ),
+        (
+            lambda world, roster: (
+                [identity.sign_roster(world.desk.key, replace(roster, run=roster.run[:-4] + "else"))],
+                [],
+            ),
+            Code.SIGNATURE,
+        ),
+        (lambda world, roster: ([], [world.rollback(1, key=Key.generate())]), Code.SIGNATURE),
+        (lambda world, roster: ([], [world.rollback(1, run=roster.run[:-4] + "else")]), Code.SIGNATURE),
+        (lambda world, roster: ([], [world.rollback(2)]), Code.FIELD),
+        (lambda world, roster: ([], [world.rollback(1), world.rollback(3)]), Code.FIELD),
+        (lambda world, roster: ([], [world.rollback(1), world.rollback(1, reason="else")]), Code.TWO_STORIES),
+        (lambda world, roster: ([], [world.rollback(1)] * 257), Code.LIMIT),
+    ],
+    ids=["roster-signer", "roster-two", "roster-run", "signer", "run", "first", "gap", "two", "many"],
+)
+async def test_nothing_is_recalled_that_the_coordinator_did_not_sign_itself(world, bring, reason):
+    link, roster = await world.training()
+    before = world.desk.state
+    rosters, rollbacks = bring(world, replace(roster, epoch=9, issued_ms=roster.issued_ms + 1))
+    assert (await refused(link.push_entry(None, rosters, rollbacks))).reason is reason
+    assert world.desk.state is before
 
 
 # heartbeats and leases
@@ -630,6 +871,8 @@ async def test_leases_are_granted_renewed_and_kept(world):
         ({"wait_seconds": float("nan")}, "wait_seconds"),
         ({"head_round": 2**63}, "head_round"),
         ({"bytes_sent": 2**64 - 1}, "bytes_sent"),
+        ({"branch": 2**53 + 1}, "branch"),
+        ({"life": 2**53 + 1}, "life"),
         ({"lease_ids": [""]}, "lease_ids"),
         ({"lease_ids": ["0"] * 300}, "lease_ids"),
         ({"addresses": ["/ip4/1.2.3.4/tcp/1"] * 9}, "addresses"),
@@ -921,7 +1164,7 @@ async def test_only_the_runs_own_blobs_are_served(world, tmp_path):
 )
 async def test_a_hostile_name_becomes_one_that_can_be_shown(world, wished, shown):
     link = world.link()
-    opened = await link.open(invite=world.invite(), name=wished)
+    opened = await link.open(life=1, invite=world.invite(), name=wished)
     assert opened.signed_pass.body.name == (shown or generated_name(link._key.public))
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from coordinator.core import leases as data
 from coordinator.core.leases import Leases
-from coordinator.store import EVENTS_KEPT, SCHEMA, Evaluation, Store, StoredNode
+from coordinator.store import EVENTS_KEPT, SCHEMA, Evaluation, Order, OrderState, Store, StoredNode, backup_of
 from protocol import identity
 from protocol.errors import Code, Refused
 from protocol.identity import Key, peer_id_of
-from protocol.log import record_hash
+from protocol.log import head_after, next_head, record_hash
 from protocol.types import (
     Ballot,
     BaseCheckpoint,
@@ -22,11 +22,13 @@ from protocol.types import (
     Certificate,
     Contribution,
     DataRange,
+    Head,
     LogEntry,
     Member,
     Part,
     Pass,
     Record,
+    Rollback,
     Roster,
     Shard,
 )
@@ -60,6 +62,20 @@ def entry(number, node="cc" * 32, *, previous="00" * 32, tokens=320):
     part = Part(0, 0, 64, f"{number:064x}", 36, node, (node,))
     record = Record(RUN, number, previous, 0, node, (Contribution(node, tokens, (used,)),), (part,), "11" * 32)
     return LogEntry(record, Certificate(record_hash(record), Ballot(0, 0), ()))
+
+
+def rollback(number, to, undone):
+    return identity.sign_rollback(OWNER, Rollback(RUN, number, to, undone, "the loss rose", 9))
+
+
+def grown(store, rounds, previous="00" * 32):
+    """So many records on the line; the heads after each, the first before them."""
+    heads = [Head(store.entry_count, previous)]
+    for _ in range(rounds):
+        new = entry(heads[-1].round, previous=heads[-1].hash)
+        store.append_entry(new, {})
+        heads.append(next_head(new.record))
+    return heads
 
 
 def refused(act, *arguments, **options):
@@ -148,6 +164,143 @@ def test_entries_are_read_in_pages(store):
     assert store.entries(5) == ()
 
 
+def test_a_record_its_credit_and_the_leases_are_written_together_or_not_at_all(store):
+    node = admitted()
+    store.save_node(node)
+    before, granted = data.grant(Leases(SHARDS), node.node, sequences=20, largest=10, until_ms=9)
+    after = data.consume(before, [granted[0].range])
+    store.save_leases(before)
+    with pytest.raises(OverflowError):
+        store.append_entry(entry(0), {node.node: 1 << 70}, after)
+    assert store.load_leases(SHARDS) == before
+    store.append_entry(entry(0), {node.node: 320}, after)
+    assert (store.entry_count, store.load_leases(SHARDS)) == (1, after)
+
+
+# rollbacks
+
+
+def test_a_rollback_takes_the_line_back_and_keeps_what_it_undid_beside_it(path):
+    store = Store(path)
+    node = admitted()
+    store.save_node(node)
+    heads = grown(store, 3)
+    store.append_entry(last := entry(3, previous=heads[3].hash), {node.node: 320})
+    for number in range(5):
+        store.save_evaluation(Evaluation(number, 320 * number, 5.0 + number, None, 12, 3, 4096))
+        store.save_base(BaseCheckpoint(number, heads[min(number, 3)].hash, "11" * 32, BlobRef("22" * 32, 99)))
+    leases, _ = data.grant(Leases(SHARDS), node.node, sequences=50, largest=20, until_ms=9)
+    undone = store.entries(2)
+    first = rollback(1, heads[2], next_head(last.record))
+    store.save_rollback(first, leases)
+    store.close()
+
+    store = Store(path)
+    assert store.rollbacks() == (first,)
+    assert [each.record.round for each in store.entries()] == [0, 1]
+    assert store.entry_count == 2
+    assert store.undone() == ((1, undone[0]), (1, undone[1]))
+    assert store.has_part(f"{3:064x}"), "an undone branch stays fetchable"
+    assert store.node(node.node).credit_tokens == 320, "a rollback punishes nobody"
+    assert [each.round for each in store.history()] == [0, 1, 2], "the state before round 2 stays as it was"
+    assert [each.round for each in store.bases()] == [0, 1, 2]
+    assert store.newest_base().round == 2
+    assert store.load_leases(SHARDS) == leases
+    store.close()
+
+
+def test_the_line_goes_on_from_where_a_rollback_took_it(store):
+    heads = grown(store, 4)
+    first = rollback(1, heads[2], heads[4])
+    store.save_rollback(first, Leases(SHARDS))
+    again = entry(2, previous=head_after(first.rollback).hash)
+    store.append_entry(again, {})
+    store.save_evaluation(Evaluation(3, 7, 1.5, None, 12, 3, 4096))
+    assert store.entries(2) == (again,)
+    assert [(each.round, each.heldout) for each in store.history()] == [(3, 1.5)]
+    second = rollback(2, heads[1], next_head(again.record))
+    store.save_rollback(second, Leases(SHARDS))
+    assert [(number, each.record.round) for number, each in store.undone()] == [(1, 2), (1, 3), (2, 1), (2, 2)]
+    assert (store.rollbacks(), store.entry_count) == ((first, second), 1)
+
+
+def test_a_round_has_one_record_on_the_line_whatever_writes_it(store, path):
+    grown(store, 1)
+    with sqlite3.connect(path) as connection, pytest.raises(sqlite3.IntegrityError):
+        connection.execute("INSERT INTO entries (round, hash, bytes) VALUES (0, 'another', x'00')")
+    connection.close()
+
+
+def test_a_rollback_out_of_turn_or_to_another_line_is_a_bug(store):
+    heads = grown(store, 2)
+    for wrong in (rollback(2, heads[1], heads[2]), rollback(1, Head(1, "ab" * 32), heads[2])):
+        with pytest.raises(AssertionError):
+            store.save_rollback(wrong, Leases(SHARDS))
+    assert (store.rollbacks(), store.entry_count) == ((), 2)
+
+
+def test_rollbacks_that_a_restored_database_never_followed_are_kept_with_the_one_it_follows(store):
+    heads = grown(store, 3)
+    forgotten = rollback(1, Head(9, "ab" * 32), Head(12, "cd" * 32))
+    followed = rollback(2, heads[2], Head(10, "ef" * 32))
+    store.save_rollback(followed, Leases(SHARDS), [forgotten])
+    assert store.rollbacks() == (forgotten, followed)
+    assert (store.entry_count, [number for number, _ in store.undone()]) == (2, [2])
+
+
+def test_a_checkpoint_of_a_state_undone_while_it_was_written_is_not_kept(store):
+    heads = grown(store, 4)
+    store.save_rollback(rollback(1, heads[2], heads[4]), Leases(SHARDS))
+    for number, branch in ((4, 0), (3, 0), (2, 0), (3, 1)):
+        store.save_base(BaseCheckpoint(number, "00" * 32, "11" * 32, BlobRef("22" * 32, 99), branch))
+    assert [(each.round, each.branch) for each in store.bases()] == [(2, 0), (3, 1)]
+    store.drop_base(3)
+    assert store.newest_base().round == 2
+
+
+# lives and orders
+
+
+def test_a_life_that_does_not_grow_is_a_disk_that_was_put_back(path):
+    store = Store(path)
+    node, other = admitted(), admitted()
+    store.save_node(node)
+    store.save_node(other)
+    assert store.begin_life(node.node, 1, 4, b"first start") == (1, None)
+    assert store.begin_life(node.node, 7, 5, b"second start") == (7, None)
+    assert store.begin_life(node.node, 7, 5, b"second start") == (7, None), "only its connection was lost"
+    assert store.silent() == {}
+    assert store.begin_life(node.node, 7, 6, b"a clone") == (8, 6)
+    assert store.begin_life(node.node, 8, 8, b"a clone") == (8, 6)
+    assert store.begin_life(node.node, 2, 9, b"a backup") == (9, 9)
+    assert store.begin_life(node.node, 10, 11, b"goes on") == (10, 9), "silent as before"
+    assert store.begin_life(other.node, 0, 3, b"an old program") == (1, 3)
+    store.close()
+    store = Store(path)
+    assert store.silent() == {node.node: 9, other.node: 3}
+    assert refused(store.begin_life, "ff" * 32, 1, 1, b"") is Code.NOT_ADMITTED
+    assert store.begin_life(node.node, 10, 12, b"another") == (11, 12)
+    store.close()
+
+
+def test_a_command_and_the_coordinator_speak_through_orders(store, path):
+    command = Store(path)
+    first = command.add_order("rollback", b"to 5")
+    second = command.add_order("rollback", b"to 7")
+    assert [(each.order_id, each.body) for each in store.open_orders()] == [(first, b"to 5"), (second, b"to 7")]
+    store.close_order(first, answer="rolled back", done=True)
+    store.close_order(second, answer="there is no round 7", done=False)
+    assert store.open_orders() == ()
+    assert command.order(first) == Order(first, "rollback", b"to 5", OrderState.DONE, "rolled back")
+    assert command.order(second).state == "refused"
+    with pytest.raises(AssertionError):
+        store.close_order(first, answer="again", done=True)
+    command.close()
+
+
+# invites and nodes
+
+
 def test_an_invite_is_spent_as_often_as_it_says_and_once_per_node(store):
     store.add_invite("t1", uses=2, expires_ms=100, note="for friends")
     store.spend_invite("t1", "n1", 50)
@@ -223,14 +376,33 @@ def test_old_lines_of_history_go(store, monkeypatch):
     assert EVENTS_KEPT > 1000
 
 
-def test_a_newer_schema_is_refused_by_name(path):
+@pytest.mark.parametrize(("other", "fix"), [(SCHEMA + 1, "Upgrade"), (SCHEMA - 1, "Begin another run")])
+def test_another_schema_is_refused_by_name(path, other, fix):
     Store(path).close()
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (b"%d" % (SCHEMA + 1),))
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (b"%d" % other,))
     connection.close()
-    with pytest.raises(Refused, match=f"schema {SCHEMA + 1}, this program reads schema {SCHEMA}") as caught:
+    with pytest.raises(Refused, match=f"schema {other}, this program reads schema {SCHEMA}") as caught:
         Store(path)
     assert caught.value.reason is Code.VERSION
+    assert fix in caught.value.fix
+
+
+def test_a_backup_is_a_whole_database_of_its_own(store, path):
+    heads = grown(store, 3)
+    store.backup()
+    store.append_entry(entry(3, previous=heads[3].hash), {})
+    backup = backup_of(path)
+    assert backup.stat().st_mode & 0o077 == 0
+    assert sorted(each.name for each in path.parent.iterdir() if "backup" in each.name) == [backup.name]
+    copy = path.with_name("copy.db")
+    copy.write_bytes(backup.read_bytes())
+    restored = Store(copy)
+    assert restored.entries() == store.entries(0, 3)
+    restored.append_entry(entry(3, previous=heads[3].hash), {})
+    restored.close()
+    store.backup()
+    assert backup.read_bytes() != copy.read_bytes()
 
 
 @pytest.mark.parametrize(

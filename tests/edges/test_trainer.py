@@ -134,6 +134,48 @@ async def test_a_merge_keeps_the_steps_made_since_the_snapshot(started, vectors,
         await trainer.merge(from_snapshot=True)
 
 
+async def test_a_trainer_that_is_looked_at_goes_on_as_if_nobody_had_looked(started, vectors, tmp_path):
+    trainer, events, heard = started
+    path = shard(tmp_path, sequences=240)
+    alone = Vectors.create(SIZE.parameters, runtime_dir=tmp_path)
+    alone.shared[:] = vectors.shared
+    goals, alone_events = [], []
+    with open(tmp_path / "alone.log", "wb") as log:
+        unseen = await Trainer.start(SPEC, vectors=alone, log=log, on_event=alone_events.append)
+    try:
+        await unseen.add_data([(piece(0, 240), path)])
+        await unseen.run()
+        await trainer.goal(25)
+        for start in (0, 80, 160):
+            await trainer.add_data([(piece(start, start + 80), path)])
+            await trainer.run()
+            on_the_way = await trainer.peek()  # wherever it is
+            await heard(OutOfData)
+            goals += [each.steps for each in events if isinstance(each, Stepped)]
+            events.clear()
+            seen = await trainer.peek()
+            assert seen.steps == (start + 80) // 8 and seen.tokens == (start + 80) * CONTEXT
+            assert seen.ranges == (piece(0, start + 80),), "nothing is forgotten between two looks"
+            assert start // 8 <= on_the_way.steps <= seen.steps
+            assert sum(each.stop - each.start for each in on_the_way.ranges) == 8 * on_the_way.steps
+        assert 25 in goals, "the goal is still counted from the last snapshot"
+        looked_at = vectors.snapshot.copy()
+        last = await trainer.snapshot()
+        assert last == seen and np.array_equal(vectors.snapshot, looked_at)
+        async with asyncio.timeout(60):
+            while not any(isinstance(each, OutOfData) for each in alone_events):
+                await asyncio.sleep(0.01)
+        assert await unseen.snapshot() == last, "the same steps, data and losses"
+        assert np.array_equal(alone.snapshot, vectors.snapshot), "the same parameters, to the bit"
+        with pytest.raises(AssertionError, match="merge"):
+            await trainer.peek()
+        await trainer.merge(from_snapshot=True)
+        assert (await trainer.peek()).steps == 0
+    finally:
+        await unseen.stop()
+        alone.close()
+
+
 async def test_a_paused_trainer_makes_no_step_and_loses_no_data(started, tmp_path):
     trainer, events, heard = started
     path = shard(tmp_path, sequences=1000)
