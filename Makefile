@@ -1,9 +1,9 @@
-# Words of this project: setup, demo, test, check, sim, bench, proto. Each does the set-up it needs.
+# Words of this project: setup, demo, test, check, sim, chaos, bench, proto. Each does the set-up it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check sim bench proto clean
+.PHONY: setup demo test check sim chaos bench proto clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -30,6 +30,9 @@ check: $(STAMP)
 
 sim: $(STAMP)
 	$(BIN)/python -m tests.sim $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos $(if $(PART),--part $(PART)) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench $(if $(PART),--part $(PART)) $(ARGS)

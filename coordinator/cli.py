@@ -828,6 +828,7 @@ def _run_state(folder: RunFolder, spec: RunSpec, store: Store) -> str:
 
 
 def _ledger_facts(books: Books) -> dict[str, Any]:
+    from coordinator import view
     from coordinator.core.ledger import balances
 
     nodes = [dict(vars(each)) for each in balances(books)]
@@ -838,11 +839,7 @@ def _ledger_facts(books: Books) -> dict[str, Any]:
         "undone_tokens": sum(each["undone_tokens"] for each in nodes),
         "records": len(books.entries),
         "undone_records": sum(1 for row in books.entries if row.undone_by is not None),
-        "rollbacks": [
-            {"number": each.number, "to": each.to.round, "undone": each.undone.round, "reason": each.reason}
-            | {"ms": each.issued_ms}
-            for each in gone
-        ],
+        "rollbacks": [view.rollback(each) for each in gone],
     }
 
 

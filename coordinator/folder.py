@@ -290,6 +290,8 @@ class RunFolder:
                 shutil.rmtree(left, ignore_errors=True)
             elif not left.is_symlink():
                 left.unlink(missing_ok=True)
+        for new in self.ours.rglob(".new-*"):  # a file that never took its place
+            new.unlink(missing_ok=True)
 
 
 def public_spec(spec: RunSpec) -> RunSpec:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -28,6 +27,7 @@ from protocol.state import State, read_base
 from protocol.types import (
     BaseCheckpoint,
     DataRange,
+    Digest,
     Lease,
     LogEntry,
     NodeId,
@@ -141,16 +141,16 @@ def read(folder: RunFolder) -> Books:
 
 
 def _books(connection: sqlite3.Connection, manifest: SignedManifest) -> Books:
-    def rows(query: str) -> Iterator[tuple[Any, ...]]:
-        yield from connection.execute(query)
+    def rows(query: str) -> list[tuple[Any, ...]]:
+        return connection.execute(query).fetchall()
 
     def values(cls: type[T], table: str, column: str) -> dict[Any, T]:
         found = rows(f"SELECT {column}, bytes FROM {table} ORDER BY {column}")  # noqa: S608  # names of ours
         return {at: _value(cls, data, table, f"{column} {at}") for at, data in found}
 
-    nodes = tuple(rows("SELECT node, name, credit_tokens FROM nodes ORDER BY node"))
+    nodes = rows("SELECT node, name, credit_tokens FROM nodes ORDER BY node")
     shards = rows("SELECT position, bytes FROM shards WHERE NOT heldout ORDER BY position")
-    cursor = next(rows("SELECT bytes, serial FROM cursor"), None)
+    cursor = next(iter(rows("SELECT bytes, serial FROM cursor")), None)
     parts = "SELECT parts.digest, entries.hash FROM parts LEFT JOIN entries ON entries.id = parts.entry"
     return Books(
         manifest=manifest,
@@ -165,15 +165,15 @@ def _books(connection: sqlite3.Connection, manifest: SignedManifest) -> Books:
             )
             for number, hashed, undone, data in rows("SELECT round, hash, undone, bytes FROM entries ORDER BY id")
         ),
-        parts={digest: record or "" for digest, record in rows(parts)},
-        credit={NodeId(node): _whole(credit, "nodes", str(node)[:SHORT]) for node, _, credit in nodes},
-        names={NodeId(node): str(name) for node, name, _ in nodes},
+        parts={Digest(str(digest)): str(record or "") for digest, record in rows(parts)},
+        credit={NodeId(str(node)): _whole(credit, "nodes", str(node)[:SHORT]) for node, _, credit in nodes},
+        names={NodeId(str(node)): str(name) for node, name, _ in nodes},
         shards=(stock := tuple(_value(Shard, data, "shards", f"position {at}") for at, data in shards)),
         leases=Leases(
             stock,
             _value(Cursor, cursor[0], "cursor", "id 0") if cursor else Cursor(),
             tuple(values(DataRange, "returned", "position").values()),
-            values(Lease, "leases", "lease_id"),
+            {str(lease_id): lease for lease_id, lease in values(Lease, "leases", "lease_id").items()},
             _whole(cursor[1], "cursor", "id 0") if cursor else 0,
         ),
         bases=values(BaseCheckpoint, "bases", "round"),

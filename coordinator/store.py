@@ -466,6 +466,8 @@ class Store:
             row = connection.execute(select(_cursor.c.bytes, _cursor.c.serial)).first()
             held = _values(connection, Lease, select(_leases.c.bytes).order_by(_leases.c.lease_id))
             returned = _values(connection, DataRange, select(_returned.c.bytes).order_by(_returned.c.position))
+            if row is None and (held or returned):
+                raise _Rotten
             if row is None:
                 return Leases(shards)
             cursor = _unpacked(Cursor, row.bytes)
@@ -575,7 +577,7 @@ class Store:
             with closing(sqlite3.connect(self.path)) as source, closing(sqlite3.connect(new)) as copy:
                 source.backup(copy)
                 copy.execute("PRAGMA journal_mode=DELETE")  # one file is a whole database
-                self._check_whole(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
+                self._check_whole(copy.execute("PRAGMA integrity_check(1)").fetchone()[0])
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             new.replace(path)
@@ -595,7 +597,7 @@ class Store:
 
     def _prepare(self) -> None:
         with self._reading() as connection:
-            self._check_whole(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
+            self._check_whole(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
         with self._writing() as connection:
             if not inspect(connection).get_table_names():
                 _SCHEMA.create_all(connection)
@@ -624,7 +626,7 @@ class Store:
     def _refusal(self, error: BaseException | None) -> Refused | None:
         """What SQLite reports, by name; none for what is our own mistake."""
         name = getattr(error, "sqlite_errorname", "")
-        if name == "SQLITE_FULL":
+        if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):  # the second is what a quota looks like
             fix = "Free some space on the disk that holds the run's folder. Nothing was changed."
             return Refused(Code.DISK_CAP, f"no room to write to {self.path}: {error}", fix=fix)
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):

@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-NODES_SHOWN: Final = 100  # with 50 events and the sample: a frame of the live stream stays under 64 KiB
+if TYPE_CHECKING:
+    from protocol.types import Rollback
+
+NODES_SHOWN: Final = 100  # with the events, the rollbacks and the sample: a frame of the live stream stays under 64 KiB
 EVENTS_SHOWN: Final = 40
+ROLLBACKS_SHOWN: Final = 10
 SAMPLE_CHARACTERS: Final = 2_000
 NUMBER_MAX: Final = 10**18  # exact enough in a browser, and no node moves more
 RECENT_MS: Final = 3_600_000  # rounds per hour are those of the last hour
@@ -81,6 +85,7 @@ _NODE: Final = {
 }
 _BYTES: Final = {"per_round": _number, "total": _number, "per_parameter_per_round": _number}
 _EVENT: Final = {"ms": _number, "text": _text(240)}
+_ROLLBACK: Final = {"number": _number, "from": _number, "to": _number, "reason": _text(200), "ms": _number}
 _VIEW: Final = _object(
     {
         "run": _object(_RUN),
@@ -88,6 +93,7 @@ _VIEW: Final = _object(
         "nodes": _list(_object(_NODE), most=NODES_SHOWN),
         "bytes": _object(_BYTES),
         "events": _list(_object(_EVENT), most=EVENTS_SHOWN),
+        "rollbacks": _list(_object(_ROLLBACK), most=ROLLBACKS_SHOWN),  # the newest first
         "sample": _text(SAMPLE_CHARACTERS),
         "head": _text(64),
     }
@@ -102,6 +108,30 @@ def public(view: Mapping[str, Any]) -> dict[str, Any]:
     shown["nodes_total"] = len(view.get("nodes") or ())
     shown["nodes_rostered"] = sum(1 for node in view.get("nodes") or () if node.get("rostered") is True)
     return shown
+
+
+def rollback(followed: Rollback) -> dict[str, Any]:
+    """One of the view's rollbacks: the rounds after `to`, up to `from`, were undone."""
+    return {
+        "number": followed.number,
+        "from": followed.undone.round,
+        "to": followed.to.round,
+        "reason": followed.reason,
+        "ms": followed.issued_ms,
+    }
+
+
+def turns(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, Any]], *, width: int) -> list[str]:
+    """Where the SVG of `polyline` turns: the abscissa of each rollback, at the last row that it left."""
+    tokens = [row["tokens"] for row in rows if row["tokens"] is not None]
+    wide = (max(tokens) - min(tokens)) if tokens else 0
+    known = [row for row in rows if row["round"] is not None and row["tokens"] is not None]
+    places = []
+    for each in rollbacks:
+        left = [row["tokens"] for row in known if each["to"] is not None and row["round"] <= each["to"]]
+        if left and wide:
+            places.append(f"{(left[-1] - min(tokens)) / wide * width:.1f}")
+    return places
 
 
 def thinned(rows: Sequence[Mapping[str, Any]], *, limit: int) -> list[dict[str, Any]]:
@@ -157,6 +187,13 @@ def compact(value: float | None, unit: str = "") -> str:
     scaled = value / scale
     digits = 0 if scale == 1 and float(value).is_integer() else max(0, 2 - int(math.log10(max(abs(scaled), 1))))
     return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def turned(rollback: Mapping[str, Any]) -> str:
+    """What a rollback did, in one sentence."""
+    if rollback["from"] == rollback["to"]:
+        return f"Round {whole(rollback['to'])}: a new roster, nothing undone."
+    return f"Back from round {whole(rollback['from'])} to {whole(rollback['to'])}."
 
 
 def whole(value: float | None) -> str:

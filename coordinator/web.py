@@ -216,12 +216,13 @@ _PAGE: Final = web.AppKey("page", _Page)
 
 async def _index(request: web.Request) -> web.StreamResponse:
     page = request.app[_PAGE]
-    rows = page.rows(ROWS_DEFAULT)
+    rows, current = page.rows(ROWS_DEFAULT), page.current()
     html = page.template.render(
-        page.current(),
+        current,
         rounds_per_hour=views.rounds_per_hour(rows),
         heldout_points=views.polyline(rows, "heldout", width=640, height=200),
         train_points=views.polyline(rows, "train", width=640, height=200),
+        turns=views.turns(rows, current["rollbacks"], width=640),
     )
     return _compressed(web.Response(text=html, content_type="text/html"))
 
@@ -400,6 +401,7 @@ def _environment(index: str) -> Environment:
     )
     for show in (views.compact, views.whole, views.decimal, views.pace, views.percent, views.ago, views.iso):
         environment.filters[show.__name__] = show
+    environment.filters["turned"] = views.turned
     return environment
 
 

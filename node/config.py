@@ -172,6 +172,9 @@ class Home:
         p2pd.sweep(self.runtime)  # follows the link that is in there
         for entry in self.runtime.iterdir():
             _remove(entry)
+        for folder, pattern in ((self.path, ".new-*"), (self.blobs, "**/.new-*"), (self.journal, "**/.new-*")):
+            for new in folder.glob(pattern):  # a file that never took its place
+                _remove(new)
 
     def remember(self, invite: str) -> None:
         """Keep the invite's text, so that the next start needs no argument."""

@@ -65,6 +65,10 @@ LEAVES_SECONDS: Final = 180.0  # the coordinator reads a blob of up to 16 GiB fi
 STALL_SECONDS: Final = 60.0  # a download from which nothing comes for so long is begun again where it stopped
 LEAVE_SECONDS: Final = 5.0  # whoever leaves does not wait for long
 UPLOAD_BYTES_PER_SECOND_MIN: Final = 16 << 10
+RECONNECT_MS: Final = (
+    500,
+    3000,
+)  # gRPC spreads its tries by a fifth: too little for a thousand nodes that lost one server
 LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checked at their end
 OPTIONS: Final = (
     ("grpc.ssl_target_name_override", tls.SERVER_NAME),
@@ -73,7 +77,6 @@ OPTIONS: Final = (
     ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 10_000),  # gRPC's own two minutes would outlast the outage
     ("grpc.enable_http_proxy", 0),  # the pin was checked without one
     ("grpc.use_local_subchannel_pool", 1),
@@ -268,11 +271,14 @@ class Link:
     ) -> tuple[Digest, ...]:
         """Bring a certified record; tells which parts the coordinator lacks.
 
-        With it, or alone, what the coordinator once signed and may not know any more; of many rosters the first ones.
+        With it, or alone, what the coordinator once signed and may not know any more. Of many rosters those go that the
+        record names, and then the first ones.
         """
+        named = {entry.record.epoch, entry.certificate.ballot.epoch} if entry is not None else set()
+        needed_first = sorted(rosters, key=lambda signed: signed.roster.epoch not in named)
         request = wire.PushEntryRequest(
             entry=canonical.to_bytes(entry) if entry is not None else b"",
-            rosters=map(canonical.to_bytes, rosters[:ROSTERS_RECALLED_MAX]),
+            rosters=map(canonical.to_bytes, needed_first[:ROSTERS_RECALLED_MAX]),
             rollbacks=map(canonical.to_bytes, rollbacks),
         )
         reply: wire.PushEntryReply = await self._call("PushEntry", request)
@@ -344,7 +350,9 @@ class Link:
             except Refused as refusal:
                 failures.append(refusal)
                 continue
-            self._channel = grpc.aio.secure_channel(text, grpc.ssl_channel_credentials(root), OPTIONS)
+            low, high = RECONNECT_MS
+            own_pace = ("grpc.initial_reconnect_backoff_ms", low + secrets.randbelow(high - low))
+            self._channel = grpc.aio.secure_channel(text, grpc.ssl_channel_credentials(root), (*OPTIONS, own_pace))
             self._stub = wire_grpc.CoordinatorStub(self._channel)
             return
         impostors = [refusal for refusal in failures if refusal.reason is Code.PIN_MISMATCH]

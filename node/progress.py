@@ -22,7 +22,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -156,6 +156,10 @@ class Pace:
     def due(self, now: float, *, offered: bool) -> bool:
         return now >= self.paid_until - (self.spacing_seconds if offered else 0.0)
 
+    def looked(self, now: float) -> Pace:
+        """Nothing was trained since: a machine that is paused is not looked at every second."""
+        return replace(self, paid_until=max(self.paid_until, now + SPACING_SECONDS))
+
     def saved(self, now: float, size: int, *, took_seconds: float) -> Pace:
         spacing = _spacing_seconds(size, took_seconds)
         return Pace(max(now, self.paid_until) + spacing, spacing)
@@ -192,17 +196,21 @@ class ProgressFile:
     ) -> None:
         """Write u = residual, or with what the trainer has done since: residual + (shared - local).
 
-        A machine that cannot keep it goes on without, and says so once.
+        A machine that cannot keep it goes on without, and says so once. An older file that a round is about to hear
+        more of does not outlive the attempt.
         """
-        if progress == self._saved or not progress.contribution.ranges:
-            return  # nothing was trained since
         began = time.monotonic()
+        if progress == self._saved or not progress.contribution.ranges:
+            self._pace = self._pace.looked(began)
+            return
         try:
             self._write(progress, _pieces(residual, shared, local))
         except (OSError, Refused) as error:
             if not self._refused:
                 log.warning("local progress is not saved", why=str(error))
             self._refused = True
+            if progress.offered:
+                self.forget()
         else:
             self._saved, self._refused = progress, False
         finally:  # a failure is not tried again at once
@@ -247,6 +255,7 @@ class ProgressFile:
                 file.flush()
                 os.fsync(file.fileno())
             self._new.replace(self._path)
+            _sync_folder(self._path.parent)
         except OSError:
             with suppress(OSError):
                 self._new.unlink(missing_ok=True)

@@ -72,7 +72,24 @@ function eventItem(event) {
   return make("li", {}, stamp, " ", make("bdi", {}, event.text));
 }
 
+/* The same words as coordinator/view.py. */
+function turned({ from, to }) {
+  return from === to ? `Round ${show.whole(to)}: a new roster, nothing undone.`
+    : `Back from round ${show.whole(from)} to ${show.whole(to)}.`;
+}
+
+function rollbackItem(rollback) {
+  const time = moment(rollback.ms);
+  const stamp = make("time", time ? { datetime: time.toISOString(), title: time.toISOString() } : {},
+    time ? time.toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "");
+  const words = make("span", {}, make("bdi", {}, turned(rollback)));
+  if (rollback.reason) words.append(" ", make("q", {}, make("bdi", {}, rollback.reason)));
+  return make("li", {}, stamp, " ", words);
+}
+
 let eventsShown = "";
+let rollbacks = [];
+let rollbacksShown = "";
 
 function draw(view) {
   for (const { element, form, path } of bound)
@@ -88,6 +105,14 @@ function draw(view) {
     $("events").replaceChildren(...view.events.map(eventItem));
     eventsShown = events;
   }
+  const turns = JSON.stringify(view.rollbacks);
+  if (turns !== rollbacksShown) {
+    rollbacks = view.rollbacks;
+    rollbacksShown = turns;
+    $("rollbacks").replaceChildren(...rollbacks.map(rollbackItem));
+    $("rollbacks").hidden = !rollbacks.length;
+    plot?.redraw();
+  }
   $("chart").setAttribute("aria-label", `Held-out loss ${show.decimal(view.loss.heldout)}, from ` +
     `${show.decimal(view.loss.heldout_first)}, after ${show.compact(view.run.tokens)} tokens`);
 }
@@ -96,9 +121,28 @@ function draw(view) {
 
 let plot = null;
 let points = [[], [], []];
+let rounds = []; // of each point
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/* A dashed line where each rollback left the curve: what came after it then is undone. */
+function drawTurns({ ctx, bbox, valToPos }) {
+  ctx.save();
+  ctx.strokeStyle = colour("--warn");
+  ctx.lineWidth = 1.5 * devicePixelRatio;
+  ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
+  for (const { to } of rollbacks) {
+    const last = rounds.findLastIndex((round) => round !== null && to !== null && round <= to);
+    if (last < 0) continue;
+    const x = Math.round(valToPos(points[0][last], "x", true));
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+  }
+  ctx.restore();
 }
 
 function drawChart() {
@@ -120,6 +164,7 @@ function drawChart() {
     scales: { x: { time: false } },
     cursor: { y: false, drag: { x: false, y: false } },
     legend: { live: true },
+    hooks: { drawClear: [drawTurns] },
     axes: [
       { ...axis, space: 70, values: (_, ticks) => ticks.map((tick) => show.compact(tick).replace(/\.0+(?= |$)/, "")) },
       { ...axis, size: 44, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toFixed(4)))) },
@@ -147,6 +192,7 @@ async function loadHistory() {
   put($("pace"), show.pace(pace));
   const drawn = rows.filter((row) => row.tokens !== null && (row.heldout !== null || row.train !== null));
   drawn.sort((left, right) => left.tokens - right.tokens);
+  rounds = drawn.map((row) => row.round);
   points = [drawn.map((row) => row.tokens), drawn.map((row) => row.heldout), drawn.map((row) => row.train)];
   drawChart();
 }

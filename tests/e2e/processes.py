@@ -107,12 +107,16 @@ class World:
             "OMP_NUM_THREADS": "1",
         }
 
+    def program(self, name, log):
+        """How a public command is started."""
+        return [str(Path(sys.executable).with_name(name))]
+
     def command(self, *words, log, **options):
         """A public command that goes on; its two outputs go to files."""
         (self.folder / "logs").mkdir(exist_ok=True)
         with (self.folder / "logs" / f"{log}.out").open("ab") as out, self.log(log).open("ab") as err:
             process = subprocess.Popen(
-                [str(Path(sys.executable).with_name(words[0])), *map(str, words[1:])],
+                [*self.program(words[0], log), *map(str, words[1:])],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

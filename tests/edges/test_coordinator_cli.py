@@ -744,7 +744,7 @@ def test_the_ledger_says_who_contributed_what_and_what_was_undone(kept, capsys):
     }
     assert (found["tokens"], found["records"], found["undone_records"]) == (320, 5, 2)
     (rollback,) = found["rollbacks"]
-    assert (rollback["to"], rollback["undone"], rollback["reason"]) == (2, 4, "it diverged")
+    assert (rollback["to"], rollback["from"], rollback["reason"]) == (2, 4, "it diverged")
 
 
 @pytest.mark.parametrize("words", [[], ["--deep"], ["--json"], ["--deep", "--json"]])
@@ -793,6 +793,9 @@ def test_true_books_verify_beside_a_coordinator_and_nothing_is_changed(kept, wor
         ("leases", "UPDATE cursor SET serial = 0 WHERE id = 0"),
         ("leases", "UPDATE leases SET lease_id = '0' WHERE rowid = 1"),
         ("cursor", "DELETE FROM leases WHERE rowid = 1"),
+        ("leases", "UPDATE leases SET lease_id = x'ff' WHERE rowid = 1"),
+        ("parts", "UPDATE parts SET digest = x'ff' WHERE entry = 2"),
+        ("nodes", "UPDATE nodes SET node = x'ff' WHERE name = 'bob'"),
         ("bases", "UPDATE bases SET round = 1 WHERE round = 0"),
         ("evaluations", "UPDATE evaluations SET tokens = tokens + 64 WHERE round = 1"),
         ("evaluations", "UPDATE evaluations SET undone = 1 WHERE round = 1"),

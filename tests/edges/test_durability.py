@@ -5,42 +5,54 @@ The real machine, engine, database and blobs. Only the network is left out: node
 
 import asyncio
 import os
+import pickle
+import resource
 import shutil
 import signal
 import sqlite3
 import sys
 import traceback
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from _pytest.monkeypatch import MonkeyPatch
 from sqlalchemy import event
 
 from coordinator import archive
 from coordinator import store as store_module
+from coordinator.core import leases as data
 from coordinator.core import machine
+from coordinator.core.leases import Leases
 from coordinator.engine import Coordinator
 from coordinator.folder import OURS, Published, RunFolder
 from coordinator.ingest import Corpus, Skipped
-from coordinator.store import Store, StoredNode
+from coordinator.store import Store, StoredNode, backup_of
 from protocol import blobs, canonical, identity
 from protocol.blobs import BlobStore
 from protocol.codec import codec
-from protocol.fold import outer_of
+from protocol.errors import Code, Refused
+from protocol.fold import fold, outer_of
 from protocol.identity import Key, peer_id_of
-from protocol.log import VOTE, genesis_head, ranges_of, record_hash, vote_bytes
+from protocol.limits import BLOB_CHUNK_BYTES
+from protocol.log import VOTE, genesis_head, next_head, ranges_of, record_hash, vote_bytes
 from protocol.state import initial_state, write_base
 from protocol.types import (
     Ballot,
     BaseCheckpoint,
+    BlobRef,
     Certificate,
     Contribution,
-    DataRange,
+    Head,
     LogEntry,
     Manifest,
     Part,
     Pass,
     Record,
+    Rollback,
     Shard,
     Signature,
     VoteBody,
@@ -81,29 +93,30 @@ class Nodes:
     def part(self, entry):
         return (self.folder / entry.record.parts[0].digest).read_bytes()
 
-    def certify(self, coordinator, previous=None):
-        """The next record after this head: each node uses half of its first lease."""
+    def certify(self, coordinator, after=None):
+        """The next record: each node uses half of a lease. `after` is one that the coordinator does not know yet."""
         state, spec = coordinator.state, coordinator._spec
-        head = previous or state.head
+        head, replica = state.head, deepcopy(coordinator._replica)
+        if after is not None:
+            head = next_head(after.record)
+            fold(replica, after.record, {0: self.part(after)}, coordinator._codec, coordinator._outer)
         values = np.random.default_rng(int(head.hash[:8], 16)).standard_normal(PARAMETERS).astype(np.float32)
         packed = codec(spec.update.codec).encode(values)
-        held = [state.leases.of(node)[-1 if previous else 0].range for node in state.roster.roster.nodes]
-        used = [DataRange(r.pass_number, r.shard, r.start, (r.start + r.stop + 1) // 2) for r in held]
         nodes = state.roster.roster.nodes
-        given = tuple(Contribution(node, 32 * (r.stop - r.start), (r,)) for node, r in zip(nodes, used, strict=True))
+        held = [state.leases.of(node)[0 if after is None else -1].range for node in nodes]
+        used = [replace(each, stop=(each.start + each.stop + 1) // 2) for each in held]
+        given = tuple(
+            Contribution(node, 32 * (span.stop - span.start), (span,)) for node, span in zip(nodes, used, strict=True)
+        )
         part = Part(0, 0, PARAMETERS, blobs.digest_of(packed), len(packed), nodes[0], nodes)
         run, epoch = coordinator.manifest.manifest.run, state.roster.roster.epoch
-        record = Record(run, head.round, head.hash, epoch, nodes[0], given, (part,), self.state_of(coordinator, head))
+        record = Record(run, head.round, head.hash, epoch, nodes[0], given, (part,), replica.digest())
         body = vote_bytes(VoteBody(run, record.round, Ballot(epoch, 0), record_hash(record)))
         votes = tuple(Signature(key.public, key.sign(VOTE, body)) for key in KEYS if key.public in nodes)
         entry = LogEntry(record, Certificate(record_hash(record), Ballot(epoch, 0), votes))
         (self.folder / part.digest).write_bytes(packed)
         (self.folder / f"{len(self.entries()):04d}.entry").write_bytes(canonical.to_bytes(entry))
         return entry
-
-    def state_of(self, coordinator, head):
-        assert head == coordinator.state.replica
-        return coordinator.state.replica_digest
 
 
 class Desk:
@@ -169,9 +182,18 @@ class Desk:
             await self.see(machine.EntryArrived(entry), machine.PartStored(entry.record.parts[0].digest))
 
     async def round(self):
+        await self.lease()
+        await self.bring(self.nodes.certify(self.coordinator))
+
+    async def two_rounds_out_of_order(self):
+        await self.lease()
+        first = self.nodes.certify(self.coordinator)
+        second = self.nodes.certify(self.coordinator, after=first)
+        await self.bring(second, first)
+
+    async def lease(self):
         for node in self.state.roster.roster.nodes:
             await self.see(machine.LeasesAsked(node, 6))
-        await self.bring(self.nodes.certify(self.coordinator))
 
     async def roll_back(self, to):
         await self.see(machine.RollbackAsked(self.coordinator._record_head(to), "the loss rose"))
@@ -207,16 +229,16 @@ def published(folder, store):
 
 
 async def live(path, nodes):
-    """A short life with everything in it: rounds, checkpoints, a node that leaves, a rollback, and more rounds."""
+    """A short life with everything in it: rounds, two that arrive at once, checkpoints, a leaver, a rollback."""
     async with Desk(path, nodes) as desk:
         await desk.join()
-        for _ in range(3):
-            await desk.round()
+        await desk.round()
+        await desk.two_rounds_out_of_order()
         await desk.leave(KEYS[2])
         await desk.round()
         await desk.roll_back(3)
-        for _ in range(2):
-            await desk.round()
+        await desk.round()
+        await desk.round()
 
 
 # a life that ends
@@ -229,9 +251,9 @@ class Steps:
 
     def __init__(self, monkeypatch, dies_before=None, seen=None):
         self.count, self.dies_before, self.seen = 0, dies_before, seen
-        replace = Path.replace
+        move = Path.replace
         monkeypatch.setattr(os, "fsync", lambda _: self.step())
-        monkeypatch.setattr(Path, "replace", lambda path, target: (self.step(), replace(path, target))[1])
+        monkeypatch.setattr(Path, "replace", lambda path, target: (self.step(), move(path, target))[1])
         make_engine = store_module._engine
 
         def counted(path):
@@ -311,8 +333,6 @@ def begun(tmp_path_factory):
 
 
 def test_a_coordinator_killed_before_any_step_goes_on_from_what_it_had_committed(begun, tmp_path):
-    from _pytest.monkeypatch import MonkeyPatch
-
     def place(name):
         shutil.copytree(begun, tmp_path / name)
         return tmp_path / name, Nodes(tmp_path / f"{name}-nodes")
@@ -365,3 +385,340 @@ async def goes_on(path, nodes, manifest):
         check(desk.store, desk.blobs, manifest)
         left = [each.name for each in (path / OURS).rglob(".new-*")]
         assert len(left) <= 1, "a file that was being written is swept when it is old"
+
+
+# a torn database
+
+
+NODE = KEYS[0].public
+
+
+def everything(store):
+    """All that a coordinator reads of its database, asked of it as it does."""
+    return (
+        store.entries(),
+        store.undone(),
+        store.rollbacks(),
+        store.rosters(),
+        store.nodes(),
+        store.load_leases(SHARDS),
+        store.shards(),
+        store.bases(),
+        store.history(),
+        store.invites(),
+        store.silent(),
+        store.open_orders(),
+        store.recent(1 << 20),
+        store.get("manifest"),
+    )
+
+
+def written(path, told):
+    """A process that fills a database and dies in the middle: half in the file, half in the write-ahead log."""
+    store = Store(path)
+    told(everything(store))
+    peer = peer_id_of(KEYS[0].public_bytes)
+    owner = KEYS[1]
+    run = identity.run_id(owner.public, "test")
+    leases = Leases(SHARDS)
+    store.save_node(
+        StoredNode(NODE, peer, "otter", None, identity.sign_pass(owner, Pass(run, NODE, peer, "otter", 5, 99)), 5)
+    )
+    told(everything(store))
+    store.set("manifest", bytes(range(256)) * 64)
+    told(everything(store))
+    head = Head(0, "00" * 32)
+    for number in range(8):
+        leases, granted = data.grant(leases, NODE, sequences=4, largest=2, until_ms=9)
+        store.save_leases(leases)
+        told(everything(store))
+        used = granted[0].range
+        leases = data.consume(leases, [used])
+        part = Part(0, 0, 64, f"{number:064x}", 36, NODE, (NODE,))
+        record = Record(run, number, head.hash, 0, NODE, (Contribution(NODE, 64, (used,)),), (part,), "11" * 32)
+        head = next_head(record)
+        votes = tuple(Signature(NODE, "ab" * 64) for _ in range(16))
+        store.append_entry(LogEntry(record, Certificate(head.hash, Ballot(0, 0), votes)), {NODE: 64}, leases)
+        told(everything(store))
+        store.save_base(BaseCheckpoint(number, head.hash, "11" * 32, BlobRef("22" * 32, 99)))
+        told(everything(store))
+        if number == 4:
+            with sqlite3.connect(path) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            connection.close()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """The files of a coordinator that was killed, and everything that it had ever committed."""
+    folder = tmp_path_factory.mktemp("torn")
+    log = folder / "told"
+
+    def act():
+        with log.open("wb") as file:
+            written(folder / "run" / "coordinator.db", lambda facts: (pickle.dump(facts, file), file.flush()))
+
+    assert os.WIFSIGNALED(dies(act))
+    told = []
+    with log.open("rb") as file, suppress(EOFError):
+        while True:
+            told.append(pickle.load(file))
+    return folder / "run", told
+
+
+def wal_of(path):
+    return path.with_name(path.name + "-wal")
+
+
+def overwrite(path, start, noise):
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(noise)
+
+
+def shortened(path, share):
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def noise(size, seed=0):
+    return np.random.default_rng(seed).bytes(size)
+
+
+WAL_FRAME = 24 + 4096
+DAMAGE = {
+    "nothing": lambda db: None,
+    "log deleted": lambda db: wal_of(db).unlink(),
+    "log emptied": lambda db: os.truncate(wal_of(db), 0),
+    "log without its header": lambda db: overwrite(wal_of(db), 0, noise(32)),
+    "log with a tail of noise": lambda db: overwrite(wal_of(db), wal_of(db).stat().st_size, noise(9000)),
+    "index of the log is noise": lambda db: overwrite(db.with_name(db.name + "-shm"), 0, noise(32768)),
+    "file emptied": lambda db: os.truncate(db, 0),
+    "file deleted": lambda db: db.unlink(),
+    "file without its header": lambda db: overwrite(db, 0, noise(100)),
+    **{
+        f"log cut at {percent} %": (lambda db, percent=percent: shortened(wal_of(db), percent / 100))
+        for percent in range(3, 100, 6)
+    },
+    **{
+        f"log half a page of noise at {percent} %": (
+            lambda db, percent=percent: overwrite(
+                wal_of(db), int(wal_of(db).stat().st_size * percent / 100), noise(2048, percent)
+            )
+        )
+        for percent in range(3, 97, 12)
+    },
+    **{
+        f"file cut at {percent} %": (lambda db, percent=percent: shortened(db, percent / 100))
+        for percent in range(5, 100, 10)
+    },
+    "file cut by a byte": lambda db: os.truncate(db, db.stat().st_size - 1),
+}
+
+
+def outcome(path, told):
+    """Which commit was found, or the refusal."""
+    try:
+        store = Store(path)
+    except Refused as refused:
+        return refused
+    try:
+        facts = everything(store)
+        if told[-1][0] and facts[0] and not store.bases():
+            return Refused(Code.STORE_BAD, "no first checkpoint")  # as RunFolder.publish says
+        return told.index(facts)
+    except Refused as refused:
+        return refused
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_torn_database_is_what_was_committed_or_a_refusal(died, tmp_path, damage):
+    folder, told = died
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "coordinator.db"
+    damage(path)
+    found = outcome(path, told)
+    if isinstance(found, Refused):
+        assert found.reason is Code.STORE_BAD
+        assert damage is not DAMAGE["nothing"]
+    elif damage in (DAMAGE["nothing"], DAMAGE["log with a tail of noise"], DAMAGE["index of the log is noise"]):
+        assert found == len(told) - 1, "the last that was committed"
+
+
+@pytest.mark.parametrize("content", ["noise", "zeros", "another page"])
+@pytest.mark.parametrize("half", [0, 2048])
+def test_half_a_page_of_another_content_is_never_believed(died, tmp_path, half, content):
+    folder, told = died
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "coordinator.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    whole = path.read_bytes()
+    pages = len(whole) // 4096
+    refused = []
+    for page in range(pages):
+        start = 4096 * page + half
+        other = 4096 * ((page + 1) % pages) + half
+        new = {"noise": noise(2048, page), "zeros": bytes(2048), "another page": whole[other : other + 2048]}[content]
+        path.write_bytes(whole[:start] + new + whole[start + 2048 :])
+        for extra in ("-wal", "-shm"):
+            path.with_name(path.name + extra).unlink(missing_ok=True)
+        found = outcome(path, told)
+        refused.append(isinstance(found, Refused))
+        if isinstance(found, Refused):
+            assert found.reason is Code.STORE_BAD, f"page {page}: {found}"
+        else:
+            assert found == len(told) - 1, f"page {page}"
+    assert sum(refused) > pages // 2
+
+
+def test_a_refusal_names_the_backup(died, tmp_path):
+    folder, told = died
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "coordinator.db"
+    store = Store(path)
+    assert outcome(path, told) == len(told) - 1
+    store.backup()
+    store.close()
+    overwrite(path, 0, noise(4096))
+    found = outcome(path, told)
+    assert isinstance(found, Refused)
+    assert str(backup_of(path)) in found.fix
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        path.with_name(name).unlink(missing_ok=True)
+    found = outcome(path, told)
+    assert isinstance(found, Refused), "a run that had a database does not begin afresh without it"
+    assert str(backup_of(path)) in found.fix
+    shutil.copy(backup_of(path), path)
+    assert outcome(path, told) == len(told) - 1
+
+
+def test_a_rotten_database_does_not_replace_its_backup(died, tmp_path):
+    folder, told = died
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "coordinator.db"
+    store = Store(path)
+    store.backup()
+    good = backup_of(path).read_bytes()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    for page in range(1, path.stat().st_size // 4096):
+        overwrite(path, 4096 * page, noise(1024, page))
+    with pytest.raises(Refused) as caught:
+        store.backup()
+    assert caught.value.reason is Code.STORE_BAD
+    assert backup_of(path).read_bytes() == good
+    assert not list(path.parent.glob(".new-*"))
+    store.close()
+
+
+# a full disk
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A disk that is full, as far as one process can have one of its own: no file may grow beyond this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ: a write fails with EFBIG
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def pages_of_at_most(store, pages):
+    with store._reading() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+
+def fills(store):
+    """Each write that grows with the run, as (name, call)."""
+    run = identity.run_id(KEYS[1].public, "test")
+    leases, _ = data.grant(store.load_leases(SHARDS), NODE, sequences=400, largest=2, until_ms=9)
+    last = store.entries()[-1].record
+    part = Part(0, 0, 64, "fe" * 32, 36, NODE, (NODE,))
+    given = Contribution(NODE, 64, (leases.of(NODE)[0].range,))
+    record = Record(run, last.round + 1, record_hash(last), 0, NODE, (given,), (part,), "11" * 32)
+    votes = tuple(Signature(NODE, "ab" * 64) for _ in range(64))
+    entry = LogEntry(record, Certificate(record_hash(record), Ballot(0, 0), votes))
+    rollback = Rollback(run, 1, Head(0, "00" * 32), Head(8, record_hash(last)), "x" * 9000, 9)
+    return {
+        "a record": lambda: store.append_entry(entry, {NODE: 64}, leases),
+        "leases": lambda: store.save_leases(leases),
+        "a rollback": lambda: store.save_rollback(identity.sign_rollback(KEYS[1], rollback), leases),
+        "a value": lambda: store.set("manifest", noise(9000)),
+        "a line": lambda: store.say(5, "x" * 9000),
+    }
+
+
+@pytest.mark.parametrize("limit", ["pages", "files"])
+@pytest.mark.parametrize("name", ["a record", "leases", "a rollback", "a value", "a line"])
+def test_a_full_disk_is_a_refusal_that_changes_nothing(died, tmp_path, name, limit):
+    folder, told = died
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "coordinator.db"
+    store = Store(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("VACUUM")  # no free pages to write into
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    write = fills(store)[name]
+    if limit == "pages":
+        pages_of_at_most(store, 1)  # as many as it has
+        with pytest.raises(Refused) as caught:
+            write()
+        pages_of_at_most(store, 1 << 30)
+    else:
+        with files_of_at_most(2048), pytest.raises(Refused) as caught:
+            write()
+    assert caught.value.reason is Code.DISK_CAP
+    assert "disk" in caught.value.fix and "--max-disk" not in caught.value.fix
+    assert told.index(everything(store)) == len(told) - 1, "nothing was changed"
+    write()
+    store.close()
+    store = Store(path)
+    assert everything(store) not in told
+    store.close()
+
+
+def test_a_backup_that_finds_no_room_leaves_the_one_before(died, tmp_path):
+    folder, _ = died
+    shutil.copytree(folder, tmp_path / "run")
+    store = Store(tmp_path / "run" / "coordinator.db")
+    store.backup()
+    good = backup_of(store.path).read_bytes()
+    with files_of_at_most(8192), pytest.raises(Refused) as caught:
+        store.backup()
+    assert caught.value.reason is Code.DISK_CAP
+    assert backup_of(store.path).read_bytes() == good
+    assert not list(store.path.parent.glob(".new-*"))
+    store.backup()
+    store.close()
+
+
+def test_a_full_disk_keeps_no_half_of_a_blob(tmp_path):
+    fix = "Free some space."
+    store = BlobStore(tmp_path / "blobs", full_fix=fix)
+    whole = noise(3 * BLOB_CHUNK_BYTES + 5)
+    digest = blobs.digest_of(whole)
+    (tmp_path / "file").write_bytes(whole)
+
+    def received():
+        with store.writer(digest, len(whole)) as writer:
+            writer.write(whole)
+            return writer.finish()
+
+    for put in (lambda: store.put_bytes(whole), lambda: store.put_file(tmp_path / "file"), received):
+        for room in (0, 1000, BLOB_CHUNK_BYTES + 1, len(whole) - 1):
+            with files_of_at_most(room), pytest.raises(Refused) as caught:
+                put()
+            assert (caught.value.reason, caught.value.fix) == (Code.DISK_CAP, fix)
+            assert [path for path in store.folder.rglob("*") if path.is_file()] == []
+            assert store.bytes_used == 0
+        assert put().digest == digest
+        store.verify(digest)
+        store.delete(digest)

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -74,7 +75,7 @@ def vector(seed, size=PARAMETERS):
 
 
 def opened(path, *, parameters=PARAMETERS, room=lambda size: True):
-    return ProgressFile(path, parameters, room=room, now=0.0)
+    return ProgressFile(path, parameters, room=room, now=time.monotonic() - 3600)
 
 
 @pytest.fixture
@@ -166,6 +167,7 @@ def test_a_bit_that_turned_in_any_byte_is_refused(path):
     assert opened(path, parameters=SMALL).load() is not None
 
 
+@settings(max_examples=60, deadline=None)
 @given(data=st.binary(max_size=400), keep=st.integers(0, 60))
 def test_bytes_of_somebody_else_are_refused(tmp_path_factory, data, keep):
     path = tmp_path_factory.mktemp("progress") / "progress"
@@ -238,14 +240,24 @@ def test_a_disk_that_fills_up_during_a_save_leaves_nothing_half_written(path, mo
 
     file = opened(path, parameters=SMALL)
     file.save(SAVED, vector(1, SMALL))
-    monkeypatch.setattr(progress_file.os, "fsync", full)
-    file.save(replace(SAVED, missed=1), vector(2, SMALL))
+    with monkeypatch.context() as patched:
+        patched.setattr(progress_file.os, "fsync", full)
+        file.save(replace(SAVED, missed=1), vector(2, SMALL))
     assert [each.name for each in path.parent.iterdir()] == ["progress"]
     assert opened(path, parameters=SMALL).load()[0] == SAVED
 
 
+def test_a_file_that_says_less_than_a_round_is_told_does_not_outlive_a_failed_save(path):
+    room = True
+    file = opened(path, parameters=SMALL, room=lambda size: room)
+    file.save(SAVED, vector(1, SMALL))
+    room = False
+    file.save(OFFERED, vector(2, SMALL))
+    assert not list(path.parent.iterdir())
+
+
 def test_a_kill_at_any_piece_of_a_save_leaves_the_old_file_or_the_new_one(path):
-    """The child kills itself before its first, second … piece, its fsync and its rename, until it lives to the end."""
+    """The child kills itself before its first, second … piece, its fsync and its rename, until none is left."""
     code = f"""
 import itertools, os, signal, sys
 from dataclasses import replace
@@ -272,12 +284,13 @@ file.save(replace(saved, missed=1), np.random.default_rng(2).normal(size={PARAME
     outcomes = []
     while not outcomes or outcomes[-1][0]:
         child = [sys.executable, "-c", code, str(len(outcomes))]
-        done = subprocess.run(child, check=False, cwd=Path(__file__).parents[2], timeout=60)
+        done = subprocess.run(child, check=False, cwd=Path(__file__).parents[2], timeout=300)
         found, values = opened(path).load()
         assert np.array_equal(values, vector(1 + found.missed))
         assert [each.name for each in path.parent.iterdir()] == ["progress"], "what the kill left is gone"
         outcomes.append((done.returncode, found.missed))
-    assert outcomes == 4 * [(-signal.SIGKILL, 0)] + [(0, 1)], "two pieces, the fsync, the rename; and the whole"
+    killed = [(-signal.SIGKILL, missed) for missed in (0, 0, 0, 0, 1)]
+    assert outcomes == [*killed, (0, 1)], "before two pieces, the fsync, the rename, the folder's fsync; and not at all"
 
 
 # what it is worth
@@ -381,6 +394,7 @@ def saves(size, *, took_seconds, round_seconds, hours=1):
     return made
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     size=st.integers(4, 1 << 40),
     took_seconds=st.floats(0, 60),
@@ -392,6 +406,17 @@ def test_saving_stays_within_its_budget_of_time_bytes_and_number(size, took_seco
     assert count <= 3600 / SPACING_SECONDS + over
     assert (count - over) * took_seconds <= 36
     assert (count - over) * size <= 3600 * BYTES_PER_SECOND_MAX
+
+
+def test_a_paused_machine_is_looked_at_seldom_and_its_snapshot_is_still_saved(path):
+    file = opened(path, parameters=SMALL)
+    file.save(SAVED, vector(1, SMALL))
+    file = opened(path, parameters=SMALL)  # as after a restart, long after the clock's zero
+    file.load()
+    later = time.monotonic() + 15
+    assert file.due(later, offered=False)
+    file.save(SAVED, vector(1, SMALL))
+    assert not file.due(later, offered=False) and file.due(later, offered=True)
 
 
 @pytest.mark.parametrize("round_seconds", [20, 30, 60, 61, 300])

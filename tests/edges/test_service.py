@@ -746,14 +746,16 @@ async def test_what_is_known_already_is_not_brought_to_the_machine_again(world):
 
 async def test_more_rosters_than_fit_are_brought_a_part_at_a_time(world):
     link, roster = await world.training()
-    signed = [identity.sign_roster(world.desk.key, replace(roster, epoch=epoch)) for epoch in range(1, 71)]
-    await link.push_entry(None, signed)
-    assert max(world.desk.state.history) == ROSTERS_RECALLED_MAX
+    (lease,) = await link.acquire_leases(4)
+    signed = [identity.sign_roster(world.desk.key, replace(roster, epoch=epoch)) for epoch in range(1, 31)]
+    await link.push_entry(world.decide(link, signed[-1].roster, [b"x"], lease), signed)
+    assert world.desk.store.entry_count == 1  # what certifies the record goes first
+    assert sorted(world.desk.state.history) == [*range(ROSTERS_RECALLED_MAX), 30]
     stub, metadata = link._stub, link._metadata()
     request = wire.PushEntryRequest(rosters=map(canonical.to_bytes, signed))
     limit = (grpc.StatusCode.RESOURCE_EXHAUSTED, Code.LIMIT.code)
     assert await status_of(stub.PushEntry(request, metadata=metadata)) == limit
-    assert max(world.desk.state.history) == ROSTERS_RECALLED_MAX
+    assert len(world.desk.state.history) == ROSTERS_RECALLED_MAX + 1
 
 
 async def test_a_roster_that_certifies_the_record_is_learned_before_it(world):

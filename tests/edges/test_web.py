@@ -13,6 +13,7 @@ import pytest
 from coordinator import view as views
 from coordinator import web
 from protocol.errors import Code, Refused
+from protocol.types import Head, Rollback
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 SHOWN = HOSTILE[:40]
@@ -42,6 +43,7 @@ def a_view(**changes):
         "nodes": [a_node()],
         "bytes": {"per_round": 1_400_000, "total": 4_200_000, "per_parameter_per_round": 1.4},
         "events": [{"ms": 1.7e12, "text": "Round 3 agreed."}],
+        "rollbacks": [{"number": 1, "from": 9, "to": 2, "reason": "Loss jumped.", "ms": 1.7e12}],
         "sample": "ROMEO: What say",
         "head": "ab" * 32,
     }
@@ -140,16 +142,32 @@ async def test_the_page_shows_the_run_before_any_script_runs():
         "brave-otter",
         "1,910",
         "Round 3 agreed.",
+        "Back from round 9 to 2.",
+        "Loss jumped.",
         "ROMEO",
     ):
         assert wanted in text
-    assert page.tags.count("polyline") == 2
+    assert page.tags.count("polyline") == 2 and page.tags.count("line") == 1
+
+
+async def test_a_rollback_is_marked_on_the_curve_at_the_last_row_that_it_left():
+    rows = [a_row(number) for number in (0, 2, 4, 8)]
+    back = [{"number": 2, "from": 8, "to": 8}, {"number": 1, "from": 9, "to": 5}, {"number": 1, "from": 1, "to": None}]
+    assert views.turns(rows, back, width=100) == ["100.0", "50.0"]
+    assert views.turns([], back, width=100) == views.turns(rows[:1], back, width=100) == []
+    assert views.turned(back[0]) == "Round 8: a new roster, nothing undone."
+    followed = Rollback("run", 3, Head(4, "a" * 64), Head(9, "b" * 64), "why", 5)
+    assert views.rollback(followed) == {"number": 3, "from": 9, "to": 4, "reason": "why", "ms": 5}
+    async with served(FakeSource(a_view(rollbacks=[views.rollback(followed)]))) as client:
+        status = await (await client.get("/api/v1/status")).json()
+    assert status["rollbacks"] == [views.rollback(followed)]
 
 
 async def test_names_events_and_samples_are_shown_literally_and_never_become_markup():
     view = a_view(
         nodes=[a_node(name=HOSTILE, activity=HOSTILE, node=HOSTILE)],
         events=[{"ms": 1, "text": HOSTILE}],
+        rollbacks=[{"number": HOSTILE, "from": HOSTILE, "to": HOSTILE, "reason": HOSTILE, "ms": HOSTILE}],
         sample=HOSTILE,
         head=HOSTILE,
     )
@@ -352,6 +370,7 @@ async def test_a_frame_stays_under_64_kib_however_many_nodes_there_are():
     view = a_view(
         nodes=[a_node(name=long, activity=long, node=long) for _ in range(10_000)],
         events=[{"ms": 1, "text": long} for _ in range(10_000)],
+        rollbacks=[{"number": 1, "from": 9, "to": 2, "reason": long, "ms": 1} for _ in range(10_000)],
         sample=long * 100,
     )
     async with served(FakeSource(view)) as client:
@@ -445,6 +464,7 @@ async def test_openapi_describes_every_route_and_every_field():
     schemas = document["components"]["schemas"]
     served_objects = {"View": status, "History": history, "Run": status["run"], "Loss": status["loss"]}
     served_objects |= {"Node": status["nodes"][0], "Bytes": status["bytes"], "Event": status["events"][0]}
+    served_objects |= {"Rollback": status["rollbacks"][0]}
     served_objects |= {"Row": history["rows"][0]}
     assert {name: set(schemas[name]["properties"]) for name in schemas} == {
         name: set(value) for name, value in served_objects.items()

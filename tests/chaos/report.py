@@ -1,0 +1,87 @@
+"""How chaos shows what it found: a table in Markdown, and the same as JSON in results/."""
+
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from datetime import datetime
+
+from tests.bench.table import RESULTS
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def seconds_of(stamp):
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+def line(trial, round_seconds):
+    """One trial, as soon as it is over."""
+    took = "-" if trial.recovery_seconds is None else f"{trial.recovery_seconds:.1f} s"
+    again = "" if trial.back_seconds is None else f", back after {trial.back_seconds:.1f} s"
+    served = "" if trial.coordinator_seconds is None else f", coordinator back in {trial.coordinator_seconds:.1f} s"
+    print(f"  {trial.fault}: {trial.outcome}, next round after {took}{again}{served} {trial.note}".rstrip(), flush=True)
+    for trouble in trial.troubles:
+        print(f"    TROUBLE {trouble}", flush=True)
+
+
+def table(trials, round_seconds):
+    rows = [
+        "| fault | tried | the open round was certified | next round after, in round times: median / worst "
+        "| rounds during it | back in a round after | data lost / doubled | rounds lost |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in dict.fromkeys(trial.fault for trial in trials):
+        mine = [trial for trial in trials if trial.fault == name]
+        outcomes = Counter(trial.outcome for trial in mine)
+        said = "; ".join(outcome if len(mine) == 1 else f"{count} × {outcome}" for outcome, count in outcomes.items())
+        notes = "; ".join(dict.fromkeys(trial.note for trial in mine if trial.note))
+        taken = [trial.recovery_seconds / round_seconds for trial in mine if trial.recovery_seconds is not None]
+        recovery = f"{statistics.median(taken):.1f} / {max(taken):.1f}" if taken else "never"
+        back = [trial.back_seconds for trial in mine if trial.back_seconds is not None]
+        back += [trial.coordinator_seconds for trial in mine if trial.coordinator_seconds is not None]
+        during = max(trial.during for trial in mine)
+        rows.append(
+            f"| {name}{f' ({notes})' if notes else ''} | {len(mine)} | {said} | {recovery} | {during or ''} "
+            f"| {f'{max(back):.0f} s' if back else ''} "
+            f"| {sum(t.sequences_lost for t in mine)} / {sum(t.sequences_doubled for t in mine)} "
+            f"| {sum(t.rounds_lost for t in mine)} |"
+        )
+    return "\n".join(rows)
+
+
+def curve(losses):
+    """Held-out loss from the first round to the last, as bars."""
+    values = [loss for _, loss in losses if loss is not None]
+    if len(values) < 2:
+        return "no losses"
+    picked = [values[index * (len(values) - 1) // 39] for index in range(40)] if len(values) > 40 else values
+    low, high = min(picked), max(picked)
+    bars = "".join(BARS[round((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in picked)
+    return f"{bars} {values[0]:.3f} → {values[-1]:.3f} over {losses[-1][0]} rounds"
+
+
+def show(trials, round_seconds, *, wrong, facts, left_out, seconds, command, **more):
+    print(f"\nRepeat: {command}. {os.cpu_count()} cores, {seconds / 60:.1f} minutes.")
+    print(f"A round without faults took {round_seconds:.2f} s (median, same run).\n")
+    print(table(trials, round_seconds))
+    served = [trial.coordinator_seconds for trial in trials if trial.coordinator_seconds is not None]
+    if served:
+        print(f"\nThe coordinator was back with the full log {len(served)} times, within {max(served):.1f} s.")
+    late = [trial.late_rounds for trial in trials if trial.late_rounds is not None]
+    if late:
+        print(f"A late joiner's first contribution came {max(late)} rounds after the one open at its sync, at most.")
+    print(f"Held-out loss: {curve(facts.get('losses', []))}")
+    if left_out:
+        print(f"Not tried, for want of root: {', '.join(left_out)}")
+    for name in ("heads", "rounds lost", "sequences lost", "sequences doubled", "ledger verify"):
+        print(f"{name}: {facts.get(name)}")
+    print("\n".join(["", "WRONG:", *(f"- {each}" for each in wrong)]) if wrong else "\nNothing was wrong.")
+    save("chaos", command=command, round_seconds=round_seconds, wrong=wrong, facts=facts, left_out=left_out, **more)
+
+
+def save(name, **what):
+    RESULTS.mkdir(exist_ok=True)
+    measured = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    (RESULTS / f"{name}.json").write_text(json.dumps({"measured": measured, **what}, indent=1, default=str) + "\n")

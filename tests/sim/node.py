@@ -1,0 +1,586 @@
+"""One node: the real machines, a disk that survives, and edges made of luck."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import TYPE_CHECKING
+
+from coordinator.core import machine
+from node.core import rounds, session
+from node.core.rounds import Rounds, group
+from protocol.canonical import digest
+from protocol.log import head_after, next_head, ranges_of, record_hash, spans
+from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message
+from protocol.state import Consumed
+from protocol.types import (
+    Ballot,
+    Contribution,
+    DataRange,
+    Digest,
+    Epoch,
+    Lease,
+    LogEntry,
+    NodeId,
+    Part,
+    Roster,
+    Seal,
+    SignedRollback,
+    SignedRoster,
+    VoteBody,
+)
+from tests.sim.faults import SLOW
+from tests.sim.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, ranged, sign, span, state_after
+from tests.sim.process import Process
+
+if TYPE_CHECKING:
+    from tests.sim.coordinator import Page, Pulse, SimCoordinator
+    from tests.sim.world import World
+
+PARAMETERS = 16 * 65536
+TICK_SECONDS = 1.0
+HEARTBEAT_SECONDS = 3.0
+ASK_SECONDS = 3.0  # after which a question to the coordinator is asked again
+ALONE_SECONDS = 10.0  # without the coordinator a node starts from its own disk after so long
+LOG_PAGE = 16  # entries in one answer, as in the daemon
+SLOW_ANSWERS = 8.0  # times longer are the ways to and from a slow node
+
+
+@dataclass(frozen=True)
+class Swarm:
+    """What the nodes are like, and the rules they follow."""
+
+    nodes: int
+    ahead_rounds: int = 4  # data held for so many rounds
+    stale_rounds: int = 3
+    steps: tuple[int, ...] = (3, 5, 8)  # of a round; one of them for each node
+    speeds: tuple[float, float] = (1.0, 6.0)  # inner steps in a second
+    start_seconds: float = 20.0
+    round_seconds_max: float = 30.0
+    gather_seconds: float = 1.0
+    attempt_seconds_max: float = 12.0
+    load_seconds: float = 2.0  # from a node's start to its first step, at most
+    save_seconds: float | None = None  # between two saves of local progress
+
+    @classmethod
+    def of(cls, luck: Random) -> Swarm:
+        return cls(
+            nodes=luck.randint(2, 7),
+            ahead_rounds=luck.choice((2, 4, 40)),
+            stale_rounds=luck.choice((1, 3, 8)),
+            save_seconds=luck.choice((None, 2.0, 10.0)),
+        )
+
+
+@dataclass
+class Disk:
+    """What survives a kill."""
+
+    life: int = 0
+    log: list[LogEntry] = field(default_factory=list)
+    branch: int = 0  # rollbacks that the log has followed
+    rollbacks: tuple[SignedRollback, ...] = ()
+    rosters: dict[Epoch, SignedRoster] = field(default_factory=dict)
+    silent: Epoch = Epoch(-1)
+    promise: tuple[Digest, Ballot, Accepted | None] | None = None
+    parts: set[Digest] = field(default_factory=set)
+    progress: tuple[DataRange, ...] = ()  # trained, not certified: as it was at the last save
+
+    def copied(self) -> Disk:
+        fresh = copy.copy(self)
+        fresh.log, fresh.rosters, fresh.parts = list(self.log), dict(self.rosters), set(self.parts)
+        return fresh
+
+
+@dataclass
+class Averaging:
+    """One group's reduction: who joined, and what each reducer made of it."""
+
+    joined: set[NodeId] = field(default_factory=set)
+    reduced: dict[NodeId, Part | None] = field(default_factory=dict)
+
+
+class SimNode(Process):
+    def __init__(self, world: World, index: int) -> None:
+        self.me = NodeId(f"node{index:02d}")
+        super().__init__(world, self.me)
+        luck, swarm = world.luck, world.swarm
+        self.disk = Disk()
+        self.backup: Disk | None = None
+        self.slow = SLOW if luck.random() < world.weather.slow_nodes else 1.0
+        self.speed = luck.uniform(*swarm.speeds)
+        self.inner_steps = luck.choice(swarm.steps)
+        self.trained_total = 0
+        steps = self.inner_steps
+        self.rules = rounds.Rules(
+            me=self.me,
+            run=RUN,
+            parameters=PARAMETERS,
+            context=CONTEXT,
+            inner_steps=lambda _round: steps,
+            round_seconds_max=swarm.round_seconds_max,
+            gather_seconds=swarm.gather_seconds,
+            attempt_seconds_min=2.0,
+            attempt_seconds_max=swarm.attempt_seconds_max,
+            stale_rounds=swarm.stale_rounds,
+            sign=lambda body: sign(self.me, body),
+            vote_is_valid=lambda node, body, signature: signature == sign(node, body),
+            entry_is_certified=certified,
+        )
+        world.at(luck.uniform(0, swarm.start_seconds) if index >= 2 else 0.0, self.start)
+
+    # life and death
+
+    def leave(self) -> None:
+        """A polite end: a last promise on disk, a word to the coordinator that may be lost, and nothing more."""
+        if not self.awake:
+            return
+        seal: Seal | None = None
+        if (sealed := rounds.seal(self.rounds)) is not None:
+            seal, vote = sealed
+            self._do(vote)
+        life, coordinator = self.life, self.world.coordinator
+        self.kill()
+        self.world.deliver(
+            self.me, coordinator.name, lambda: coordinator.take(lambda: coordinator.left(self.me, life, seal))
+        )
+
+    def put_back(self, luck: Random) -> None:
+        """While it is down, its disk is replaced by an older copy, or by nothing at all but its key."""
+        assert not self.alive
+        fresh = self.backup if self.backup is not None and luck.random() < 0.8 else Disk()
+        self.disk = fresh.copied()
+        self.world.truth.forgot(self.me)
+
+    def start(self) -> None:
+        if self.alive:
+            return
+        self.begin()
+        luck, disk = self.world.luck, self.disk
+        self.clock_offset = luck.uniform(0, 1e6)  # a machine's own count of seconds begins anywhere
+        self.world.note(f"{self.me} starts")
+        disk.life += 1
+        known = self._replayed()
+        promise = disk.promise if disk.promise is not None and disk.promise[0] == known.head.hash else None
+        free = tuple(r for r in disk.progress if not known.consumed.overlaps(r))
+        saved = Contribution(self.me, _sequences(free) * CONTEXT, free) if free else None
+        self.rounds = Rounds(
+            head=known.head,
+            digest=known.state,
+            consumed=known.consumed,
+            rosters=dict(disk.rosters),
+            branch=disk.branch,
+            rollbacks=disk.rollbacks,
+            silent=disk.silent,
+            last=disk.log[-1] if disk.log else None,
+            ballot=promise[1] if promise else Ballot(Epoch(-1), 0),
+            accepted=promise[2] if promise else None,
+            carried=saved,
+        )
+        self.session = session.Session(sequences_wanted=4)
+        self.leases: dict[str, Lease] = {}
+        self.queue: list[DataRange] = []
+        self.since_snapshot: list[DataRange] = []
+        self.brought: Spans = [span(each) for each in free]  # handed to a round, not certified yet
+        self.steps = 0
+        self.step_credit = 0.0
+        self.training = False
+        self.rewinds = 0
+        self.later(luck.uniform(0.05, 1.0) * self.world.swarm.load_seconds, self._ready)
+        self.later(TICK_SECONDS, self._tick)
+        self.later(0.05, self._heartbeat)
+        if self.world.swarm.save_seconds:
+            self.later(self.world.swarm.save_seconds, self._save_progress)
+
+    def _replayed(self) -> Known:
+        """The state that the disk's log leads to."""
+        head, state, consumed = GENESIS, GENESIS_STATE, Consumed()
+        for entry in self.disk.log:
+            head, state = next_head(entry.record), state_after(state, entry.record)
+            consumed = consumed.with_ranges(ranges_of(entry.record))
+        if self.disk.branch:
+            rollback = self.disk.rollbacks[self.disk.branch - 1].rollback
+            head = head_after(rollback) if rollback.to.round == head.round else head
+        return Known(head, self.disk.branch, state, consumed)
+
+    def _ready(self) -> None:
+        self.session_event(session.PartReady(session.Part.TRAINER))
+        self.session_event(session.PartReady(session.Part.ENGINE))
+        self._sync()
+        self.later(ALONE_SECONDS, self._start_alone)
+
+    def _sync(self) -> None:
+        """Open a session and read the coordinator's log."""
+
+        def answer(life: int, silent: Epoch | None, page: Page) -> None:
+            self.disk.life = max(self.disk.life, life)
+            if silent is not None:
+                self.disk.silent = max(self.disk.silent, silent)
+            self.session_event(session.LinkOpened())
+            self.rounds = replace(
+                self.rounds, ballot=rounds.lifted(self.rounds.ballot), silent=max(self.rounds.silent, self.disk.silent)
+            )
+            self._log(page)
+            self.session_event(session.CaughtUp())
+
+        self._call(lambda c: c.open(self.me, self.life, self.disk.life, self.rounds.head.round), answer)
+        self.later(ASK_SECONDS, lambda: None if self.session.linked else self._sync())
+
+    def _start_alone(self) -> None:
+        """A node that cannot reach the coordinator goes on from its own disk."""
+        if self.world.weather.node_backups:
+            return  # only the coordinator can tell it that its disk is an old one
+        if not self.session.synced and self.disk.rosters:
+            self.session_event(session.CaughtUp())
+
+    # time
+
+    def _tick(self) -> None:
+        self.later(TICK_SECONDS, self._tick)
+        if self.training and self.queue:
+            self.step_credit += self.speed / self.slow * TICK_SECONDS
+            while self.step_credit >= 1 and self.queue:
+                self._train()
+            self.rounds_event(rounds.Progressed(self.steps))
+            self.session_event(session.DataUsed(_sequences(self.queue), self._wanted()))
+        else:
+            self.rounds_event(rounds.Ticked())
+            self.session_event(session.TimePassed())
+        if self.world.weather.node_backups and self.alive and self.world.luck.random() < 0.02:
+            self.backup = self.disk.copied()
+
+    def _wanted(self) -> int:
+        return self.world.swarm.ahead_rounds * self.inner_steps
+
+    def _train(self) -> None:
+        """As many steps as are due, on the first data in the queue."""
+        first = self.queue.pop(0)
+        done = min(int(self.step_credit), first.stop - first.start)
+        cut = first.start + done
+        if cut < first.stop:
+            self.queue.insert(0, DataRange(first.pass_number, first.shard, cut, first.stop))
+        last = self.since_snapshot[-1] if self.since_snapshot else None
+        start = first.start
+        if last and (last.pass_number, last.shard, last.stop) == (first.pass_number, first.shard, start):
+            self.since_snapshot.pop()
+            start = last.start
+        self.since_snapshot.append(DataRange(first.pass_number, first.shard, start, cut))
+        self.step_credit -= done
+        self.steps += done
+        self.trained_total += done
+
+    def _save_progress(self) -> None:
+        assert self.world.swarm.save_seconds is not None
+        self.later(self.world.swarm.save_seconds, self._save_progress)
+        if self.rounds.phase not in (rounds.Phase.REWINDING, rounds.Phase.FOLDING):
+            self.disk.progress = (*map(ranged, self.brought), *self.since_snapshot)
+
+    # the coordinator
+
+    def _heartbeat(self) -> None:
+        self.later(HEARTBEAT_SECONDS, self._heartbeat)
+        state = self.rounds
+        beat = machine.HeartbeatArrived(
+            node=self.me,
+            activity=session.activity(self.session).value,
+            head_round=state.head.round,
+            epoch=max(state.rosters, default=-1),
+            addresses=("/ip4/127.0.0.1/tcp/1",),
+            branch=len(state.rollbacks),
+            lease_ids=tuple(self.leases),
+        )
+
+        def answer(pulse: Pulse) -> None:
+            self._learn(pulse.rollbacks, (pulse.roster,) if pulse.roster else ())
+            head = self.rounds.head.round
+            if head >= pulse.head_round and self.rounds.branch == pulse.branch:
+                self._lose(set(beat.lease_ids) - pulse.renewed)
+            if pulse.head_round > head and self.rounds.committed is None:
+                self._call(lambda c: c.read_log(self.rounds.head.round), self._log)
+            for entry in self.disk.log[pulse.head_round : pulse.head_round + 8]:
+                self._push(entry)
+            for part in pulse.wanted:
+                if part.digest in self.disk.parts:
+                    self._call(lambda c, d=part.digest: c.store_part(d), lambda *_: None)
+
+        self._call(lambda c: c.heartbeat(beat), answer)
+
+    def _learn(self, rollbacks: tuple[SignedRollback, ...], rosters: tuple[SignedRoster, ...]) -> None:
+        """On disk before anything is signed under it."""
+        known = len(self.disk.rollbacks)
+        news = tuple(signed for signed in rollbacks if signed.rollback.number > known)
+        if news:
+            assert news[0].rollback.number == known + 1
+            self.disk.rollbacks += news
+            self.rounds_event(rounds.RollbacksArrived(news))
+        for signed in rosters:
+            if signed.roster.epoch not in self.disk.rosters:
+                self.disk.rosters[signed.roster.epoch] = signed
+                self.rounds_event(rounds.RosterArrived(signed))
+
+    def _log(self, page: Page) -> None:
+        self._learn(page.rollbacks, page.rosters)
+        self.rounds_event(rounds.LogArrived(page.entries, page.rosters))
+
+    def _push(self, entry: LogEntry) -> None:
+        self._call(lambda c: c.push(entry), lambda *_: None)
+
+    def _lease(self, sequences: int) -> None:
+        answered = []
+
+        def answer(granted: tuple[Lease, ...]) -> None:
+            answered.append(1)
+            self.leases |= {lease.lease_id: lease for lease in granted}
+            self.queue += [lease.range for lease in granted]
+            self.session_event(session.LeasesArrived(_sequences([lease.range for lease in granted])))
+
+        self._call(lambda c: c.lease(self.me, sequences), answer)
+        self.later(ASK_SECONDS, lambda: None if answered else self.session_event(session.LeasesArrived(0)))
+
+    def _lose(self, lease_ids: set[str]) -> None:
+        gone = [self.leases.pop(lease_id).range for lease_id in lease_ids if lease_id in self.leases]
+        if gone:
+            self.queue = [r for r in self.queue if not any(r.overlaps(each) for each in gone)]
+            self.session_event(session.DataUsed(_sequences(self.queue), self._wanted()))
+
+    def _call(self, ask: Callable[[SimCoordinator], tuple[object, ...]], answer: Callable[..., None]) -> None:
+        """One question to the coordinator: either way can fail, and it may have been carried out all the same."""
+        life, world, coordinator = self.life, self.world, self.world.coordinator
+        slowness = SLOW_ANSWERS if self.slow > 1 else 1.0
+
+        def request() -> None:
+            told = coordinator.life
+            result = ask(coordinator)
+            if coordinator.life == told:
+                hear = lambda: self.take(lambda: answer(*result), life)  # noqa: E731
+                world.deliver(coordinator.name, self.me, hear, slowness=slowness, once=True)
+
+        world.deliver(self.me, coordinator.name, lambda: coordinator.take(request), slowness=slowness, once=True)
+
+    # the machines
+
+    def session_event(self, event: session.Event) -> None:
+        if not self.alive:
+            return
+        before = self.session.takes_part
+        self.session, effects = session.step(self.session, event, self.clock)
+        for effect in effects:
+            match effect:
+                case session.SetTraining(on):
+                    self.training = on
+                case session.AcquireLeases(sequences):
+                    self._lease(sequences)
+                case _:
+                    raise AssertionError(f"unexpected {effect}")
+        if self.session.takes_part != before:
+            self.rounds_event(rounds.ActivityChanged(self.session.takes_part))
+
+    def rounds_event(self, event: rounds.Event) -> None:
+        if not self.alive:
+            return
+        before = self.rounds
+        self.rounds, effects = rounds.step(before, event, self.clock, self.rules)
+        self._check(before)
+        for effect in effects:
+            if self.world.strikes():
+                self.kill()
+                self.world.at(self.world.trouble.restart_seconds(), self.start)
+                return
+            self._do(effect)
+            if not self.alive:
+                return
+
+    def _check(self, before: Rounds) -> None:
+        state, truth = self.rounds, self.world.truth
+        if state.head is not before.head or state.digest is not before.digest or state.branch != before.branch:
+            truth.replica_is_true(state.head, state.digest, state.consumed, state.branch, self.me)
+        truth.attempt_is_bounded(state, self.clock, self.rules, self.me)
+        if state.contribution is before.contribution and state.carried is before.carried and state.head is before.head:
+            return
+        if state.last is not before.last and state.last is not None and state.branch == before.branch:
+            if rounds.missed_after(before, state.last.record) > self.rules.stale_rounds:
+                self.world.counts["stale work dropped"] += bool(self.brought)
+                self.brought = []
+        self.brought = truth.work_is_kept(state, self.brought, self.me)
+
+    def _do(self, effect: rounds.Effect) -> None:
+        world = self.world
+        match effect:
+            case rounds.TakeSnapshot():
+                rewinds = self.rewinds
+                self.later(world.luck.uniform(0.01, 0.4), lambda: self._snapshot(rewinds))
+            case rounds.SaveVote(_, ballot, accepted, previous):
+                kept = self.disk.promise
+                if kept is not None and kept[0] == previous and ballot < rounds.lifted(kept[1]):
+                    raise AssertionError(f"{self.me} took back a promise")
+                self.disk.promise = (previous, ballot, accepted)
+            case rounds.Send(to, message):
+                self._send(to, message)
+            case rounds.Average(begin, roster, seconds):
+                self._average(begin, roster, seconds)
+            case rounds.StopAveraging():
+                pass
+            case rounds.FetchParts(parts, sources):
+                self.later(world.luck.uniform(0.05, 1.0), lambda: self._fetch(parts, sources))
+            case rounds.Fold(entry):
+                self._fold(entry)
+            case rounds.Turn(signed):
+                self.disk.branch = signed.rollback.number
+            case rounds.Rewind(signed):
+                self._rewind(signed)
+            case rounds.TellLog(to, start):
+                self._tell_log(to, start)
+
+    def _send(self, to: tuple[NodeId, ...], message: Message) -> None:
+        world = self.world
+        world.said(self.me, message)
+        for receiver in to:
+            if receiver == self.me:
+                self.later(0.0, lambda: self.rounds_event(rounds.Received(message, "s")))
+            elif receiver in world.nodes:
+                node = world.nodes[receiver]
+                slowness = SLOW_ANSWERS if max(self.slow, node.slow) > 1 else 1.0
+                hear = lambda node=node: node.take(lambda: node.hear(message))  # noqa: E731
+                world.deliver(self.me, receiver, hear, slowness=slowness)
+
+    def hear(self, message: Message) -> None:
+        match message:
+            case LogRequest(round=start, sender=sender):
+                self._tell_log(sender, start)
+            case LogReply(entries=entries, rosters=rosters, rollbacks=rollbacks):
+                self._learn(rollbacks, rosters)
+                self.rounds_event(rounds.LogArrived(entries, rosters))
+            case _:
+                self.rounds_event(rounds.Received(message, "s"))
+
+    def _tell_log(self, to: NodeId, start: int) -> None:
+        disk = self.disk
+        entries = tuple(disk.log[start : start + LOG_PAGE])
+        last = disk.log[-1].certificate.ballot.epoch if disk.log else Epoch(0)
+        rosters = named(entries, disk.rosters) | {e: s for e, s in disk.rosters.items() if e >= last}
+        self._send((to,), LogReply(RUN, start, self.me, entries, tuple(rosters.values()), disk.rollbacks))  # type: ignore[arg-type]
+
+    # edges
+
+    def _snapshot(self, rewinds: int) -> None:
+        if rewinds != self.rewinds:
+            return
+        ranges, self.since_snapshot, self.steps = tuple(self.since_snapshot), [], 0
+        self.brought += map(span, ranges)
+        self.rounds_event(rounds.SnapshotTaken(ranges))
+
+    def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
+        world = self.world
+        key = (begin.ballot, begin.readies[0].ready.previous)
+        averaging = world.averagings.setdefault(key, Averaging())
+        averaging.joined.add(self.me)
+        weights = dict(group(begin, roster))
+        members = list(weights)
+        index = members.index(self.me)
+        roles = [member.role for member in roster.members if member.node in weights]
+        start, stop = spans(PARAMETERS, roles)[index]
+
+        def came(node: NodeId) -> bool:
+            there = world.nodes[node].awake and world.reaches(node, self.me)
+            return node == self.me or (there and world.luck.random() >= world.weather.reduce_failure)
+
+        def reduce() -> None:
+            included = tuple(n for n in members if weights[n] and n in averaging.joined and came(n))
+            part = None
+            if included:
+                hashed = digest((begin.ballot, key[1], index, included))
+                part = Part(index, start, stop, hashed, (stop - start) // 2, self.me, included)
+                self.disk.parts.add(hashed)
+            averaging.reduced[self.me] = part
+
+        def finish() -> None:
+            held: dict[int, Digest] = {}
+            for node, part in averaging.reduced.items():
+                if part is not None and came(node):
+                    held[part.index] = part.digest
+                    self.disk.parts.add(part.digest)
+            self.rounds_event(rounds.Averaged(begin.ballot, averaging.reduced.get(self.me), held))
+
+        slowness = SLOW_ANSWERS if self.slow > 1 else 1.0
+        took = world.luck.uniform(0.3, 1.0) * slowness
+        if took < seconds:
+            self.later(took, reduce)
+        self.later(min(seconds, world.luck.uniform(1.0, 2.0) * slowness), finish)
+
+    def _fetch(self, parts: tuple[Part, ...], sources: tuple[NodeId, ...]) -> None:
+        world = self.world
+        coordinator = world.coordinator
+
+        def both_ways(name: str) -> bool:
+            return world.reaches(name, self.me) and world.reaches(self.me, name)
+
+        around = [world.nodes[s].disk.parts for s in sources if world.nodes[s].awake and both_ways(s)]
+        around.append(self.disk.parts)
+        if coordinator.awake and both_ways(coordinator.name):
+            around.append(coordinator.store.parts)
+        found = frozenset(part.digest for part in parts if any(part.digest in held for held in around))
+        lost = frozenset(part.digest for part in parts) - found
+        self.disk.parts |= found
+        if found:
+            self.rounds_event(rounds.PartsArrived(found))
+        if lost:
+            self.rounds_event(rounds.PartsLost(lost))
+
+    def _fold(self, entry: LogEntry) -> None:
+        world, disk = self.world, self.disk
+        world.entry_certified(entry, self.me)
+        assert len(disk.log) == entry.record.round, f"{self.me} folds round {entry.record.round} out of order"
+        assert all(part.digest in disk.parts for part in entry.record.parts), f"{self.me} folds parts that it lacks"
+        disk.log.append(entry)
+        state = state_after(self.rounds.digest, entry.record)
+
+        def done() -> None:
+            self.rounds_event(rounds.Folded(entry.record.round, state))
+            if self.alive:
+                covers = self.rounds.consumed.covers
+                self.leases = {i: lease for i, lease in self.leases.items() if not covers(lease.range)}
+                self._push(entry)
+
+        self.later(world.luck.uniform(0.01, 0.2) * self.slow, done)
+
+    def _rewind(self, signed: SignedRollback) -> None:
+        """The log is shorter at once; the state follows. Whatever was trained here was trained on what is undone."""
+        rollback, disk = signed.rollback, self.disk
+        disk.log = disk.log[: rollback.to.round]
+        disk.branch, disk.progress = rollback.number, ()
+        self.rewinds += 1
+        self.leases.clear()
+        self.queue.clear()
+        self.since_snapshot.clear()
+        self.brought.clear()
+        self.steps = 0
+        self.session_event(session.DataUsed(0, self._wanted()))
+
+        def done() -> None:
+            known = self._replayed()
+            last = disk.log[-1] if disk.log else None
+            self.since_snapshot.clear()
+            self.steps = 0
+            self.rounds_event(rounds.Rewound(known.head, known.branch, known.state, known.consumed, last))
+
+        self.later(self.world.luck.uniform(0.05, 1.0), done)
+
+
+def certified(entry: LogEntry, roster: Roster) -> bool:
+    certificate = entry.certificate
+    if certificate.record != record_hash(entry.record) or certificate.ballot.epoch != roster.epoch:
+        return False
+    body = VoteBody(RUN, entry.record.round, certificate.ballot, certificate.record)
+    signers = {s.node for s in certificate.signatures if roster.member(s.node) and s.value == sign(s.node, body)}
+    return len(signers) >= roster.quorum
+
+
+def named(entries: tuple[LogEntry, ...], rosters: dict[Epoch, SignedRoster]) -> dict[Epoch, SignedRoster]:
+    epochs = {epoch for entry in entries for epoch in (entry.record.epoch, entry.certificate.ballot.epoch)}
+    return {epoch: rosters[epoch] for epoch in sorted(epochs) if epoch in rosters}
+
+
+def _sequences(ranges: tuple[DataRange, ...] | list[DataRange]) -> int:
+    return sum(each.stop - each.start for each in ranges)
