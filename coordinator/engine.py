@@ -316,9 +316,9 @@ class Coordinator:
                 self._turn(turn)
             case machine.SaveLeases():
                 self.store.save_leases(self.state.leases)
-            case machine.SaveEntry(entry):
+            case machine.SaveEntry(entry, leases):
                 credit = {c.node: c.tokens for c in entry.record.contributions}
-                self.store.append_entry(entry, credit, self.state.leases)
+                self.store.append_entry(entry, credit, leases)
             case machine.Fold() | machine.Evaluate() | machine.ArchiveBase() | machine.Rewind():
                 self._work.put_nowait(effect)
             case machine.Announce():
@@ -387,7 +387,10 @@ class Coordinator:
         base = await asyncio.to_thread(write)
         if self.state.branch == branch:  # else it was undone meanwhile
             self.store.save_base(base)
-            await asyncio.to_thread(self.store.backup, self._folder.backup)
+            try:
+                await asyncio.to_thread(self.store.backup)
+            except Refused as refused:
+                self.submit(machine.Noticed(f"the database could not be copied: {refused.what}"))
 
     # rollbacks
 
@@ -439,7 +442,8 @@ class Coordinator:
         consumed, tokens = _taken(stay)
         freed = [each for entry in undone for each in ranges_of(entry.record)]
         leases = data.undo(self.state.leases, freed) if undone else self.state.leases
-        self.store.save_rollback(signed, leases)
+        passed = self.state.rollbacks[self.state.branch : signed.rollback.number - 1]  # undone by this one at once
+        self.store.save_rollback(signed, leases, passed)
         head = head_after(signed.rollback)
         self._watch = watch.gone_back(self._watch, signed.rollback)
         self.submit(machine.RolledBack(signed, head, consumed, tokens, leases))

@@ -185,12 +185,15 @@ def _follow(books: Books) -> Log:
     start = genesis_head(manifest).hash
     line = _Line(manifest, [start], [start], states={0: manifest.genesis})
     story: list[LogEntry | Rollback] = []
+    passed = False
     for number in range(len(books.rollbacks) + 1):
         if number:
             rollback = books.rollbacks[number].rollback
             if _overtaken(rollback, line, books, segments):
+                passed = True
                 continue
-            _turn(line, rollback, books.evaluations)
+            _turn(line, rollback, books.evaluations, passed=passed)
+            passed = False
             story.append(rollback)
         for row in segments.get(number, ()):
             _append(line, row, rosters)
@@ -284,8 +287,9 @@ def _segments(books: Books, rosters: Mapping[int, Roster]) -> dict[int, list[Ent
 
 
 def _overtaken(rollback: Rollback, line: _Line, books: Books, segments: Mapping[int, Sequence[EntryRow]]) -> bool:
-    """Whether a coordinator whose records were lost heard of this rollback and of a later, deeper one at once."""
-    if rollback.to.round < len(line.links):
+    """Whether the log never came to follow this one: its coordinator heard of it and of a later, deeper one at once."""
+    beyond = line.rows[rollback.to.round :]
+    if rollback.to.round < len(line.links) and (not beyond or beyond[0].undone_by == rollback.number):
         return False
     for later in range(rollback.number, len(books.rollbacks)):
         if segments.get(later):
@@ -335,15 +339,17 @@ def _append(line: _Line, row: EntryRow, rosters: Mapping[int, Roster]) -> None:
     line.epoch = ballot.epoch
 
 
-def _turn(line: _Line, rollback: Rollback, evaluations: Iterable[EvaluationRow]) -> None:
-    """Follow a rollback: what it undoes leaves the line, and is marked with its number."""
+def _turn(line: _Line, rollback: Rollback, evaluations: Iterable[EvaluationRow], *, passed: bool) -> None:
+    """Follow a rollback: what it undoes leaves the line, and is marked with its number.
+
+    Of what was undone only what is here is compared: a coordinator that was restored from a backup may lack some of
+    it, and where it passed over a rollback, it may have had other records instead."""
     to, undone, key = rollback.to, rollback.undone, f"number {rollback.number}"
     if to.round >= len(line.links) or to.hash != line.records[to.round]:
         known = f"{line.records[to.round][:SHORT]} there" if to.round < len(line.links) else f"{len(line.rows)} records"
         says = f"back to round {to.round}, {canonical.shown(to.hash[:SHORT])}"
         raise Wrong("rollbacks", key, says=says, wanted=known)
-    if undone.round < len(line.links) and undone.hash != line.links[undone.round]:
-        # a coordinator that was restored from a backup may lack what it undid once, so only what is here is compared
+    if not passed and undone.round < len(line.links) and undone.hash != line.links[undone.round]:
         says = f"head {canonical.shown(undone.hash[:SHORT])} at round {undone.round}"
         raise Wrong("rollbacks", key, says=says, wanted=f"head {line.links[undone.round][:SHORT]}")
     for row in line.rows[to.round :]:

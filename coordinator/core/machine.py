@@ -295,9 +295,10 @@ class SaveLeases:
 
 @dataclass(frozen=True)
 class SaveEntry:
-    """Append to the log, credit its contributors, and save the leases as they now stand, in one transaction."""
+    """Append to the log, credit its contributors, and save the leases as it leaves them, in one transaction."""
 
     entry: LogEntry
+    leases: Leases
 
 
 @dataclass(frozen=True)
@@ -506,7 +507,7 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     state = _say(state, now, f"round {record.round} certified: {names} nodes, {tokens:,} tokens")
     if run_is_over(state, rules):
         state = _say(state, now, f"the run has reached its {rules.rounds_goal} rounds")
-    effects: tuple[Effect, ...] = (SaveEntry(entry), Announce())
+    effects: tuple[Effect, ...] = (SaveEntry(entry, state.leases), Announce())
     following = state.waiting.get(state.head.round)
     state = replace(state, waiting={n: e for n, e in state.waiting.items() if n > state.head.round})
     if following is None:

@@ -520,6 +520,29 @@ def test_a_rollback_that_a_deeper_one_overtook_needs_no_records():
     assert first_wrong(run.books) is None
 
 
+def test_records_that_a_passed_rollback_would_have_undone_are_marked_by_the_one_that_was_followed():
+    run = Run()
+    run.roster(*NODES[:3])
+    for _ in range(5):
+        run.round()
+        run.evaluate()
+    head, kept = run.head, run.line[3][0]
+    run.rollback(2)
+    followed = run.books.rollbacks[1].rollback
+    first = Rollback(RUN, 1, replace(head, round=4, hash=kept.hash), head, "loss", 9)
+    other = replace(head, hash="33" * 32)  # of the branch that this coordinator never saw
+    second = replace(followed, number=2, undone=other)
+    renumbered = {
+        "entries": tuple(replace(row, undone_by=row.undone_by and 2) for row in run.books.entries),
+        "evaluations": tuple(replace(row, undone_by=row.undone_by and 2) for row in run.books.evaluations),
+    }
+    both = {number: identity.sign_rollback(OWNER, each) for number, each in ((1, first), (2, second))}
+    run.change(rollbacks=both, **renumbered)
+    assert first_wrong(run.books) is None
+    assert first_wrong(with_row(3, undone_by=1)(run.books)).key.startswith("round 3,")
+    assert first_wrong(with_row(4, undone_by=None)(run.books)).key.startswith("round 4,")
+
+
 def test_a_base_made_before_a_rollback_to_it_or_after_is_of_its_branch():
     for branch in (0, 1, 2):
         assert first_wrong(with_base(3, branch=branch)(TRUE)) is None

@@ -223,7 +223,7 @@ def test_what_a_record_consumed_is_not_leased_any_more():
 def test_a_record_is_appended_and_credited_once():
     coordinator = Coordinator().join(A, B)
     entry = coordinator.entry(brings(A, 0, 5))
-    assert of(SaveEntry, coordinator.see(EntryArrived(entry))) == [SaveEntry(entry)]
+    assert [saved.entry for saved in of(SaveEntry, coordinator.see(EntryArrived(entry)))] == [entry]
     assert not of(SaveEntry, coordinator.see(EntryArrived(entry)))
     assert coordinator.state.head == next_head(entry.record)
     assert (coordinator.state.tokens, coordinator.state.nodes[A].credit_tokens) == (80, 80)
@@ -231,11 +231,14 @@ def test_a_record_is_appended_and_credited_once():
 
 def test_a_record_that_came_early_waits_for_those_before_it():
     coordinator = Coordinator().join(A, B)
+    coordinator.see(LeasesAsked(A, 10))
     first = coordinator.entry(brings(A, 0, 5))
     second = replace(first, record=replace(first.record, round=1, previous=record_hash(first.record)))
     second = replace(second, record=replace(second.record, contributions=(brings(A, 5, 6),)))
     assert not of(SaveEntry, coordinator.see(EntryArrived(second)))
-    assert of(SaveEntry, coordinator.see(EntryArrived(first))) == [SaveEntry(first), SaveEntry(second)]
+    saved = of(SaveEntry, coordinator.see(EntryArrived(first)))
+    assert [each.entry for each in saved] == [first, second]
+    assert saved[0].leases != saved[1].leases, "each is saved with the leases as it leaves them"
 
 
 def test_records_from_far_ahead_are_not_hoarded():

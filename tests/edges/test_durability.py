@@ -152,7 +152,7 @@ class Desk:
             while self.coordinator._work.qsize() or not self.coordinator._work._getters:
                 if self.slow.done():
                     self.slow.result()
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.0005)
 
     async def join(self, keys=KEYS):
         """The nodes come, wait until a restarted coordinator gives out rosters, and bring what it has lost."""

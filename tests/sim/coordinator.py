@@ -55,6 +55,8 @@ class Pulse:
     rollbacks: tuple[SignedRollback, ...]  # those that the node does not know
     wanted: tuple[Part, ...]
     renewed: frozenset[str]
+    life: int  # the highest that is known of the node
+    silent: Epoch  # it signs nothing under rosters up to this one
 
 
 @dataclass
@@ -65,18 +67,20 @@ class Store:
     undone: list[LogEntry] = field(default_factory=list)
     rollbacks: tuple[SignedRollback, ...] = ()
     rosters: dict[Epoch, SignedRoster] = field(default_factory=dict)
-    leases: Leases = Leases(SHARDS)
+    leases: Leases = field(default_factory=lambda: Leases(SHARDS))
     members: set[NodeId] = field(default_factory=set)
-    lives: dict[NodeId, int] = field(default_factory=dict)
+    lives: dict[NodeId, tuple[int, int]] = field(default_factory=dict)  # and which process said so
     silent: dict[NodeId, Epoch] = field(default_factory=dict)
     parts: set[Digest] = field(default_factory=set)
 
-    def begin_life(self, node: NodeId, life: int, newest: Epoch) -> tuple[int, Epoch | None]:
-        known = self.lives.get(node, 0)
-        if life <= known:
-            life, self.silent[node] = known + 1, newest
-        self.lives[node] = life
-        return life, self.silent.get(node)
+    def begin_life(self, node: NodeId, life: int, newest: Epoch, process: int) -> tuple[int, Epoch]:
+        stored, before = self.lives.get(node, (0, -1))
+        if process == before:
+            life = max(life, stored)
+        elif life <= stored:
+            life, self.silent[node] = stored + 1, newest
+        self.lives[node] = (life, process)
+        return life, self.silent.get(node, Epoch(-1))
 
     def save_rollback(self, signed: SignedRollback, leases: Leases) -> None:
         stays = signed.rollback.to.round
@@ -93,7 +97,7 @@ class SimCoordinator(Process):
         super().__init__(world, "coordinator")
         self.store = Store()
         self.unavailable = False
-        self.sessions: dict[NodeId, int] = {}
+        self.sessions: dict[NodeId, tuple[int, int]] = {}  # which process, and its life
         self.granted: tuple[Lease, ...] = ()
         node_sequences = max(200, 2 * max(world.swarm.steps) * world.swarm.ahead_rounds)
         self.rules = machine.Rules(
@@ -210,10 +214,10 @@ class SimCoordinator(Process):
                 self._turn(turn)
             case machine.SaveLeases():
                 store.leases = self.state.leases
-            case machine.SaveEntry(entry):
+            case machine.SaveEntry(entry, leases):
                 world.entry_certified(entry, self.name)
                 store.line.append(entry)
-                store.leases = self.state.leases
+                store.leases = leases
             case machine.GrantLeases(_, granted):
                 self.granted = granted
             case machine.Fold(entry):
@@ -260,33 +264,32 @@ class SimCoordinator(Process):
 
     # what nodes and the researcher can ask
 
-    def open(self, node: NodeId, process: int, life: int, start: int) -> tuple[int, Epoch | None, Page]:
+    def open(self, node: NodeId, process: int, life: int, start: int) -> tuple[int, Epoch, Page]:
         """A session: what a former life of the node has said, and what of it still travels, counts no more."""
-        self.store.members.add(node)
-        newest = Epoch(self.state.next_epoch - 1)
-        if self.sessions.get(node) == process:  # the same process again: only its connection was lost
-            life, silent, forgot = self.store.lives[node], self.store.silent.get(node), False
-        else:
-            forgot = life <= self.store.lives.get(node, 0)
-            life, silent = self.store.begin_life(node, life, newest)
-        self.sessions[node] = process
-        self._event(machine.NodeOpened(node, PeerId(node), node, (), forgot))
+        store, newest = self.store, Epoch(self.state.next_epoch - 1)
+        store.members.add(node)
+        before = store.silent.get(node)
+        life, silent = store.begin_life(node, life, newest, process)
+        self.sessions[node] = (process, life)
+        self._event(machine.NodeOpened(node, PeerId(node), node, (), store.silent.get(node) != before))
         return life, silent, self.page(start)
 
-    def heartbeat(self, beat: machine.HeartbeatArrived) -> tuple[Pulse]:
-        known = self.state.nodes.get(beat.node)
-        if known is None or known.activity == "left":
-            self.store.members.add(beat.node)
-            self._event(machine.NodeOpened(beat.node, PeerId(beat.node), beat.node, beat.addresses))
+    def heartbeat(self, beat: machine.HeartbeatArrived, process: int, life: int) -> tuple[Pulse]:
+        if self.sessions.get(beat.node, (0, 0))[0] != process:
+            self.open(beat.node, process, life, 0)
+        elif life > self.sessions[beat.node][1]:
+            self.store.begin_life(beat.node, life, Epoch(self.state.next_epoch - 1), process)
+            self.sessions[beat.node] = (process, life)
         self._event(beat)
         state = self.state
         newer = state.roster if state.roster is not None and state.roster.roster.epoch > beat.epoch else None
         renewed = frozenset(lease.lease_id for lease in state.leases.of(beat.node))
+        known, silent = self.store.lives[beat.node][0], self.store.silent.get(beat.node, Epoch(-1))
         news = state.rollbacks[beat.branch :]
-        return (Pulse(state.head.round, state.branch, newer, news, state.wanted, renewed),)
+        return (Pulse(state.head.round, state.branch, newer, news, state.wanted, renewed, known, silent),)
 
     def left(self, node: NodeId, process: int, seal: Seal | None) -> None:
-        if self.sessions.get(node) == process:
+        if self.sessions.get(node, (0, 0))[0] == process:
             self._event(machine.NodeLeft(node, "it said so", seal))
 
     def lease(self, node: NodeId, sequences: int) -> tuple[tuple[Lease, ...]]:
@@ -302,7 +305,12 @@ class SimCoordinator(Process):
     def read_log(self, start: int) -> tuple[Page]:
         return (self.page(start),)
 
-    def push(self, entry: LogEntry) -> tuple[()]:
+    def push(
+        self, entry: LogEntry, rosters: tuple[SignedRoster, ...], rollbacks: tuple[SignedRollback, ...]
+    ) -> tuple[()]:
+        forgotten = tuple(signed for signed in rosters if signed.roster.epoch not in self.state.history)
+        if forgotten or len(rollbacks) > len(self.state.rollbacks):
+            self._event(machine.Recalled(forgotten, rollbacks))
         self._event(machine.EntryArrived(entry))
         return ()
 

@@ -9,12 +9,14 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from node.core import session
+from protocol.types import NodeId
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
     from tests.sim.world import World
 
 CLOCK_JUMP_SECONDS = 3600.0  # of the coordinator's wall clock, at a restart
+RESEARCHER_SECONDS = 20.0  # between two looks at the page
 SLOW = 20.0  # times slower than the others trains a slow node
 
 
@@ -90,6 +92,7 @@ class Trouble:
         self.world = world
         self.luck = world.luck
         self.over = False
+        self._old: set[NodeId] = set()  # with a disk from a backup, and a roster that may count on what they forgot
 
     def begin(self) -> None:
         weather, nodes = self.world.weather, len(self.world.nodes)
@@ -109,6 +112,20 @@ class Trouble:
             (weather.rollbacks, self._roll_back),
         ):
             self._recur(per_minute / 60, strike)
+        self.world.at(RESEARCHER_SECONDS, self._look_after)
+
+    def _look_after(self) -> None:
+        """When a majority has lost its memory, nobody can say what it decided: the researcher starts a new branch."""
+        self.world.at(RESEARCHER_SECONDS, self._look_after)
+        coordinator = self.world.coordinator
+        newest = coordinator.state.roster
+        if not coordinator.awake or newest is None:
+            return
+        roster, silent = newest.roster, coordinator.state.silent
+        remembering = [node for node in roster.nodes if silent.get(node, -1) < roster.epoch]
+        if len(remembering) < roster.quorum:
+            self.world.struck("majority forgotten")
+            coordinator.roll_back(coordinator.state.head.round)
 
     def end(self) -> None:
         """Everything works again; a minority may stay paused, and must not matter."""
@@ -174,11 +191,21 @@ class Trouble:
         self._until(self._long(2, 90), node.thaw)
 
     def _put_back(self) -> None:
-        """A crash, and then a disk as it was at some earlier start or fold."""
+        """A crash, and then a disk as it was at some earlier start or fold; never of a majority at a time.
+
+        What a majority has forgotten nobody can know again: no protocol survives it, and none of ours says so."""
         node = self._any()
-        self.world.struck("disk put back", node.name)
+        state = self.world.coordinator.state
+        open_rosters = [signed.roster for signed in state.rosters]
+        oldest = min((roster.epoch for roster in open_rosters), default=-1)
+        self._old = {n for n in self._old if state.silent.get(n, oldest) >= oldest} | {node.me}
+        spare = min((len(roster.members) - roster.quorum for roster in open_rosters), default=0)
+        if len(self._old) > spare:
+            self._old.discard(node.me)
+            return
         node.kill()
-        node.put_back(self.luck)
+        if node.put_back(self.luck):
+            self.world.struck("disk put back", node.name)
         self.world.at(self.restart_seconds(), node.start)
 
     def _kill_coordinator(self) -> None:

@@ -197,9 +197,13 @@ class Truth:
                 raise InvariantBroken(
                     f"{who} waits until {state.deadline:.1f} in phase {state.phase.value}, now {now:.1f}"
                 )
-        elif state.phase is Phase.GATHERING and state.majority_since is not None and state.committed is None:
-            if now - state.majority_since > rules.gather_seconds + rules.attempt_seconds_max:
-                raise InvariantBroken(f"{who} waits for its leader since {state.majority_since:.1f}, now {now:.1f}")
+        elif (
+            state.phase is Phase.GATHERING
+            and state.majority_since is not None
+            and state.committed is None
+            and now - state.majority_since > rules.gather_seconds + rules.attempt_seconds_max
+        ):
+            raise InvariantBroken(f"{who} waits for its leader since {state.majority_since:.1f}, now {now:.1f}")
 
     def work_is_kept(self, state: Rounds, trained: Spans, who: str) -> Spans:
         """What was trained here is certified, or goes with a contribution; returns what is not yet certified."""
@@ -246,13 +250,14 @@ class Truth:
             raise InvariantBroken(f"{state.tokens} tokens, the line says otherwise")
 
     def nothing_is_lost(self, line: Iterable[LogEntry]) -> None:
-        """Every certified record is in the coordinator's line, or was undone by a signed rollback."""
+        """Every certified record is in the coordinator's line, or to come, or was undone by a signed rollback."""
         kept = {record_hash(entry.record) for entry in line}
         for hashed, known in self.heads.items():
             if known.record is None or hashed in kept:
                 continue
-            later = self.rollbacks[known.branch :]
-            if not any(rollback.to.round <= known.record.round for rollback in later):
+            to_come = known.branch == len(self.rollbacks) and known.record.round >= len(line)
+            undone = any(rollback.to.round <= known.record.round for rollback in self.rollbacks[known.branch :])
+            if not to_come and not undone:
                 raise InvariantBroken(f"round {known.record.round} of branch {known.branch} was certified, and is lost")
 
 

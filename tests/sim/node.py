@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from coordinator.core import machine
 from node.core import rounds, session
 from node.core.rounds import Rounds, group
+from node.progress import Carry, Drop, Offer, Progress, resume
 from protocol.canonical import digest
 from protocol.log import head_after, next_head, ranges_of, record_hash, spans
 from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
-    Contribution,
     DataRange,
     Digest,
     Epoch,
@@ -32,7 +32,7 @@ from protocol.types import (
     VoteBody,
 )
 from tests.sim.faults import SLOW
-from tests.sim.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, ranged, sign, span, state_after
+from tests.sim.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, sign, span, state_after
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -86,11 +86,13 @@ class Disk:
     silent: Epoch = Epoch(-1)
     promise: tuple[Digest, Ballot, Accepted | None] | None = None
     parts: set[Digest] = field(default_factory=set)
-    progress: tuple[DataRange, ...] = ()  # trained, not certified: as it was at the last save
+    leases: dict[str, Lease] = field(default_factory=dict)
+    progress: Progress | None = None  # trained, not certified: as it was at the last save
 
     def copied(self) -> Disk:
         fresh = copy.copy(self)
         fresh.log, fresh.rosters, fresh.parts = list(self.log), dict(self.rosters), set(self.parts)
+        fresh.leases = dict(self.leases)
         return fresh
 
 
@@ -147,12 +149,18 @@ class SimNode(Process):
             self.me, coordinator.name, lambda: coordinator.take(lambda: coordinator.left(self.me, life, seal))
         )
 
-    def put_back(self, luck: Random) -> None:
-        """While it is down, its disk is replaced by an older copy, or by nothing at all but its key."""
+    def put_back(self, luck: Random) -> bool:
+        """While it is down, its disk is replaced by an older copy, or by nothing at all but its key.
+
+        Older means: older than the newest life that the coordinator has heard of. That is all that it can notice."""
         assert not self.alive
-        fresh = self.backup if self.backup is not None and luck.random() < 0.8 else Disk()
-        self.disk = fresh.copied()
+        told = self.world.coordinator.store.lives.get(self.me, (0, 0))[0]
+        copies = [copy for copy in (self.backup, Disk()) if copy is not None and copy.life < told]
+        if not copies:
+            return False
+        self.disk = (copies[0] if luck.random() < 0.8 else copies[-1]).copied()
         self.world.truth.forgot(self.me)
+        return True
 
     def start(self) -> None:
         if self.alive:
@@ -164,8 +172,6 @@ class SimNode(Process):
         disk.life += 1
         known = self._replayed()
         promise = disk.promise if disk.promise is not None and disk.promise[0] == known.head.hash else None
-        free = tuple(r for r in disk.progress if not known.consumed.overlaps(r))
-        saved = Contribution(self.me, _sequences(free) * CONTEXT, free) if free else None
         self.rounds = Rounds(
             head=known.head,
             digest=known.state,
@@ -177,13 +183,13 @@ class SimNode(Process):
             last=disk.log[-1] if disk.log else None,
             ballot=promise[1] if promise else Ballot(Epoch(-1), 0),
             accepted=promise[2] if promise else None,
-            carried=saved,
         )
+        self._resume()
         self.session = session.Session(sequences_wanted=4)
-        self.leases: dict[str, Lease] = {}
         self.queue: list[DataRange] = []
         self.since_snapshot: list[DataRange] = []
-        self.brought: Spans = [span(each) for each in free]  # handed to a round, not certified yet
+        waiting = [c for c in (self.rounds.contribution, self.rounds.carried) if c is not None]
+        self.brought: Spans = [span(r) for c in waiting for r in c.ranges]  # handed to a round, not certified yet
         self.steps = 0
         self.step_credit = 0.0
         self.training = False
@@ -192,7 +198,7 @@ class SimNode(Process):
         self.later(TICK_SECONDS, self._tick)
         self.later(0.05, self._heartbeat)
         if self.world.swarm.save_seconds:
-            self.later(self.world.swarm.save_seconds, self._save_progress)
+            self.later(self.world.swarm.save_seconds, self._keep_progress)
 
     def _replayed(self) -> Known:
         """The state that the disk's log leads to."""
@@ -205,35 +211,74 @@ class SimNode(Process):
             head = head_after(rollback) if rollback.to.round == head.round else head
         return Known(head, self.disk.branch, state, consumed)
 
+    def _resume(self) -> None:
+        """What was trained in a former life, as far as the log has no other use for it."""
+        progress, state, log = self.disk.progress, self.rounds, self.disk.log
+        if progress is None:
+            return
+        found = resume(
+            progress,
+            state.consumed,
+            lambda number: log[number] if number < len(log) else None,
+            head=state.head,
+            branch=state.branch,
+            stale_rounds=self.rules.stale_rounds,
+        )
+        match found:
+            case Offer(contribution, missed):
+                self.rounds = replace(state, contribution=contribution, missed=missed)
+            case Carry(contribution, missed, _):
+                self.rounds = replace(state, carried=contribution, missed=missed)
+            case Drop():
+                self.disk.progress = None
+
     def _ready(self) -> None:
-        self.session_event(session.PartReady(session.Part.TRAINER))
         self.session_event(session.PartReady(session.Part.ENGINE))
-        self._sync()
+        self._open()
         self.later(ALONE_SECONDS, self._start_alone)
 
-    def _sync(self) -> None:
+    def _open(self) -> None:
         """Open a session and read the coordinator's log."""
 
-        def answer(life: int, silent: Epoch | None, page: Page) -> None:
+        def answer(life: int, silent: Epoch, page: Page) -> None:
+            if not self.session.synced:
+                self.rounds = replace(self.rounds, ballot=rounds.lifted(self.rounds.ballot))
             self.disk.life = max(self.disk.life, life)
-            if silent is not None:
-                self.disk.silent = max(self.disk.silent, silent)
+            self._silence(silent)
             self.session_event(session.LinkOpened())
-            self.rounds = replace(
-                self.rounds, ballot=rounds.lifted(self.rounds.ballot), silent=max(self.rounds.silent, self.disk.silent)
-            )
             self._log(page)
-            self.session_event(session.CaughtUp())
+            self._begin()
 
         self._call(lambda c: c.open(self.me, self.life, self.disk.life, self.rounds.head.round), answer)
-        self.later(ASK_SECONDS, lambda: None if self.session.linked else self._sync())
+        self.later(ASK_SECONDS, lambda: None if self.session.linked else self._open())
 
     def _start_alone(self) -> None:
         """A node that cannot reach the coordinator goes on from its own disk."""
         if self.world.weather.node_backups:
             return  # only the coordinator can tell it that its disk is an old one
-        if not self.session.synced and self.disk.rosters:
-            self.session_event(session.CaughtUp())
+        if self.disk.life > 1:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self.session.synced:
+            return
+        self.session_event(session.CaughtUp())
+        self._start_trainer()
+
+    def _start_trainer(self) -> None:
+        """It gets what is leased and neither in a record nor on its way to one."""
+        state = self.rounds
+        waiting = [c for c in (state.contribution, state.carried) if c is not None]
+        used = state.consumed.with_ranges(each for contribution in waiting for each in contribution.ranges)
+        self.queue = [r for lease in self.disk.leases.values() for r in rounds.unused((lease.range,), used)]
+        self.since_snapshot, self.steps = [], 0
+        self.session_event(session.DataUsed(_sequences(self.queue), self._wanted()))
+        self.session_event(session.PartReady(session.Part.TRAINER))
+
+    def _silence(self, epoch: Epoch) -> None:
+        if epoch > self.disk.silent:
+            self.disk.silent = epoch
+            self.rounds_event(rounds.Silenced(epoch))
 
     # time
 
@@ -271,11 +316,19 @@ class SimNode(Process):
         self.steps += done
         self.trained_total += done
 
-    def _save_progress(self) -> None:
+    def _keep_progress(self) -> None:
         assert self.world.swarm.save_seconds is not None
-        self.later(self.world.swarm.save_seconds, self._save_progress)
-        if self.rounds.phase not in (rounds.Phase.REWINDING, rounds.Phase.FOLDING):
-            self.disk.progress = (*map(ranged, self.brought), *self.since_snapshot)
+        self.later(self.world.swarm.save_seconds, self._keep_progress)
+        state = self.rounds
+        idle = state.phase is rounds.Phase.TRAINING and state.contribution is None and not state.snapshot_asked
+        if idle and self.session.trainer_ready:
+            self._save_progress(offered=False)
+
+    def _save_progress(self, *, offered: bool) -> None:
+        state = self.rounds
+        brings = rounds.combine(state.carried, tuple(self.since_snapshot), state.consumed, self.rules)
+        if brings.ranges:
+            self.disk.progress = Progress(state.head, state.branch, state.missed, brings, offered)
 
     # the coordinator
 
@@ -289,13 +342,16 @@ class SimNode(Process):
             epoch=max(state.rosters, default=-1),
             addresses=("/ip4/127.0.0.1/tcp/1",),
             branch=len(state.rollbacks),
-            lease_ids=tuple(self.leases),
+            lease_ids=tuple(self.disk.leases),
         )
+        life = self.disk.life
 
         def answer(pulse: Pulse) -> None:
+            self.disk.life = max(self.disk.life, pulse.life)
+            self._silence(pulse.silent)
             self._learn(pulse.rollbacks, (pulse.roster,) if pulse.roster else ())
             head = self.rounds.head.round
-            if head >= pulse.head_round and self.rounds.branch == pulse.branch:
+            if head >= pulse.head_round:
                 self._lose(set(beat.lease_ids) - pulse.renewed)
             if pulse.head_round > head and self.rounds.committed is None:
                 self._call(lambda c: c.read_log(self.rounds.head.round), self._log)
@@ -305,7 +361,7 @@ class SimNode(Process):
                 if part.digest in self.disk.parts:
                     self._call(lambda c, d=part.digest: c.store_part(d), lambda *_: None)
 
-        self._call(lambda c: c.heartbeat(beat), answer)
+        self._call(lambda c: c.heartbeat(beat, self.life, life), answer)
 
     def _learn(self, rollbacks: tuple[SignedRollback, ...], rosters: tuple[SignedRoster, ...]) -> None:
         """On disk before anything is signed under it."""
@@ -325,22 +381,28 @@ class SimNode(Process):
         self.rounds_event(rounds.LogArrived(page.entries, page.rosters))
 
     def _push(self, entry: LogEntry) -> None:
-        self._call(lambda c: c.push(entry), lambda *_: None)
+        """With what the coordinator signed itself: its database may be an older one."""
+        known, least = self.disk.rosters, min(entry.record.epoch, entry.certificate.ballot.epoch)
+        rosters = tuple(signed for epoch, signed in sorted(known.items()) if epoch >= least)
+        rollbacks = self.disk.rollbacks
+        self._call(lambda c: c.push(entry, rosters, rollbacks), lambda *_: None)
 
     def _lease(self, sequences: int) -> None:
         answered = []
 
         def answer(granted: tuple[Lease, ...]) -> None:
             answered.append(1)
-            self.leases |= {lease.lease_id: lease for lease in granted}
-            self.queue += [lease.range for lease in granted]
+            self.disk.leases |= {lease.lease_id: lease for lease in granted}
+            if self.session.trainer_ready:  # else the next one gets it
+                self.queue += [lease.range for lease in granted]
             self.session_event(session.LeasesArrived(_sequences([lease.range for lease in granted])))
 
         self._call(lambda c: c.lease(self.me, sequences), answer)
         self.later(ASK_SECONDS, lambda: None if answered else self.session_event(session.LeasesArrived(0)))
 
     def _lose(self, lease_ids: set[str]) -> None:
-        gone = [self.leases.pop(lease_id).range for lease_id in lease_ids if lease_id in self.leases]
+        held = self.disk.leases
+        gone = [held.pop(lease_id).range for lease_id in sorted(lease_ids) if lease_id in held]
         if gone:
             self.queue = [r for r in self.queue if not any(r.overlaps(each) for each in gone)]
             self.session_event(session.DataUsed(_sequences(self.queue), self._wanted()))
@@ -399,10 +461,6 @@ class SimNode(Process):
         truth.attempt_is_bounded(state, self.clock, self.rules, self.me)
         if state.contribution is before.contribution and state.carried is before.carried and state.head is before.head:
             return
-        if state.last is not before.last and state.last is not None and state.branch == before.branch:
-            if rounds.missed_after(before, state.last.record) > self.rules.stale_rounds:
-                self.world.counts["stale work dropped"] += bool(self.brought)
-                self.brought = []
         self.brought = truth.work_is_kept(state, self.brought, self.me)
 
     def _do(self, effect: rounds.Effect) -> None:
@@ -467,6 +525,10 @@ class SimNode(Process):
     def _snapshot(self, rewinds: int) -> None:
         if rewinds != self.rewinds:
             return
+        if self.world.swarm.save_seconds is not None and self.world.luck.random() < 0.5:
+            self._save_progress(offered=True)
+        else:
+            self.disk.progress = None  # before a round hears of more than it says
         ranges, self.since_snapshot, self.steps = tuple(self.since_snapshot), [], 0
         self.brought += map(span, ranges)
         self.rounds_event(rounds.SnapshotTaken(ranges))
@@ -537,33 +599,45 @@ class SimNode(Process):
         state = state_after(self.rounds.digest, entry.record)
 
         def done() -> None:
+            missed = rounds.missed_after(self.rounds, entry.record)
+            waiting = [c for c in (self.rounds.contribution, self.rounds.carried) if c is not None]
+            dropped = tuple(r for c in waiting for r in c.ranges) if missed > self.rules.stale_rounds else ()
+            if dropped:
+                world.counts["stale work dropped"] += 1
+                self.brought = []
             self.rounds_event(rounds.Folded(entry.record.round, state))
             if self.alive:
-                covers = self.rounds.consumed.covers
-                self.leases = {i: lease for i, lease in self.leases.items() if not covers(lease.range)}
-                self._push(entry)
+                self._folded(entry, dropped)
 
         self.later(world.luck.uniform(0.01, 0.2) * self.slow, done)
+
+    def _folded(self, entry: LogEntry, dropped: tuple[DataRange, ...]) -> None:
+        disk, consumed = self.disk, self.rounds.consumed
+        disk.life += 1
+        again = rounds.unused(dropped, consumed)
+        leased = [lease.range for lease in disk.leases.values()]
+        if self.session.trainer_ready:
+            self.queue += [common for a in again for b in leased if (common := a.common(b)) is not None]
+        disk.leases = {i: lease for i, lease in disk.leases.items() if not consumed.covers(lease.range)}
+        self._push(entry)
 
     def _rewind(self, signed: SignedRollback) -> None:
         """The log is shorter at once; the state follows. Whatever was trained here was trained on what is undone."""
         rollback, disk = signed.rollback, self.disk
+        self.session_event(session.PartStopped(session.Part.TRAINER))
+        disk.leases.clear()
         disk.log = disk.log[: rollback.to.round]
-        disk.branch, disk.progress = rollback.number, ()
+        disk.branch, disk.progress = rollback.number, None
         self.rewinds += 1
-        self.leases.clear()
-        self.queue.clear()
-        self.since_snapshot.clear()
-        self.brought.clear()
+        for each in (self.queue, self.since_snapshot, self.brought):
+            each.clear()
         self.steps = 0
-        self.session_event(session.DataUsed(0, self._wanted()))
 
         def done() -> None:
             known = self._replayed()
             last = disk.log[-1] if disk.log else None
-            self.since_snapshot.clear()
-            self.steps = 0
             self.rounds_event(rounds.Rewound(known.head, known.branch, known.state, known.consumed, last))
+            self.later(0.1, self._start_trainer)
 
         self.later(self.world.luck.uniform(0.05, 1.0), done)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from protocol.types import Head
@@ -92,7 +93,7 @@ def _lacking(world: World, target: Known) -> str:
 
 def report(world: World) -> Report:
     times = world.certified_at
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     return Report(
         seed=world.seed,
         rounds=world.truth.certified,

@@ -1,4 +1,4 @@
-"""The quickest of the chaos faults, so that every change meets them; `make chaos` has the rest."""
+"""The quickest of the chaos faults: `pytest tests/chaos`. `make chaos` has the rest."""
 
 import time
 
