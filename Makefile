@@ -29,7 +29,7 @@ check: $(STAMP)
 	$(BIN)/python -m protocol.generate --check
 
 sim: $(STAMP)
-	$(BIN)/python -m tests.sim $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST)) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+	$(BIN)/python -m tests.sim $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST)) $(ARGS)
 
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos $(if $(PART),--part $(PART)) $(ARGS)

@@ -24,13 +24,13 @@ from protocol.types import (
     SignedRollback,
     SignedRoster,
 )
-from tests.sim.faults import CLOCK_JUMP_SECONDS
-from tests.sim.invariants import GENESIS, GENESIS_STATE, RUN, SHARDS, state_after
-from tests.sim.node import HEARTBEAT_SECONDS, LOG_PAGE, PARAMETERS, certified, named
-from tests.sim.process import Process
+from tests.weather.faults import CLOCK_JUMP_SECONDS
+from tests.weather.invariants import GENESIS, GENESIS_STATE, RUN, SHARDS, state_after
+from tests.weather.node import HEARTBEAT_SECONDS, LOG_PAGE, PARAMETERS, certified, named
+from tests.weather.process import Process
 
 if TYPE_CHECKING:
-    from tests.sim.world import World
+    from tests.weather.world import World
 
 TICK_SECONDS = 2.0
 LEASE_SECONDS = 30.0

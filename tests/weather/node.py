@@ -31,13 +31,13 @@ from protocol.types import (
     SignedRoster,
     VoteBody,
 )
-from tests.sim.faults import SLOW
-from tests.sim.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, sign, span, state_after
-from tests.sim.process import Process
+from tests.weather.faults import SLOW
+from tests.weather.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, sign, span, state_after
+from tests.weather.process import Process
 
 if TYPE_CHECKING:
-    from tests.sim.coordinator import Page, Pulse, SimCoordinator
-    from tests.sim.world import World
+    from tests.weather.coordinator import Page, Pulse, SimCoordinator
+    from tests.weather.world import World
 
 PARAMETERS = 16 * 65536
 TICK_SECONDS = 1.0

@@ -1,0 +1,110 @@
+"""Simulates one swarm: rounds under faults, then calm, in which everyone has to go on within a stated time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+from protocol.types import Head
+from tests.weather.faults import CALM, Weather
+from tests.weather.invariants import InvariantBroken, Known
+from tests.weather.node import Swarm
+from tests.weather.world import World, swiftly
+
+ROUND_SECONDS = 10.0  # a round time: what a round without faults takes in these swarms, when it takes long
+CALM_ROUNDS = 8  # round times from the end of all faults to the next certified round, at most
+SETTLED_ROUNDS = 12  # and to the moment when every node and the archive are there as well
+WEATHER_SECONDS_MAX = 3600.0  # however bad it is: then the rounds that are missing are certified in the calm
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one swarm went through."""
+
+    seed: int
+    rounds: int
+    attempts: int
+    seconds: float
+    to_certify: float  # round times from the end of the faults to the next certified round
+    to_settle: float  # and until everyone was there
+    counts: dict[str, int]
+    recoveries: dict[str, list[float]]  # round times from each fault to the next certified round
+    round_seconds: float  # a mean
+
+
+def simulate(seed: int, *, rounds: int = 50, under: Weather | None = None, swarm: Swarm | None = None) -> World:
+    """A swarm under faults until so many rounds are certified, then calm; checks that it then goes on."""
+    with swiftly():
+        world = World(seed, under=under, swarm=swarm)
+        play(world, rounds)
+    return world
+
+
+def play(world: World, rounds: int) -> None:
+    truth = world.truth
+    world.trouble.begin()
+    world.run(WEATHER_SECONDS_MAX, goal=lambda: truth.certified >= rounds)
+    world.trouble.end()
+    world.calm_since = world.now
+    target = _next_round(world, "after the faults ended")
+    world.calm_certified = world.now
+    while (lacking := _lacking(world, target)) and world.now < world.calm_since + SETTLED_ROUNDS * ROUND_SECONDS:
+        world.run(world.now + 0.5)
+    if lacking:
+        raise world.broken(f"{SETTLED_ROUNDS} round times after the faults ended, {lacking}")
+    world.calm_settled = world.now
+    truth.nothing_is_lost(world.coordinator.store.line)
+    while truth.certified < rounds:
+        _next_round(world, "in the calm")
+
+
+def _next_round(world: World, when: str) -> Known:
+    """Wait for a record on the newest branch."""
+    truth, before = world.truth, world.truth.certified
+
+    def found() -> bool:
+        return truth.certified > before and truth.newest.branch == len(truth.rollbacks)
+
+    world.run(world.now + CALM_ROUNDS * ROUND_SECONDS, goal=found)
+    if not found():
+        raise world.broken(f"no round was certified within {CALM_ROUNDS} round times {when}")
+    return truth.newest
+
+
+def _lacking(world: World, target: Known) -> str:
+    """Who has not yet gone on to this head."""
+
+    def there(head: Head, branch: int) -> bool:
+        return branch == target.branch and head.round >= target.head.round
+
+    for node in world.nodes.values():
+        if not there(node.rounds.head, node.rounds.branch):
+            return (
+                f"{node.name} is at round {node.rounds.head.round} of branch {node.rounds.branch}, not at {target.head}"
+            )
+    state = world.coordinator.state
+    if not there(state.head, state.branch):
+        return f"the coordinator's log ends at round {state.head.round} of branch {state.branch}"
+    if state.replica.round < target.head.round:
+        return f"the archive ends at round {state.replica.round}, {len(state.wanted)} parts are wanted"
+    return ""
+
+
+def report(world: World) -> Report:
+    times = world.certified_at
+    gaps = [b - a for a, b in pairwise(times)]
+    return Report(
+        seed=world.seed,
+        rounds=world.truth.certified,
+        attempts=len(world.truth.attempts),
+        seconds=world.now,
+        to_certify=(world.calm_certified - world.calm_since) / ROUND_SECONDS,
+        to_settle=(world.calm_settled - world.calm_since) / ROUND_SECONDS,
+        counts=dict(world.counts),
+        recoveries={kind: [s / ROUND_SECONDS for s in found] for kind, found in world.recoveries.items()},
+        round_seconds=fmean(gaps) if gaps else 0.0,
+    )
+
+
+__all__ = ["CALM", "InvariantBroken", "Report", "World", "report", "simulate"]

@@ -1,0 +1,146 @@
+"""Hundreds of simulated swarms, and proof that the simulator sees what it is there to see: mutants of the rules die."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from coordinator.core import leases, machine, rosters
+from node.core import rounds
+from protocol.types import Roster
+from tests.weather.faults import CALM, Weather, weather
+from tests.weather.invariants import InvariantBroken
+from tests.weather.node import Swarm
+from tests.weather.swarm import simulate
+
+SEEDS = 160  # of at least 50 rounds each; thousands more by `make sim`
+BATCHES = 8
+ROUGH = Weather(
+    loss=0.2,
+    doubled=0.1,
+    late=0.2,
+    delay_max=0.5,
+    reduce_failure=0.3,
+    crash_per_effect=0.005,
+    node_kills=2.0,
+    node_leaves=0.5,
+    node_backups=0.3,
+    coordinator_kills=0.3,
+    partitions=2.0,
+    rollbacks=0.5,
+)
+
+
+def rough(seed, under=ROUGH):
+    return simulate(seed, rounds=25, under=under, swarm=Swarm(nodes=5))
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_every_invariant_holds_in_swarm_after_swarm(batch):
+    """Without old disks: enough of them at once make a majority forget, which only the researcher can mend."""
+    for seed in range(batch, SEEDS, BATCHES):
+        simulate(seed, under=replace(weather(Random(seed)), node_backups=0.0))
+
+
+@pytest.mark.parametrize("seed", range(1000, 1020))
+def test_every_invariant_holds_where_everything_fails_at_once(seed):
+    rough(seed, under=replace(ROUGH, node_backups=0.0))
+
+
+def test_a_calm_swarm_certifies_round_after_round():
+    world = simulate(1, rounds=10, under=CALM, swarm=Swarm(nodes=3))
+    assert world.truth.certified >= 10
+    assert world.counts["lost"] == 0
+
+
+def test_a_seed_replays_to_the_same_trace():
+    assert simulate(11, rounds=10).trace == simulate(11, rounds=10).trace
+
+
+def test_a_failure_names_its_seed(monkeypatch):
+    monkeypatch.setattr(rounds, "_round_is_over", lambda *_: False)
+    with pytest.raises(InvariantBroken, match=r"seed 5"):
+        simulate(5, rounds=1)
+
+
+# mutants: each drops one rule, and some seed must notice
+
+
+def no_majority(monkeypatch):
+    monkeypatch.setattr(Roster, "quorum", property(lambda roster: max(1, len(roster.members) // 2)))
+
+
+def no_memory(monkeypatch):
+    """Votes and promises are sent before they are durable."""
+    step = rounds.step
+
+    def forgetful(*arguments):
+        state, effects = step(*arguments)
+        return state, tuple(effect for effect in effects if not isinstance(effect, rounds.SaveVote))
+
+    monkeypatch.setattr(rounds, "step", forgetful)
+
+
+def no_second_hand_votes(monkeypatch):
+    """A new leader starts afresh, whatever members have voted for."""
+    begin = rounds._begin
+
+    def afresh(state, roster, promises, now, rules):
+        blank = {n: replace(s, ready=replace(s.ready, accepted=None)) for n, s in promises.items()}
+        return begin(state, roster, blank, now, rules)
+
+    monkeypatch.setattr(rounds, "_begin", afresh)
+
+
+def any_roster_follows(monkeypatch):
+    """Whoever is here is the next roster, whether or not its majorities meet those of the last."""
+    monkeypatch.setattr(rosters, "may_follow", lambda old, new, sealed: bool(tuple(new)))
+
+
+def whoever_leaves_is_sealed(monkeypatch):
+    """A node that has voted in the open round leaves as if it had not."""
+    seal = rounds.seal
+    monkeypatch.setattr(rounds, "seal", lambda state: seal(replace(state, accepted=None)))
+
+
+def data_counts_twice(monkeypatch):
+    monkeypatch.setattr(rounds, "unused", lambda ranges, consumed: ranges)
+    monkeypatch.setattr(rounds, "check_ranges", lambda record, consumed: None)
+    monkeypatch.setattr(machine, "check_ranges", lambda record, consumed: None)
+
+
+def what_no_round_took_is_forgotten(monkeypatch):
+    monkeypatch.setattr(rounds, "holds", lambda record, contribution: True)
+
+
+def a_forgetful_node_signs_again(monkeypatch):
+    """A node with an older disk goes on as if it remembered, and the coordinator believes it."""
+    monkeypatch.setattr(rounds.Rounds, "acts_under", lambda state, roster: roster.branch == state.branch)
+
+
+def undone_data_stays_used(monkeypatch):
+    monkeypatch.setattr(leases, "undo", lambda held, ranges: held)
+
+
+MUTANTS = [
+    no_majority,
+    no_memory,
+    no_second_hand_votes,
+    any_roster_follows,
+    whoever_leaves_is_sealed,
+    data_counts_twice,
+    what_no_round_took_is_forgotten,
+    a_forgetful_node_signs_again,
+    undone_data_stays_used,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_swarm_without_this_rule_is_caught(mutant, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises(InvariantBroken) as caught:
+        for seed in range(60):
+            rough(seed)
+    assert "no round was certified" not in str(caught.value)
