@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from coordinator import archive, orders, service, web
+from coordinator import archive, orders, service, view, web
 from coordinator.core import leases as data
 from coordinator.core import machine, watch
 from coordinator.core.rosters import quorum
@@ -55,6 +55,7 @@ DATA_OF_A_NODE = 8  # or this part of all data, if that is more: an outage of ou
 SAMPLE_SECONDS = 10.0  # between two samples of text for the page
 SAMPLE_TOKENS = 100
 EVENTS_SHOWN = 60
+ROLLBACKS_SHOWN = 10
 
 log = structlog.get_logger()
 
@@ -470,7 +471,7 @@ class Coordinator:
         losses = [node.train_loss for node in nodes if node.train_loss is not None]
         facts = Evaluation(
             round=round_number,
-            tokens=self.state.tokens,
+            tokens=self.state.tokens - _taken(self.state.unfolded)[1],  # the replica may be behind the log
             heldout=None,
             train=sum(losses) / len(losses) if losses else None,
             ms=self.now_ms(),
@@ -585,6 +586,7 @@ class Coordinator:
                 "per_parameter_per_round": sent / rounds / contributions / manifest.parameters,
             },
             "events": [{"ms": int(at * 1000), "text": text} for at, text in reversed(state.events[-EVENTS_SHOWN:])],
+            "rollbacks": [view.rollback(each) for each in reversed(_rollbacks(state)[-ROLLBACKS_SHOWN:])],
             "sample": self._sample,
             "head": state.head.hash,
         }
