@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 import structlog
 
 from node import letters
 from node.core.rounds import group
+from node.decider import Decider
 from node.engine import AveragingJob, Engine
 from node.journal import Journal
 from node.link import Link
@@ -30,14 +33,16 @@ from protocol.types import (
     Part,
     PeerId,
     Roster,
-    SignedRollback,
     SignedRoster,
 )
 
 SEND_SECONDS = 10.0  # a small message that takes longer is lost; the round has its own deadline
-FETCH_SECONDS = 60.0
 LOG_PAGE = 16  # entries in one answer to a peer
 SENDER_SECONDS_MIN = 2.0  # without progress for less, a sender on a home line is only slow
+ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
+PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
+PART_BYTES_PER_SECOND_MIN = 16 << 10  # slower than any line that can take part in a round
+PARTS_AT_ONCE = 8  # half of the calls that a peer answers at once
 
 log = structlog.get_logger()
 
@@ -53,11 +58,9 @@ class Courier:
         codec: Codec,
         journal: Journal,
         blobs: BlobStore,
-        store_turn: asyncio.Lock,
         make_room: Callable[[], None],
         link: Link,
-        rosters: Callable[[], Mapping[Epoch, SignedRoster]],
-        rollbacks: Callable[[], tuple[SignedRollback, ...]],
+        decider: Decider,
     ) -> None:
         self.engine: Engine | None = None
         self._manifest = manifest
@@ -65,12 +68,13 @@ class Courier:
         self._codec = codec
         self._journal = journal
         self._blobs = blobs
-        self._store_turn = store_turn
         self._make_room = make_room
         self._link = link
-        self._rosters = rosters
-        self._rollbacks = rollbacks
+        self._decider = decider
         self._group = b""
+        self._store_turn = asyncio.Lock()  # one part at a time is put into the store
+        self._fetching = asyncio.Semaphore(PARTS_AT_ONCE)
+        self._on_their_way: WeakValueDictionary[Digest, asyncio.Lock] = WeakValueDictionary()
 
     # letters
 
@@ -110,7 +114,22 @@ class Courier:
         settled = last.certificate.ballot.epoch if last is not None else Epoch(0)
         named |= {epoch for epoch in known if epoch >= settled}  # a record proposed again may be of any of these
         rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
-        return LogReply(self._manifest.run, request.round, self._me, entries, rosters, self._rollbacks())
+        return LogReply(self._manifest.run, request.round, self._me, entries, rosters, self._decider.rounds.rollbacks)
+
+    async def tell_engine(self) -> None:
+        """Give the engine the members that it may answer and reach: those of every roster still in use."""
+        rosters = self._rosters()
+        if self.engine is None or not rosters:
+            return
+        peers: dict[PeerId, tuple[str, ...]] = {}
+        for epoch in sorted({max(rosters), self._decider.rounds.ballot.epoch} & rosters.keys()):
+            members = rosters[epoch].roster.members
+            peers |= {member.peer: member.addresses for member in members if member.node != self._me}
+        with suppress(Refused):
+            await self.engine.set_roster(peers)
+
+    def _rosters(self) -> Mapping[Epoch, SignedRoster]:
+        return self._decider.rounds.rosters if self._decider.begun else {}
 
     def _peer_of(self, node: NodeId) -> PeerId | None:
         known = self._rosters()
@@ -125,7 +144,9 @@ class Courier:
     async def average(
         self, begin: Begin, roster: Roster, payload: bytes, *, seconds: float
     ) -> tuple[Part | None, dict[int, Digest]]:
-        """The part reduced here, and the hashes of all parts that this node holds now; never raises a refusal."""
+        """The part reduced here, and the hashes of all parts that this node holds now; never raises a refusal.
+
+        Whatever the peers or the engine do, nothing is waited for past these seconds."""
         members = group(begin, roster)
         index = [node for node, _ in members].index(self._me)
         named = [member for node, _ in members if (member := roster.member(node)) is not None]
@@ -137,16 +158,20 @@ class Courier:
             peers=tuple(member.peer for member in named),
             weights=weights,
             spans=shares,
-            deadline_seconds=seconds,
+            deadline_seconds=seconds * ENGINE_SHARE,
             sender_seconds=max(SENDER_SECONDS_MIN, seconds / 3),
         )
         held: dict[int, Digest] = {}
         try:
             if self.engine is None:
                 raise Refused(Code.CHILD_DIED, "the engine is being restarted")
-            outcome = await self.engine.average(job, payload if weights[index] else b"")
+            async with asyncio.timeout(seconds):
+                outcome = await self.engine.average(job, payload if weights[index] else b"")
             for number, data in outcome.parts.items():
                 held[number] = await self._keep(data)
+        except TimeoutError:
+            log.warning("averaging failed", round=begin.round, why=f"the engine said nothing for {seconds:.0f} s")
+            return None, held
         except Refused as refused:
             log.warning("averaging failed", round=begin.round, why=refused.what)
             return None, held
@@ -163,26 +188,37 @@ class Courier:
             with suppress(Refused):
                 await self.engine.cancel(self._group)
 
-    async def fetch_part(self, part: Part, sources: tuple[NodeId, ...]) -> bool:
-        """By hash, from whoever has it: peers first, then the coordinator's archive."""
-        if self._blobs.has(part.digest):
-            return True
+    async def fetch_part(self, part: Part, sources: Sequence[NodeId]) -> bool:
+        """By hash, from whoever has it: its reducer, the other peers, the coordinator's archive. Ends in bounded time."""
         if part.size != self._codec.encoded_bytes(part.stop - part.start):
             return False
-        for node in sources:
-            peer = self._peer_of(node)
-            if peer is None or self.engine is None:
-                continue
-            with suppress(Refused):
-                data = await self.engine.fetch_part(peer, part.digest, part.size, timeout_seconds=FETCH_SECONDS)
-                if digest_of(data) == part.digest:
-                    await self._keep(data)
-                    return True
-        with suppress(Refused):
-            async with self._store_turn:
+        seconds = PART_SECONDS + part.size / PART_BYTES_PER_SECOND_MIN
+        turn = self._on_their_way.setdefault(part.digest, asyncio.Lock())
+        async with self._fetching, turn:  # of two orders for one part the second finds it here
+            return await self._fetch_from_peers(part, sources, seconds) or await self._fetch_archived(part, seconds)
+
+    async def _fetch_from_peers(self, part: Part, sources: Sequence[NodeId], seconds: float) -> bool:
+        others = [node for node in sources if node not in (part.reducer, self._me)]
+        random.shuffle(others)  # the next try meets others first
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for node in (part.reducer, *others):
+                    if self._blobs.has(part.digest):
+                        return True
+                    peer = self._peer_of(node)
+                    if peer is None or self.engine is None:
+                        continue
+                    with suppress(Refused):
+                        data = await self.engine.fetch_part(peer, part.digest, part.size, timeout_seconds=seconds)
+                        if digest_of(data) == part.digest:
+                            await self._keep(data)
+        return self._blobs.has(part.digest)
+
+    async def _fetch_archived(self, part: Part, seconds: float) -> bool:
+        with suppress(Refused, TimeoutError):
+            async with asyncio.timeout(seconds):
                 await self._link.fetch_blob(BlobRef(part.digest, part.size), self._blobs)
-            return True
-        return False
+        return self._blobs.has(part.digest)
 
     async def _keep(self, data: bytes) -> Digest:
         """Put a part where peers and the next start find it."""

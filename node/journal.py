@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol import canonical
-from protocol.blobs import atomic_write
+from protocol.blobs import atomic_write, full_disk_refused
 from protocol.messages import Accepted
 from protocol.types import (
     Ballot,
@@ -98,10 +98,11 @@ class Journal:
     def undo(self, signed: SignedRollback) -> None:
         """Put the entries aside that this rollback has undone: they are no part of the log any more, but can be seen."""
         aside = self.folder / "undone" / f"{signed.rollback.number:04d}"
-        aside.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in sorted((self.folder / "log").glob("*.json"), reverse=True):  # so that what is left has no gap
-            if int(path.stem) >= signed.rollback.to.round:
-                path.replace(aside / path.name)
+        with full_disk_refused(self.folder):
+            aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in sorted((self.folder / "log").glob("*.json"), reverse=True):  # so that what is left has no gap
+                if int(path.stem) >= signed.rollback.to.round:
+                    path.replace(aside / path.name)
 
     def base(self) -> BaseCheckpoint | None:
         """The checkpoint that the log is folded onto at the next start."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import random
 from asyncio import sleep
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -76,22 +77,35 @@ class Membership:
         self.life = max(self.life, opened.life)
         raise_life(self._folder, self.life)
         self._opened, self.online = opened, True
-        self._save(Standing.of(opened, self.leases))
+        with _unless_full("a start without the coordinator is not possible"):
+            self._save(Standing.of(opened, self.leases))
         return opened
 
-    def renew(self) -> int:
+    def renew(self) -> None:
         """A new life: a backup of this disk that is older than it will be noticed."""
-        self.life = begin_life(self._folder)
-        return self.life
+        with _unless_full("a backup of this disk may go unnoticed"):
+            self.life = begin_life(self._folder)
 
     def keep(self, leases: Iterable[Lease]) -> None:
-        """Remember which data is ours."""
+        """Remember which data is ours, for a start without the coordinator."""
         if self._standing is not None:
-            self._save(self._standing.with_leases(leases))
+            with _unless_full("a start without the coordinator may lack data"):
+                self._save(self._standing.with_leases(leases))
 
     def _save(self, standing: Standing) -> None:
         self._standing = standing
         standing.save(self._folder / STANDING)
+
+
+@contextmanager
+def _unless_full(what: str) -> Iterator[None]:
+    """For what a node can do without: a full disk is no reason to end it."""
+    try:
+        yield
+    except Refused as refused:
+        if refused.reason is not Code.DISK_CAP:
+            raise
+        log.warning("not saved", what=what, why=refused.what)
 
 
 def _software() -> str:

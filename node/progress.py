@@ -96,6 +96,7 @@ class Settle:
     """This record took it: take the record's parts out of u, and keep what compression left over."""
 
     entry: LogEntry
+    missed: int  # rounds since then
 
 
 Resumption = Drop | Offer | Carry | Settle
@@ -121,7 +122,7 @@ def resume(
     if follows not in (saved.hash, None):  # none: a new base checkpoint came without the records before it
         return Drop(f"round {saved.round} of this log follows another record")
     if progress.offered and entry is not None and holds(entry.record, contribution):
-        return Settle(entry)
+        return Settle(entry, head.round - saved.round - 1)
     if any(consumed.overlaps(span) for span in contribution.ranges):
         return Drop("a record has consumed some of its data")
     away = head.round - saved.round

@@ -42,13 +42,15 @@ class Replica:
         assert self._state is not None, "no checkpoint has been loaded"
         return self._state
 
-    def open_own(self, folder: Path) -> bool:
+    def open_own(self) -> bool:
         """Load the checkpoint that this node wrote itself, if there is a whole one, and fold its log onto it.
 
         Not if a rollback has undone it: the way back is then to an older one."""
-        base = self._journal.base()
-        path = folder / "base.safetensors"
-        if base is None or not path.exists():
+        try:
+            base = self._journal.base()
+        except Refused:
+            return False
+        if base is None or not (path := self._base_path(base.state)).exists():
             return False
         due = next_turn(base.round, base.branch, (signed.rollback for signed in self._journal.rollbacks()))
         if due is not None and due.to.round < base.round:
@@ -89,7 +91,12 @@ class Replica:
                 return
             if not all(self._blobs.has(part.digest) for part in entry.record.parts):
                 return
-            self.fold(entry)
+            try:
+                self.fold(entry)
+            except Refused as refused:
+                if refused.reason is not Code.BLOB_CORRUPT:
+                    raise
+                return  # it is caught up with as if it had never been here
 
     def turn(self, signed: SignedRollback) -> None:
         """Go on from this very head on another branch."""
@@ -105,7 +112,7 @@ class Replica:
 
         Whatever of the way is lost here, a part or an entry, is left to be caught up with."""
         self._journal.undo(signed)
-        return self.open_own(self._journal.folder)
+        return self.open_own()
 
     def fold(self, entry: LogEntry) -> Digest:
         """Make the entry durable, then apply it. A crash in between is mended by the next replay."""
@@ -113,20 +120,31 @@ class Replica:
         if record.state != self.digest:
             what = f"record {record.round} starts from state {record.state[:12]}, this replica is at {self.digest[:12]}"
             raise Refused(Code.STATE_MISMATCH, what)
-        parts = {part.index: self._blobs.read(part.digest) for part in record.parts}
+        parts = {part.index: self._read(part.digest) for part in record.parts}
         self._journal.append(entry)
         fold(self.state, record, parts, self._codec, self._outer)
         self.head, self.last = next_head(record), entry
         self.digest = self.state.digest()
         return self.digest
 
-    def save_base(self, folder: Path) -> None:
-        """Write our own checkpoint, and drop the log and parts that it makes needless."""
+    def _read(self, digest: Digest) -> bytes:
+        """A part; one that has rotted goes, so that it is fetched again."""
+        try:
+            return self._blobs.read(digest)
+        except Refused:
+            self._blobs.delete(digest)
+            raise
+
+    def save_base(self) -> None:
+        """Write our own checkpoint, and drop what it makes needless. Until the journal names it, the one before stands."""
         assert self.head is not None
-        path = folder / "base.safetensors"
-        state = write_base(path, self.state)
-        reference = BlobRef(Digest("0" * 64), path.stat().st_size)
-        self._journal.save_base(BaseCheckpoint(self.head.round, self.head.hash, state, reference, self.branch))
+        path = self._base_path(self.digest)
+        try:
+            state = write_base(path, self.state)
+            reference = BlobRef(Digest("0" * 64), path.stat().st_size)
+            self._journal.save_base(BaseCheckpoint(self.head.round, self.head.hash, state, reference, self.branch))
+        finally:
+            self._drop_bases_but(self._journal.base())
         oldest = self.head.round - ENTRIES_KEPT
         number = oldest - 1
         while (entry := self._journal.entry(number)) is not None:
@@ -134,3 +152,12 @@ class Replica:
                 self._blobs.delete(part.digest)
             number -= 1
         self._journal.forget_before(oldest)
+
+    def _base_path(self, state: Digest) -> Path:
+        return self._journal.folder / f"base-{state[:16]}.safetensors"
+
+    def _drop_bases_but(self, kept: BaseCheckpoint | None) -> None:
+        """All but the one that the journal names."""
+        for path in self._journal.folder.glob("base-*.safetensors"):
+            if kept is None or path != self._base_path(kept.state):
+                path.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ from protocol.v1 import barnraise_pb2
 
 EARLY_SECONDS: Final = 5.0  # how long a stream for a group that we do not know yet waits for our own Begin
 ADDRESS_SECONDS: Final = 900.0  # how long the DHT keeps where we are
+FETCH_SILENCE_SECONDS: Final = 10.0  # a peer from which nothing of a part comes for so long: another may have it
 PUBLISH_SECONDS: Final = 300.0  # a third of it
 ADDRESS_CHARACTERS_MAX: Final = 256
 
@@ -105,9 +106,13 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
     async def fetch(self, peer: PeerID, digest: str, size: int) -> bytes:
         await self._p2p.reach(peer)
         request = barnraise_pb2.PartRequest(digest=digest, size=size)
-        part = bytearray()
-        async with aclosing(await self.get_stub(self._p2p, peer, namespace=self._run).rpc_part(request)) as stream:
+        part, now = bytearray(), asyncio.get_running_loop().time
+        async with (
+            asyncio.timeout(FETCH_SILENCE_SECONDS) as silence,
+            aclosing(await self.get_stub(self._p2p, peer, namespace=self._run).rpc_part(request)) as stream,
+        ):
             async for chunk in stream:
+                silence.reschedule(now() + FETCH_SILENCE_SECONDS)
                 part += chunk.data
                 if len(part) > size:
                     raise Refused(Code.BLOB_CORRUPT, f"{peer} sent more than the {size} bytes of {digest}")

@@ -102,8 +102,11 @@ class Feed:
     def put_back(self, pieces: Sequence[Piece]) -> None:
         self._queue.extendleft(reversed(pieces))
 
-    def drop(self, gone: DataRange) -> None:
+    def drop(self, gone: DataRange) -> list[DataRange]:
+        """Forget what is queued of it; what that was."""
+        dropped = [common for each, _ in self._queue if (common := each.common(gone)) is not None]
         self._queue = deque(rest for piece in self._queue for rest in _without(piece, gone))
+        return dropped
 
     def drop_shard(self, shard: str) -> None:
         self._queue = deque(piece for piece in self._queue if piece[0].shard != shard)
@@ -409,8 +412,8 @@ class Loop:
                 self._feed.add((ranged(fields), Path(path)) for *fields, path in order["data"])
                 self._told_empty = False
             case "drop":
-                for each in order["ranges"]:
-                    self._feed.drop(ranged(each))
+                dropped = [gone for each in order["ranges"] for gone in self._feed.drop(ranged(each))]
+                reply["dropped"] = [plain(each) for each in dropped]
             case "goal":
                 self._goal = order["steps"]
                 self._report_goal()

@@ -231,9 +231,10 @@ class Trainer:
         await self._ask("merge")
         self._snapshot_pending = False
 
-    async def drop(self, ranges: Sequence[DataRange]) -> None:
-        """Forget what is queued of these ranges."""
-        await self._ask("drop", ranges=[plain(each) for each in ranges])
+    async def drop(self, ranges: Sequence[DataRange]) -> tuple[DataRange, ...]:
+        """Forget what is queued of these ranges; what that was. What has been trained on stays trained."""
+        answer = await self._ask("drop", ranges=[plain(each) for each in ranges])
+        return tuple(ranged(each) for each in answer["dropped"])
 
     async def stop(self) -> None:
         self._stopping = True

@@ -61,27 +61,39 @@ def check_leaves(leaves: bytes, digest: Digest, size: int) -> None:
         raise Refused(Code.BLOB_CORRUPT, f"leaf hashes that do not lead to blob {digest[:12]}")
 
 
-def atomic_write(path: Path, data: Data) -> None:
-    """Replace a file whole: a crash at any point leaves the old bytes or the new, never a mixture."""
-    with atomic_file(path) as file:
+def atomic_write(path: Path, data: Data, *, full_fix: str | None = None) -> None:
+    """Replace a file whole: a crash or a full disk leaves the old bytes or the new, never a mixture."""
+    with atomic_file(path, full_fix=full_fix) as file:
         file.write(data)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, full_fix: str | None = None) -> Iterator[BinaryIO]:
     """A new file that takes its place only when the block ends without an exception."""
-    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)  # 0600, O_EXCL
-    new = Path(name)
+    with full_disk_refused(path.parent, fix=full_fix):
+        handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)  # 0600, O_EXCL
+        new = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_refused(folder: Path, *, fix: str | None = None) -> Iterator[None]:
+    """A disk that is full is no fault of ours: a refusal, which says where."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise Refused(Code.DISK_CAP, f"no room to write to {folder}: {error.strerror}", fix=fix) from None
 
 
 class BlobStore:
@@ -165,7 +177,7 @@ class BlobStore:
             with self._reserved(len(view)):
                 path = self.path(digest)
                 path.parent.mkdir(mode=0o700, exist_ok=True)
-                atomic_write(path, view)
+                atomic_write(path, view, full_fix=self._full_fix)
         return BlobRef(digest, len(view))
 
     def put_file(self, source: Path) -> BlobRef:
@@ -243,13 +255,8 @@ class BlobStore:
     @contextmanager
     def _named(self) -> Iterator[None]:
         """A disk that is full all the same, for others write to it too, is a refusal."""
-        try:
+        with full_disk_refused(self.folder, fix=self._full_fix):
             yield
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            what = f"no room to write to {self.folder}: {error.strerror}"
-            raise Refused(Code.DISK_CAP, what, fix=self._full_fix) from None
 
     def _move_in(self, new: Path, digest: Digest) -> None:
         path = self.path(digest)
@@ -329,7 +336,8 @@ class Writer:
             self._path.unlink()
             self._store.bytes_used -= self.size
         else:
-            self._store._move_in(self._path, self.digest)
+            with self._store._named():
+                self._store._move_in(self._path, self.digest)
         return BlobRef(self.digest, self.size)
 
     def close(self) -> None:

@@ -344,7 +344,7 @@ def test_a_checkpoint_with_a_value_beyond_the_limit_is_refused(tmp_path, value, 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path, digest, _, _ = small_base(tmp_path)
     monkeypatch.setattr(blobs.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "ENOSPC")))
-    with pytest.raises(OSError):
+    with pytest.raises(Refused, match="no room to write"):
         write_base(path, State(4, np.zeros(N, np.float32), np.zeros(N, np.float32)))
     read_base(path, parameters=N, momentum=True, digest=digest)
     assert [each.name for each in tmp_path.iterdir()] == ["base"]

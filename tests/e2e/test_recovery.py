@@ -1,7 +1,10 @@
-"""A run that goes back; a coordinator that is away at a start: with real processes."""
+"""A run that goes back, a coordinator that is away at a start, a disk that is older than it says: with real processes."""
+
+import shutil
 
 import pytest
 
+from node.config import Home
 from tests.e2e.processes import TEXT, TINY, Node, Run, World, gone, until
 
 SETTINGS = {"rounds": {**TINY["rounds"], "inner_steps": [[1, 8]]}}
@@ -88,6 +91,24 @@ def test_a_node_starts_again_while_the_coordinator_is_away(run, nodes):
     run.start()
     until(lambda: birch.status()["linked"], "the coordinator is back")
     brings(run, birch, max(node.status()["round"] for node in nodes))
+
+
+def test_a_node_whose_disk_came_from_a_backup_begins_as_a_new_member_would(shared, run, nodes):
+    ash, birch, cedar = nodes
+    backup = shared.folder / "backup"
+    cedar.stop()
+    shutil.copytree(cedar.home, backup, symlinks=True, ignore=shutil.ignore_patterns("runtime"))
+    cedar.start()
+    cedar.rostered()
+    brings(run, cedar, cedar.status()["round"])
+    gone(cedar.kill())
+    shutil.rmtree(cedar.home)
+    shutil.copytree(backup, cedar.home, symlinks=True)
+    (cedar.home / "runtime").mkdir(mode=0o700, exist_ok=True)
+    cedar.start()
+    until(lambda: run.page("status") and "older disk" in str(run.page("status")["events"]), "the coordinator notices")
+    until(lambda: list(Home(cedar.home).journal.glob("*/silence.json")), "it promises to sign under newer rosters only")
+    brings(run, cedar, max(node.status()["round"] for node in (ash, birch)))
 
 
 def test_nothing_is_left_of_all_this(shared, run, nodes):

@@ -443,6 +443,18 @@ async def test_a_part_is_fetched_whole_or_refused(swarm):
                 await first.fetch_part(second.peer, name, size, timeout_seconds=5)
 
 
+async def test_a_frozen_peer_is_not_waited_for_as_long_as_a_slow_one(swarm):
+    async with engines_of(swarm, 2) as (first, second):
+        keep_blob(swarm.folder / "engine-1" / "blobs", digest := Digest("5e" * 32), bytes(1000))
+        await first.fetch_part(second.peer, digest, 1000, timeout_seconds=60)
+        psutil.Process(second.pid).suspend()
+        began = time.monotonic()
+        with pytest.raises(Refused):
+            await first.fetch_part(second.peer, digest, 1000, timeout_seconds=600)
+        assert time.monotonic() - began < 300
+        os.kill(second.pid, signal.SIGKILL)
+
+
 async def test_a_peer_that_moved_is_found_through_the_rendezvous(swarm):
     home = swarm.folder / "rendezvous"
     home.mkdir()

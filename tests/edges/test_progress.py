@@ -333,10 +333,9 @@ def test_what_no_round_has_heard_of_is_carried():
 
 def test_what_a_record_took_is_settled_with_it():
     taken = entry(7, MINE, OTHERS)
-    assert outcome(OFFERED, taken) == Settle(taken)
-    assert outcome(OFFERED, taken, entry(8, brought(span(300, 301), node=PEER), previous=Digest("2" * 64))) == Settle(
-        taken
-    ), "however long ago"
+    assert outcome(OFFERED, taken) == Settle(taken, 0)
+    following = entry(8, brought(span(300, 301), node=PEER), previous=Digest("2" * 64))
+    assert outcome(OFFERED, taken, following) == Settle(taken, 1), "however long ago; and it has missed what followed"
 
 
 def test_what_a_round_left_out_is_carried_and_has_missed_it():

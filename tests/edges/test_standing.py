@@ -3,13 +3,17 @@
 import os
 import stat
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from node.link import Door, Opened
+from node.membership import STANDING as STANDING_FILE
+from node.membership import Membership
 from node.standing import LIFE, Standing, begin_life, raise_life
 from protocol import identity
 from protocol.blobs import digest_of
+from protocol.errors import Refused
 from protocol.identity import Key, peer_id_of
 from protocol.log import genesis_head
 from protocol.types import (
@@ -174,7 +178,7 @@ def test_a_life_that_could_not_be_saved_is_not_begun(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Refused, match="No space"):
         begin_life(tmp_path)
     monkeypatch.undo()
     assert begin_life(tmp_path) == 2
@@ -192,3 +196,27 @@ def test_the_next_life_is_above_the_highest_that_the_coordinator_knows(tmp_path)
 def test_a_rotten_count_begins_again(tmp_path, rotten):
     (tmp_path / LIFE).write_bytes(rotten)
     assert begin_life(tmp_path) == 1
+
+
+# a full disk
+
+
+def test_what_a_node_can_do_without_does_not_end_it_when_the_disk_is_full(tmp_path, monkeypatch):
+    """Its promises and records are another matter: see Journal."""
+    begin_life(tmp_path)
+    invite = SimpleNamespace(run=RUN)
+    membership = Membership(NODE.public, SimpleNamespace(door=DOOR, peer=PEER), invite, "heron", tmp_path)
+    membership._save(STANDING)
+    life = membership.life
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    membership.renew()
+    membership.keep(())
+    monkeypatch.undo()
+    assert membership.life == life
+    assert load(tmp_path / STANDING_FILE) == STANDING
+    membership.keep(())
+    assert load(tmp_path / STANDING_FILE).leases == ()

@@ -1,0 +1,181 @@
+"""The courier with an engine made of a few lines: nothing is waited for past the stated time."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from node import courier as courier_module
+from node.core.rounds import Rounds
+from node.courier import Courier
+from node.decider import Decider
+from node.engine import AveragingOutcome
+from protocol.blobs import BlobStore, digest_of
+from protocol.codec import codec
+from protocol.errors import Code, Refused
+from protocol.limits import CHUNK_VALUES
+from protocol.messages import Begin, Ready, SignedReady
+from protocol.state import Consumed
+from protocol.types import Ballot, Contribution, Digest, Head, Member, NodeId, Part, PeerId, Roster, SignedRoster
+
+ME, *OTHERS = (NodeId(name) for name in ("me", "ash", "birch", "cedar"))
+HEAD = Head(0, Digest("00" * 32))
+VALUES = 4 * CHUNK_VALUES
+MEMBERS = tuple(Member(node, PeerId(f"peer of {node}"), (), 10**6) for node in (ME, *OTHERS))
+ROSTER = Roster("run", 0, MEMBERS, 0)
+LONG_SECONDS = 600.0  # if a test waited for it, the suite would be stopped
+
+
+class Engine:
+    """Peers that keep blobs, and peers that are stopped."""
+
+    def __init__(self):
+        self.blobs = {}
+        self.stopped = set()
+        self.asked = []
+        self.under_way = self.most_at_once = 0
+        self.together = asyncio.Event()
+        self.together.set()
+
+    async def average(self, job, payload):
+        self.job = job
+        await asyncio.sleep(LONG_SECONDS)
+
+    async def fetch_part(self, peer, digest, size, *, timeout_seconds):
+        self.asked.append(peer)
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
+        try:
+            await self.together.wait()
+            if peer in self.stopped:
+                await asyncio.sleep(LONG_SECONDS)
+            if (peer, digest) not in self.blobs:
+                raise Refused(Code.UNREACHABLE, "sent nothing")
+            return self.blobs[peer, digest]
+        finally:
+            self.under_way -= 1
+
+
+class Stand:
+    def __init__(self, folder, archive=None):
+        decider = Decider(None, lambda effect: None)
+        rosters = {0: SignedRoster(ROSTER, "s")}
+        decider.begin(Rounds(head=HEAD, digest=Digest("11" * 32), consumed=Consumed(), rosters=rosters))
+        self.blobs = BlobStore(folder)
+        self.engine = Engine()
+        self.courier = Courier(
+            SimpleNamespace(parameters=VALUES, run="run"),
+            ME,
+            codec=codec("int4"),
+            journal=None,
+            blobs=self.blobs,
+            make_room=lambda: None,
+            link=SimpleNamespace(fetch_blob=archive or self._nothing),
+            decider=decider,
+        )
+        self.courier.engine = self.engine
+
+    async def _nothing(self, ref, store):
+        raise Refused(Code.UNREACHABLE, "the coordinator is away")
+
+    def part(self, index, *, of=OTHERS[0], at=()):
+        data = bytes([index]) * codec("int4").encoded_bytes(CHUNK_VALUES)
+        for node in at:
+            self.engine.blobs[PeerId(f"peer of {node}"), digest_of(data)] = data
+        start = index * CHUNK_VALUES
+        return Part(index, start, start + CHUNK_VALUES, digest_of(data), len(data), of, (ME,))
+
+
+@pytest.fixture
+def stand(tmp_path):
+    return Stand(tmp_path / "blobs")
+
+
+def begin():
+    ready = Ready("run", 0, HEAD.hash, Ballot(0, 0), ME, Contribution(ME, 16, ()), None)
+    others = (
+        SignedReady(Ready("run", 0, HEAD.hash, Ballot(0, 0), n, Contribution(n, 16, ()), None), "") for n in OTHERS
+    )
+    return Begin("run", 0, Ballot(0, 0), OTHERS[0], (SignedReady(ready, ""), *others))
+
+
+# averaging
+
+
+async def test_an_averaging_ends_in_its_time_even_if_the_engine_is_stopped(stand):
+    began = time.monotonic()
+    assert await stand.courier.average(begin(), ROSTER, b"", seconds=0.3) == (None, {})
+    assert time.monotonic() - began < 30
+    assert stand.engine.job.deadline_seconds < 0.3, "so that what is complete by then still comes"
+
+
+async def test_what_an_averaging_completed_is_kept(stand):
+    async def average(job, payload):
+        start, stop = job.spans[1]
+        return AveragingOutcome({1: bytes(codec("int4").encoded_bytes(stop - start))}, (), {0: "x"}, 0.1, 0, 0)
+
+    stand.engine.average = average
+    part, held = await stand.courier.average(begin(), ROSTER, b"", seconds=5.0)
+    assert part is None and set(held) == {1} and stand.blobs.has(held[1])
+
+
+# parts
+
+
+async def test_a_part_comes_from_its_reducer_or_whoever_else_has_it(stand):
+    for index, at in enumerate([OTHERS, OTHERS[1:], OTHERS[2:]]):
+        part = stand.part(index, at=at)
+        assert await stand.courier.fetch_part(part, OTHERS) and stand.blobs.has(part.digest)
+    assert stand.engine.asked[0] == "peer of ash"
+
+
+async def test_parts_are_fetched_side_by_side(stand):
+    parts = [stand.part(index, of=OTHERS[index % 3], at=OTHERS) for index in range(4)]
+    stand.engine.together.clear()
+    tasks = [asyncio.create_task(stand.courier.fetch_part(part, OTHERS)) for part in parts]
+    while stand.engine.under_way < len(parts):
+        await asyncio.sleep(0)
+    stand.engine.together.set()
+    assert await asyncio.gather(*tasks) == [True] * 4
+
+
+async def test_peers_are_not_asked_for_more_at_once_than_they_answer(stand, monkeypatch):
+    parts = [stand.part(index, at=OTHERS) for index in range(30)]
+    await asyncio.gather(*(stand.courier.fetch_part(part, OTHERS) for part in parts))
+    assert stand.engine.most_at_once <= courier_module.PARTS_AT_ONCE
+
+
+async def test_peers_and_a_coordinator_that_are_stopped_cost_a_part_no_more_than_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(courier_module, "PART_SECONDS", 0.1)
+    monkeypatch.setattr(courier_module, "PART_BYTES_PER_SECOND_MIN", 1 << 30)
+
+    async def stopped(ref, store):
+        await asyncio.sleep(LONG_SECONDS)
+
+    stand = Stand(tmp_path / "blobs", archive=stopped)
+    stand.engine.stopped = {member.peer for member in MEMBERS}
+    began = time.monotonic()
+    assert not await stand.courier.fetch_part(stand.part(0, at=OTHERS), OTHERS)
+    assert time.monotonic() - began < 30
+
+
+async def test_two_orders_for_one_part_fetch_it_once(stand):
+    part = stand.part(0, at=OTHERS[:1])
+    assert await asyncio.gather(*(stand.courier.fetch_part(part, OTHERS) for _ in range(3))) == [True] * 3
+    assert stand.engine.asked == ["peer of ash"]
+
+
+async def test_the_archive_is_asked_when_no_peer_has_it(tmp_path):
+    async def archive(ref, store):
+        store.put_bytes(bytes(ref.size))
+
+    stand = Stand(tmp_path / "blobs", archive=archive)
+    assert await stand.courier.fetch_part(stand.part(0), OTHERS)
+
+
+async def test_bytes_of_another_hash_are_not_kept(stand):
+    part = stand.part(1, at=OTHERS)
+    stand.engine.blobs = dict.fromkeys(stand.engine.blobs, bytes(part.size))
+    assert not await stand.courier.fetch_part(part, OTHERS)
+    assert not stand.blobs.digests()

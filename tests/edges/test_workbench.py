@@ -1,0 +1,403 @@
+"""The workbench with real vectors, files and folds, and a trainer made of a few lines: in which order things happen."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from node.config import Home, Settings
+from node.core import rounds
+from node.core.rounds import Phase, Rounds
+from node.decider import Decider
+from node.journal import Journal
+from node.progress import Progress, ProgressFile
+from node.training import Snapshot, Started
+from node.workbench import Workbench
+from protocol import blobs
+from protocol.blobs import BlobStore, digest_of
+from protocol.codec import codec
+from protocol.errors import Code, Refused
+from protocol.limits import CHUNK_VALUES
+from protocol.log import record_hash
+from protocol.runspec import RunSpec
+from protocol.state import initial_state, write_base
+from protocol.types import (
+    Ballot,
+    BaseCheckpoint,
+    BlobRef,
+    Certificate,
+    Contribution,
+    DataRange,
+    Digest,
+    Head,
+    LogEntry,
+    Manifest,
+    NodeId,
+    Part,
+    Record,
+)
+
+ME, PEER = NodeId("me"), NodeId("peer")
+SHARD = Digest("ab" * 32)
+SIZE = CHUNK_VALUES + 7
+CONTEXT = 16
+GENESIS = Head(0, Digest("00" * 32))
+START = np.linspace(-1, 1, SIZE, dtype=np.float32)
+STEP = np.float32(0.25)  # what the trainer below takes off each parameter
+
+
+def span(start, stop):
+    return DataRange(0, SHARD, start, stop)
+
+
+def brings(*spans, node=ME):
+    return Contribution(node, sum(each.stop - each.start for each in spans) * CONTEXT, spans)
+
+
+class Trainer:
+    """It has trained on what it is said to have trained on."""
+
+    started = Started("cpu", "fp32", 1, 1, 0.0)
+
+    def __init__(self, vectors, ranges=()):
+        self.vectors = vectors
+        self.ranges = tuple(ranges)
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.dead = False
+
+    async def peek(self):
+        await self.may_answer.wait()
+        if self.dead:
+            raise Refused(Code.CHILD_DIED, "the trainer has ended")
+        self.vectors.snapshot[:] = self.vectors.shared - (STEP if self.ranges else 0)
+        return Snapshot(len(self.ranges), 0, self.ranges, None)
+
+    async def snapshot(self):
+        answer = await self.peek()
+        self.ranges = ()
+        return answer
+
+    async def merge(self, *, from_snapshot):
+        self.merged = from_snapshot
+
+    async def stop(self):
+        self.dead = True
+
+
+def rules():
+    return rounds.Rules(
+        me=ME,
+        run="run",
+        parameters=SIZE,
+        context=CONTEXT,
+        inner_steps=lambda _: 10,
+        round_seconds_max=100.0,
+        gather_seconds=1.0,
+        attempt_seconds_min=5.0,
+        attempt_seconds_max=20.0,
+        stale_rounds=8,
+        sign=lambda body: "s",
+        vote_is_valid=lambda *_: True,
+        entry_is_certified=lambda *_: True,
+    )
+
+
+class Stand:
+    """A workbench, where its rounds machine is, and what that wanted done."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        home = Home(folder)
+        home.runtime.mkdir(parents=True, exist_ok=True)
+        self.spec = RunSpec.model_validate({"run": {"name": "test"}})
+        self.blobs = BlobStore(home.blobs)
+        self.journal = Journal(home.journal / "test")
+        self.effects = []
+        self.decider = Decider(rules(), self.effects.append)
+        manifest = Manifest("run", "test", "{}", "{}", None, 256, SIZE, Digest("22" * 32), Digest(""), CONTEXT, 2)
+        self.bench = Workbench(
+            manifest,
+            self.spec,
+            ME,
+            settings=Settings(folder),
+            journal=self.journal,
+            blobs=self.blobs,
+            decider=self.decider,
+            log_file=lambda name: None,
+            on_event=lambda event: None,
+        )
+
+    async def begin(self, **state):
+        """From the journal's checkpoint, or from the first state."""
+        if not await self.bench.open_own():
+            path = self.folder / "genesis"
+            digest = write_base(path, initial_state(START.copy(), momentum=False))
+            await self.bench.load(BaseCheckpoint(0, GENESIS.hash, digest, BlobRef(Digest(""), 0)), path)
+        replica = self.bench.replica
+        fields = {"head": replica.head, "digest": replica.digest, "consumed": replica.state.consumed}
+        self.decider.begin(Rounds(**fields | state))
+        return self
+
+    @property
+    def rounds(self):
+        return self.decider.rounds
+
+    @property
+    def u(self):
+        return self.bench._gradient.residual
+
+    def progress(self):
+        """As a start would find it."""
+        path = self.journal.folder / "progress"
+        return ProgressFile(path, SIZE, room=lambda size: True, now=0.0).load()
+
+    def save_soon(self):
+        self.bench._progress._pace = replace(self.bench._progress._pace, paid_until=0.0)
+
+    def with_trainer(self, *ranges):
+        self.bench.trainer = Trainer(self.bench._vectors, ranges)
+        return self.bench.trainer
+
+    def record(self, *contributions, update=0.5):
+        """A certified record that follows the head."""
+        data = codec("int4").encode(np.full(SIZE, update, np.float32))
+        self.blobs.put_bytes(data)
+        included = tuple(each.node for each in contributions)
+        part = Part(0, 0, SIZE, digest_of(data), len(data), PEER, included)
+        head = self.rounds.head
+        record = Record("run", head.round, head.hash, 0, PEER, contributions, (part,), self.rounds.digest)
+        return LogEntry(record, Certificate(record_hash(record), Ballot(0, 0), ()))
+
+    async def fold(self, *contributions, **state):
+        entry = self.record(*contributions)
+        self.decider.begin(replace(self.rounds, committed=entry, phase=Phase.FOLDING, **state))
+        return await self.bench.fold(entry)
+
+
+@pytest.fixture
+async def stand(tmp_path):
+    stand = await Stand(tmp_path).begin()
+    yield stand
+    stand.bench.close()
+
+
+async def again(stand):
+    """The same folder after a kill."""
+    return await Stand(stand.folder).begin()
+
+
+# snapshots and folds
+
+
+async def test_a_fold_that_waits_for_a_snapshot_finds_it_in_the_round_that_it_was_made_for(stand):
+    trainer = stand.with_trainer(span(0, 4))
+    trainer.may_answer.clear()
+    others = brings(span(8, 9), node=PEER)
+    entry = stand.record(others)
+    stand.decider.begin(replace(stand.rounds, snapshot_asked=True, committed=entry, phase=Phase.FOLDING))
+    stand.save_soon()
+    snapshot = asyncio.create_task(stand.bench.take_snapshot())
+    await asyncio.sleep(0)
+    fold = asyncio.create_task(stand.bench.fold(entry))
+    await asyncio.sleep(0)
+    trainer.may_answer.set()
+    await asyncio.gather(snapshot, fold)
+    assert stand.rounds.head.round == 1
+    assert stand.rounds.carried == brings(span(0, 4)), "it was held when the round ended without it"
+    assert stand.rounds.missed == 1
+    found, _ = stand.progress()
+    assert found == Progress(GENESIS, 0, 0, brings(span(0, 4)), offered=True)
+
+
+async def test_the_file_is_gone_before_a_round_hears_more_than_it_says(stand):
+    stand.with_trainer(span(0, 4))
+    stand.bench._progress.save(Progress(GENESIS, 0, 0, brings(span(0, 2)), offered=False), stand.u)
+    stand.decider.begin(replace(stand.rounds, snapshot_asked=True))
+    seen = []
+    step = stand.decider.step
+    stand.decider.step = lambda event: (seen.append(stand.progress()), step(event))
+    await stand.bench.take_snapshot()
+    assert seen == [None]
+    assert stand.rounds.contribution == brings(span(0, 4))
+
+
+async def test_a_snapshot_that_a_rollback_made_needless_is_not_taken(stand):
+    trainer = stand.with_trainer(span(0, 4))
+    await stand.bench.take_snapshot()
+    assert trainer.ranges == (span(0, 4),) and stand.rounds.contribution is None
+
+
+# a start
+
+
+async def test_what_was_saved_is_judged_by_the_log_as_far_as_it_has_been_followed(stand):
+    mine = brings(span(0, 4))
+    u = np.full(SIZE, 0.3, np.float32)
+    stand.bench._progress.save(Progress(GENESIS, 0, 0, mine, offered=True), u)
+    node = await again(stand)
+    await node.fold(mine)  # the round had ended without us, but with our work
+    await node.bench.take_up_saved()
+    assert node.rounds.contribution is None and node.rounds.carried is None
+    left = u - codec("int4").decode(codec("int4").encode(u), SIZE)
+    assert np.array_equal(node.u, left)
+
+
+async def test_work_that_an_open_round_was_offered_is_brought_to_it_again_in_the_same_bytes(stand):
+    stand.with_trainer(span(0, 4))
+    stand.decider.begin(replace(stand.rounds, snapshot_asked=True))
+    stand.save_soon()
+    await stand.bench.take_snapshot()
+    node = await again(stand)
+    await node.bench.take_up_saved()
+    assert node.rounds.contribution == brings(span(0, 4)) and node.rounds.carried is None
+    assert node.bench.payload == stand.bench.payload != b""
+
+
+async def test_work_that_rounds_went_by_without_weighs_what_it_would_if_the_node_had_stayed(stand):
+    mine = brings(span(0, 4))
+    stand.bench._progress.save(Progress(GENESIS, 0, 0, mine, offered=True), np.full(SIZE, 1, np.float32))
+    node = await again(stand)
+    for number in range(3):
+        await node.fold(brings(span(10 + number, 11 + number), node=PEER))
+    await node.bench.take_up_saved()
+    assert node.rounds.carried == mine and node.rounds.missed == 3
+    assert np.all(node.u == 0.25)
+    assert node.progress() is not None, "until a round hears of it"
+
+
+async def test_what_compression_left_over_ages_with_the_rounds_that_followed(stand):
+    mine = brings(span(0, 4))
+    u = np.full(SIZE, 0.3, np.float32)
+    stand.bench._progress.save(Progress(GENESIS, 0, 0, mine, offered=True), u)
+    node = await again(stand)
+    await node.fold(mine)
+    for number in range(2):
+        await node.fold(brings(span(10 + number, 11 + number), node=PEER))
+    await node.bench.take_up_saved()
+    left = u - codec("int4").decode(codec("int4").encode(u), SIZE)
+    assert np.array_equal(node.u, left * np.float32(0.5)) and node.rounds.missed == 2
+
+
+# a trainer that died
+
+
+async def saved(stand, *ranges, **state):
+    """A file between two rounds, as `keep_progress` writes it."""
+    stand.decider.begin(replace(stand.rounds, **state))
+    await stand.bench._save_progress(stand.with_trainer(*ranges))
+
+
+async def test_of_a_trainer_that_died_what_was_saved_is_taken_up(stand):
+    await saved(stand, span(0, 4), steps=3)
+    await stand.bench.lost_trainer()
+    assert stand.bench.trainer is None
+    assert stand.rounds.carried == brings(span(0, 4)) and stand.rounds.contribution is None
+    assert np.allclose(stand.u, STEP)
+    await stand.bench.lost_trainer()
+    assert stand.rounds.carried == brings(span(0, 4)) and np.allclose(stand.u, STEP), "and only once"
+
+
+async def test_a_round_that_asks_while_the_trainer_is_dead_gets_what_was_saved(stand):
+    await saved(stand, span(0, 4), snapshot_asked=True)
+    stand.bench.trainer.dead = True
+    await stand.bench.take_snapshot()
+    assert stand.rounds.contribution == brings(span(0, 4))
+    assert stand.bench.payload == codec("int4").encode(stand.u)
+    assert np.allclose(stand.u, STEP)
+
+
+async def test_what_a_round_was_offered_is_not_taken_up_a_second_time(stand):
+    stand.with_trainer(span(0, 4))
+    stand.decider.begin(replace(stand.rounds, snapshot_asked=True))
+    stand.save_soon()
+    await stand.bench.take_snapshot()
+    before = stand.u.copy()
+    await stand.bench.lost_trainer()
+    assert stand.rounds.contribution == brings(span(0, 4)) and stand.rounds.carried is None
+    assert np.array_equal(stand.u, before)
+    await stand.fold(brings(span(8, 9), node=PEER))
+    stand.with_trainer()
+    await stand.bench.lost_trainer()
+    assert stand.rounds.carried == brings(span(0, 4)) and np.array_equal(stand.u, before)
+
+
+async def test_work_that_diverged_is_not_taken_up(stand):
+    await saved(stand, span(0, 4))
+    assert await stand.bench.discard_trainer()
+    assert stand.progress() is None and stand.rounds.carried is None and not stand.u.any()
+
+
+async def test_a_dead_trainer_leaves_the_work_that_was_held_back_before(stand):
+    stand.u[:] = 1
+    await saved(stand, span(0, 4), carried=brings(span(20, 22)), missed=2)
+    await stand.bench.lost_trainer()
+    assert stand.rounds.carried == brings(span(20, 22), span(0, 4)) and stand.rounds.missed == 2
+    assert np.allclose(stand.u, 1 + STEP)
+
+
+async def test_fresh_work_has_missed_no_round(stand):
+    await saved(stand, span(0, 4), missed=5)
+    assert stand.progress()[0].missed == 0
+
+
+# a full disk
+
+
+def fill(monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(blobs.os, "fsync", full)
+
+
+async def test_a_disk_full_while_the_model_is_saved_leaves_the_one_before_and_says_so(stand, monkeypatch):
+    await stand.bench.save_base()
+    await stand.fold(brings(span(0, 1), node=PEER))
+    fill(monkeypatch)
+    with pytest.raises(Refused, match="no room to write") as refused:
+        await stand.bench.save_base()
+    assert refused.value.reason is Code.DISK_CAP
+    monkeypatch.undo()
+    node = await again(stand)
+    assert node.rounds.head == stand.rounds.head and node.rounds.digest == stand.rounds.digest
+    assert len(list(stand.journal.folder.glob("base-*"))) == 1
+
+
+async def test_a_checkpoint_that_the_journal_does_not_name_yet_does_not_hide_the_one_before(stand, monkeypatch):
+    await stand.bench.save_base()
+    await stand.fold(brings(span(0, 1), node=PEER))
+
+    def killed(base):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stand.journal, "save_base", killed)
+    monkeypatch.setattr(stand.bench.replica, "_drop_bases_but", lambda kept: None)
+    with pytest.raises(KeyboardInterrupt):
+        await stand.bench.save_base()
+    node = Stand(stand.folder)
+    assert await node.bench.open_own()
+    assert node.bench.replica.head == stand.rounds.head
+
+
+async def test_a_disk_full_while_a_record_is_made_durable_applies_nothing_of_it(stand, monkeypatch):
+    before = stand.bench._vectors.shared.copy()
+    entry = stand.record(brings(span(0, 1), node=PEER))
+    stand.decider.begin(replace(stand.rounds, committed=entry, phase=Phase.FOLDING))
+    fill(monkeypatch)
+    with pytest.raises(Refused, match="no room to write"):
+        await stand.bench.fold(entry)
+    assert np.array_equal(stand.bench._vectors.shared, before)
+    assert stand.journal.entry(0) is None and stand.rounds.head == GENESIS
+
+
+async def test_a_part_that_rotted_is_fetched_again_by_the_next_start(stand):
+    entry = stand.record(brings(span(0, 1), node=PEER))
+    await stand.bench.save_base()
+    stand.decider.begin(replace(stand.rounds, committed=entry, phase=Phase.FOLDING))
+    await stand.bench.fold(entry)
+    (part,) = entry.record.parts
+    stand.blobs.path(part.digest).write_bytes(bytes(part.size))
+    node = await again(stand)
+    assert node.rounds.head == GENESIS and not node.blobs.has(part.digest)
