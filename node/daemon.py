@@ -267,15 +267,16 @@ class Daemon:
         if isinstance(event, session.PartDied):
             log.warning("a child process ended", part=event.part.value, why=event.why)
         before = session.activity(self._session)
-        took_part = self._session.takes_part
+        before_rounds = self._session.votes, self._session.trains
         self._session, effects = session.step(self._session, event, time.monotonic())
         if session.activity(self._session) is not before:
             log.info(session.activity(self._session).value, why=session.reason(self._session, time.monotonic()))
             self._changed.set()
         for effect in effects:
             await self._carry_out_session(effect)
-        if self._session.takes_part != took_part:
-            self._post(rounds.ActivityChanged(self._session.takes_part))
+        rounds_now = self._session.votes, self._session.trains
+        if rounds_now != before_rounds:
+            self._post(rounds.ActivityChanged(*rounds_now))
 
     async def _carry_out_session(self, effect: session.Effect) -> None:
         match effect:
@@ -342,7 +343,7 @@ class Daemon:
         await stopper.polite.wait()
         self._post(session.FinishAsked())
         self._post(rounds.Finishing())
-        pending = self._rounds is not None and self._rounds.pending and self._session.takes_part
+        pending = self._rounds is not None and self._rounds.pending and self._session.votes
         with suppress(TimeoutError):
             await asyncio.wait_for(stopper.now.wait(), POLITE_SECONDS if pending else 0.1)
         self._end(Exit.INTERRUPTED, "stopped by you")

@@ -12,8 +12,8 @@ from node.core import session
 from protocol.types import NodeId
 
 if TYPE_CHECKING:
-    from tests.weather.node import SimNode
-    from tests.weather.world import World
+    from tests.sim.node import SimNode
+    from tests.sim.world import World
 
 CLOCK_JUMP_SECONDS = 3600.0  # of the coordinator's wall clock, at a restart
 RESEARCHER_SECONDS = 20.0  # between two looks at the page
