@@ -590,22 +590,10 @@ def unused(ranges: tuple[DataRange, ...], consumed: Consumed) -> tuple[DataRange
     """What these ranges hold beyond what is consumed, and beyond those before them."""
     free: list[DataRange] = []
     for data in ranges:
-        rests = _rests(data, consumed) if consumed.overlaps(data) else [data]
+        rests = consumed.rests(data)
         free += rests
         consumed = consumed.with_ranges(rests)
     return tuple(free)
-
-
-def _rests(data: DataRange, consumed: Consumed) -> list[DataRange]:
-    rests, start = [], data.start
-    bounds = consumed.bounds.get((data.pass_number, data.shard), ())
-    for low, high in zip(bounds[::2], bounds[1::2], strict=True):
-        if high <= start or low >= data.stop:
-            continue
-        if start < low:
-            rests.append(replace(data, start=start, stop=low))
-        start = high
-    return [*rests, replace(data, start=start)] if start < data.stop else rests
 
 
 def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: Rules) -> Outcome:

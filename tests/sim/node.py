@@ -423,6 +423,10 @@ class SimNode(Process):
 
     # the machines
 
+    def asked(self, event: session.Event) -> None:
+        """By the volunteer."""
+        self.take(lambda: self.session_event(event))
+
     def session_event(self, event: session.Event) -> None:
         if not self.alive:
             return

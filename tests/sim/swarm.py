@@ -33,10 +33,20 @@ class Report:
     round_seconds: float  # a mean
 
 
-def simulate(seed: int, *, rounds: int = 50, under: Weather | None = None, swarm: Swarm | None = None) -> World:
-    """A swarm under faults until so many rounds are certified, then calm; checks that it then goes on."""
+def simulate(
+    seed: int,
+    *,
+    rounds: int = 50,
+    under: Weather | None = None,
+    swarm: Swarm | None = None,
+    crash_at: int | None = None,
+) -> World:
+    """A swarm under faults until so many rounds are certified, then calm; checks that it then goes on.
+
+    `crash_at` names one effect, counted over all processes, before which its process ends."""
     with swiftly():
         world = World(seed, under=under, swarm=swarm)
+        world.crash_at = crash_at
         play(world, rounds)
     return world
 
