@@ -6,21 +6,10 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from statistics import fmean
 
 from tests.sim.invariants import InvariantBroken
-from tests.sim.swarm import Report, report, simulate
-
-PROGRESS_SECONDS = 30.0
-
-
-def run(seed: int) -> Report | str:
-    try:
-        return report(simulate(seed))
-    except InvariantBroken as broken:
-        return str(broken)
+from tests.sim.swarm import simulate
+from tests.sim.sweep import summed_up, sweep
 
 
 def replay(seed: int) -> int:
@@ -34,40 +23,6 @@ def replay(seed: int) -> int:
     return 0
 
 
-def many(first: int, seeds: int, jobs: int) -> tuple[list[Report], list[str]]:
-    """Reports of those that held, and what broke in the others; says so as it goes."""
-    told = time.monotonic()
-    reports: list[Report] = []
-    failures: list[str] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,)) as pool:
-        for outcome in pool.map(run, range(first, first + seeds), chunksize=4):
-            if isinstance(outcome, str):
-                failures.append(outcome)
-                print(outcome, flush=True)
-            else:
-                reports.append(outcome)
-            if time.monotonic() - told >= PROGRESS_SECONDS:
-                told = time.monotonic()
-                print(f"{len(reports)} seeds hold, {len(failures)} do not", flush=True)
-    return reports, failures
-
-
-def sweep(first: int, seeds: int, jobs: int) -> int:
-    started = time.monotonic()
-    reports, failures = many(first, seeds, jobs)
-    took = time.monotonic() - started
-    rounds = sum(each.rounds for each in reports)
-    print(f"{seeds} seeds, {rounds} rounds, {len(failures)} failures, {seeds / took:.1f} seeds/s")
-    if reports:
-        print(f"attempts per round: {sum(each.attempts for each in reports) / rounds:.2f}")
-        for what, waits in (
-            ("the next certified round", [each.to_certify for each in reports]),
-            ("everybody there", [each.to_settle for each in reports]),
-        ):
-            print(f"from the end of the faults to {what}: {fmean(waits):.2f} round times, at most {max(waits):.2f}")
-    return 1 if failures else 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, help="replay this seed and print what happened")
@@ -77,7 +32,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seed is not None:
         return replay(arguments.seed)
-    return sweep(arguments.first, arguments.seeds, arguments.jobs)
+    started = time.monotonic()
+    reports, failures = sweep(arguments.first, arguments.seeds, arguments.jobs)
+    print(summed_up(reports, failures, time.monotonic() - started))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

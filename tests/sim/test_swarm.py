@@ -11,11 +11,11 @@ from coordinator.core import leases, machine, rosters
 from node.core import rounds
 from protocol.types import Roster
 from tests.sim import swarm
-from tests.sim.__main__ import many
 from tests.sim.faults import CALM, Weather
 from tests.sim.invariants import InvariantBroken
 from tests.sim.node import Swarm
 from tests.sim.swarm import simulate
+from tests.sim.sweep import sweep
 
 SEEDS = 500  # of at least 50 rounds each; thousands more by `make sim`
 BATCHES = 10
@@ -47,7 +47,7 @@ def rough(seed, under=ROUGH):
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_every_invariant_holds_in_swarm_after_swarm(batch):
     seeds = SEEDS // BATCHES
-    _, failures = many(batch * seeds, seeds, os.cpu_count() or 1)
+    _, failures = sweep(batch * seeds, seeds, os.cpu_count() or 1)
     assert not failures
 
 
