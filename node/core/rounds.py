@@ -1194,17 +1194,20 @@ def _rewound(state: Rounds, event: Rewound, now: float) -> Rounds:
 
 
 def _learn_rosters(state: Rounds, arrived: tuple[SignedRoster, ...], rules: Rules) -> Rounds:
+    """Keep the newest, and those that records in hand name: who catches up may be many rosters behind."""
     known = {**state.rosters, **{s.roster.epoch: s for s in arrived if s.roster.run == rules.run}}
-    keep = sorted(known)[-ROSTERS_KEPT:]
-    return replace(state, rosters={epoch: known[epoch] for epoch in keep})
+    entries = state.backlog if state.committed is None else (state.committed, *state.backlog)
+    named = {epoch for entry in entries for epoch in (entry.record.epoch, entry.certificate.ballot.epoch)}
+    keep = {*sorted(known)[-ROSTERS_KEPT:], *(named & known.keys())}
+    return replace(state, rosters={epoch: known[epoch] for epoch in sorted(keep)})
 
 
 def _log_arrived(
     state: Rounds, entries: tuple[LogEntry, ...], rosters: tuple[SignedRoster, ...], rules: Rules
 ) -> Rounds:
-    state = _learn_rosters(state, rosters, rules)
     waiting = {e.record.round: e for e in (*state.backlog, *entries) if e.record.round >= state.head.round}
-    return replace(state, backlog=tuple(waiting[number] for number in sorted(waiting)))
+    state = replace(state, backlog=tuple(waiting[number] for number in sorted(waiting)))
+    return _learn_rosters(state, rosters, rules)
 
 
 def _take_backlog(state: Rounds, rules: Rules) -> Outcome:

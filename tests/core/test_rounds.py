@@ -542,6 +542,16 @@ def test_records_are_folded_one_after_the_other():
     assert [fold.entry.record for fold in node.did(rounds.Fold)] == [second]
 
 
+def test_records_of_rosters_long_gone_are_followed():
+    newer = {epoch: signed_roster(A, B, epoch=epoch) for epoch in range(1, 2 * rounds.ROSTERS_KEPT)}
+    first = record_of(brings(A, data(0, 4)))
+    node = Node(rosters=newer, have=frozenset(part.digest for part in first.parts))
+    node.see(rounds.LogArrived((entry_of(first, (A, B)),), (signed_roster(A, B),)))
+    assert node.did(rounds.Fold)
+    node.see(rounds.Folded(0, STATE), rounds.RosterArrived(signed_roster(A, B, epoch=500)))
+    assert len(node.state.rosters) == rounds.ROSTERS_KEPT
+
+
 def test_steps_made_while_a_record_is_folded_are_kept():
     node = Node(A, B).trained(data(0, 4)).see(rounds.Progressed(3))
     folding(node, brings(A, data(0, 4)))
