@@ -8,11 +8,17 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from statistics import fmean
 
+from protocol.process import die_with_parent
 from tests.sim.invariants import InvariantBroken
 from tests.sim.swarm import Report, report, simulate
 
 PROGRESS_SECONDS = 30.0
 NICENESS = 10  # a laptop stays usable
+
+
+def settle_in() -> None:
+    die_with_parent()
+    os.nice(NICENESS)
 
 
 def run(seed: int) -> Report | str:
@@ -27,7 +33,7 @@ def sweep(first: int, seeds: int, jobs: int) -> tuple[list[Report], list[str]]:
     told = time.monotonic()
     reports: list[Report] = []
     failures: list[str] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=os.nice, initargs=(NICENESS,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle_in) as pool:
         for outcome in pool.map(run, range(first, first + seeds), chunksize=4):
             if isinstance(outcome, str):
                 failures.append(outcome)
