@@ -22,7 +22,7 @@ from coordinator.core.rosters import quorum
 from coordinator.evaluation import Evaluator
 from coordinator.folder import Published, RunFolder
 from coordinator.rendezvous import Rendezvous
-from coordinator.store import Evaluation, Order, Store
+from coordinator.store import Evaluation, Order, Store, backup_of
 from protocol import address, p2pd
 from protocol.blobs import BlobStore
 from protocol.codec import codec
@@ -127,6 +127,8 @@ class Coordinator:
         owned.callback(store.close)
         blobs = folder.open_blobs()
         published = await asyncio.to_thread(folder.publish, store, blobs)
+        if not backup_of(store.path).exists():
+            await asyncio.to_thread(store.backup)
         coordinator = cls(folder, store, blobs, published)
         owned.push_async_callback(coordinator._close)
         await coordinator._listen(owned)
@@ -247,7 +249,11 @@ class Coordinator:
 
     def _settled(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._ended.done():
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._ended.done():
             self._ended.set_exception(error)
 
     async def _close(self) -> None:
@@ -284,11 +290,17 @@ class Coordinator:
 
     def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
         """Step the machine and carry out what follows; what must last is in the database when this returns."""
+        if self._ended.done():
+            raise Refused(Code.UNREACHABLE, "the coordinator is ending")
         newest = self.state.events[-1] if self.state.events else None
-        self.state, effects = machine.step(self.state, event, self._now(), self._rules)
-        self._write_down(newest)
-        for effect in effects:
-            self._carry_out(effect)
+        try:
+            self.state, effects = machine.step(self.state, event, self._now(), self._rules)
+            self._write_down(newest)
+            for effect in effects:
+                self._carry_out(effect)
+        except Exception as error:
+            self._fail(error)  # what is in memory is ahead of what is on disk: only a new start brings them together
+            raise
         return effects
 
     def _write_down(self, newest: tuple[float, str] | None) -> None:
@@ -444,7 +456,8 @@ class Coordinator:
         freed = [each for entry in undone for each in ranges_of(entry.record)]
         leases = data.undo(self.state.leases, freed) if undone else self.state.leases
         passed = self.state.rollbacks[self.state.branch : signed.rollback.number - 1]  # undone by this one at once
-        self.store.save_rollback(signed, leases, passed)
+        for digest in self.store.save_rollback(signed, leases, passed):
+            self.blobs.delete(digest)
         head = head_after(signed.rollback)
         self._watch = watch.gone_back(self._watch, signed.rollback)
         self.submit(machine.RolledBack(signed, head, consumed, tokens, leases))

@@ -420,11 +420,13 @@ class Store:
         with self._reading() as connection:
             return _count(connection)
 
-    def save_rollback(self, signed: SignedRollback, leases: Leases, passed: Sequence[SignedRollback] = ()) -> None:
+    def save_rollback(
+        self, signed: SignedRollback, leases: Leases, passed: Sequence[SignedRollback] = ()
+    ) -> tuple[Digest, ...]:
         """The line ends at an earlier round, and data that was consumed after it is in the leases again.
 
         Records, their credit and what was measured stay, marked with the rollback's number; the state at `to.round`
-        and its measurement are of the line still. Base checkpoints beyond it go; their blobs are the caller's.
+        and its measurement are of the line still. Base checkpoints beyond it go; returns their blobs, for the caller.
         `passed` are rollbacks before it that this log never came to follow, for this one goes back further."""
         rollback = signed.rollback
         number, stays = rollback.number, rollback.to.round
@@ -437,8 +439,10 @@ class Store:
             connection.execute(_rollbacks.insert(), rows)
             for table, first in ((_entries, stays), (_evaluations, stays + 1)):
                 connection.execute(update(table).where(_ON_THE_LINE, table.c.round >= first).values(undone=number))
+            beyond = _values(connection, BaseCheckpoint, select(_bases.c.bytes).where(_bases.c.round > stays))
             connection.execute(delete(_bases).where(_bases.c.round > stays))
             _put_leases(connection, leases)
+        return tuple(base.blob.digest for base in beyond)
 
     def rollbacks(self) -> tuple[SignedRollback, ...]:
         return self._all(SignedRollback, select(_rollbacks.c.bytes).order_by(_rollbacks.c.number))

@@ -289,7 +289,7 @@ class Daemon:
         await stopper.polite.wait()
         self._decider.post(session.FinishAsked())
         self._decider.post(rounds.Finishing())
-        pending = self._pending and self._decider.session.takes_part
+        pending = self._pending and self._decider.session.votes
         with suppress(TimeoutError):
             await asyncio.wait_for(stopper.now.wait(), POLITE_SECONDS if pending else 0.1)
         self._end(Exit.INTERRUPTED, "stopped by you")

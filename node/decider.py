@@ -89,5 +89,6 @@ class Decider:
             self.changed.set()
         for effect in effects:
             self._carry_out(effect)
-        if self.session.takes_part != before.takes_part:
-            self.post(rounds.ActivityChanged(self.session.takes_part))
+        votes, trains = self.session.votes, self.session.trains
+        if (votes, trains) != (before.votes, before.trains):
+            self.post(rounds.ActivityChanged(votes, trains))

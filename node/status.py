@@ -77,7 +77,7 @@ def view(
     if rounds is None:
         return shown
     awaited = majority_awaited(rounds, now)
-    if awaited is not None and state.takes_part:
+    if awaited is not None and state.votes:
         heard, members = awaited
         shown["reason"] = f"{shown['reason']}; waiting for a majority: {heard} of {members} nodes answer"
     return shown | _rounds(rounds, rules)

@@ -12,7 +12,7 @@ import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -63,6 +63,14 @@ class Consumed:
         bounds = self.bounds.get((span.pass_number, span.shard), ())
         index = bisect_right(bounds, span.start)
         return index % 2 == 1 and bounds[index] >= span.stop
+
+    def rests(self, span: DataRange) -> list[DataRange]:
+        """What of it has not been used, in order."""
+        if not self.overlaps(span):
+            return [span]
+        bounds = self.bounds[span.pass_number, span.shard]
+        edges = pairwise((span.start, *(min(max(bound, span.start), span.stop) for bound in bounds), span.stop))
+        return [replace(span, start=start, stop=stop) for start, stop in list(edges)[::2] if start < stop]
 
     def with_ranges(self, ranges: Iterable[DataRange]) -> Consumed:
         bounds = dict(self.bounds)

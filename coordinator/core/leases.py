@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from protocol.state import Consumed
 from protocol.types import DataRange, Lease, NodeId, Shard
+
+NOTHING = Consumed()
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,21 @@ class Leases:
 
 
 def grant(
-    leases: Leases, node: NodeId, *, sequences: int, largest: int, until_ms: int
+    leases: Leases, node: NodeId, *, sequences: int, largest: int, until_ms: int, consumed: Consumed = NOTHING
 ) -> tuple[Leases, tuple[Lease, ...]]:
-    """Lease about `sequences` sequences in ranges of at most `largest`; data that came back goes first."""
+    """Lease about `sequences` sequences in ranges of at most `largest`; data that came back goes first.
+
+    What records have consumed is passed over: they may have used data that a lost database had granted."""
     granted: list[Lease] = []
     while sequences > 0:
         leases, data = _take(leases, min(sequences, largest))
         if data is None:
             break
-        lease = Lease(f"{leases.serial:x}", node, data, until_ms)
-        leases = replace(leases, serial=leases.serial + 1, held={**leases.held, lease.lease_id: lease})
-        granted.append(lease)
-        sequences -= data.stop - data.start
+        for rest in consumed.rests(data):
+            lease = Lease(f"{leases.serial:x}", node, rest, until_ms)
+            leases = replace(leases, serial=leases.serial + 1, held={**leases.held, lease.lease_id: lease})
+            granted.append(lease)
+            sequences -= rest.stop - rest.start
     return leases, tuple(granted)
 
 
@@ -98,10 +102,10 @@ def consume(leases: Leases, ranges: Iterable[DataRange]) -> Leases:
 
 def strike(leases: Leases, consumed: Consumed) -> Leases:
     """Strike all that certified records have consumed: after a restart, records may be newer than the leases."""
-    returned = [rest for data in leases.returned for rest in _unused(data, consumed)]
+    returned = [rest for data in leases.returned for rest in consumed.rests(data)]
     held: dict[str, Lease] = {}
     for lease_id, lease in leases.held.items():
-        rests = _unused(lease.range, consumed)
+        rests = consumed.rests(lease.range)
         if rests:
             held[lease_id] = replace(lease, range=rests[-1])  # its holder trains forwards
             returned += rests[:-1]
@@ -135,11 +139,3 @@ def _below_cursor(leases: Leases, data: DataRange, index: int) -> DataRange | No
         stop = cursor.start
     stop = min(stop, data.stop)
     return replace(data, stop=stop) if data.start < stop else None
-
-
-def _unused(data: DataRange, consumed: Consumed) -> list[DataRange]:
-    if not consumed.overlaps(data):
-        return [data]
-    bounds = consumed.bounds[data.pass_number, data.shard]
-    gaps = pairwise((data.start, *(min(max(bound, data.start), data.stop) for bound in bounds), data.stop))
-    return [replace(data, start=start, stop=stop) for start, stop in list(gaps)[::2] if start < stop]

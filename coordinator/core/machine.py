@@ -38,6 +38,7 @@ from protocol.types import (
 TAKES_PART = frozenset({"training", "waiting", "finishing"})  # activities of a node that can be rostered
 BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it holds nobody up
 AHEAD_MAX = 64  # records kept that came before those between; their senders bring them again
+RESTART_PATIENCE = 1.5  # times what it takes to be thought gone
 LEASES_AT_ONCE = 16  # about so many answer one request: hours of data are still a short list in a heartbeat
 EVENTS_KEPT = 200  # lines of history on the page
 
@@ -459,6 +460,7 @@ def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules)
         sequences=wanted,
         largest=max(rules.lease_sequences_max, wanted // LEASES_AT_ONCE),
         until_ms=int((now + rules.lease_seconds) * 1000),
+        consumed=state.consumed,
     )
     return replace(state, leases=leases), (SaveLeases(), GrantLeases(node, granted))
 
@@ -650,8 +652,8 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
 
 def _roster(state: State, now: float, rules: Rules) -> Outcome:
     """Issue a new roster when the active nodes are no longer those of the last one."""
-    if state.history and now - state.started < rules.absent_seconds:
-        return state, ()  # after a restart everyone gets the time to come back
+    if state.history and now - state.started < RESTART_PATIENCE * rules.absent_seconds:
+        return state, ()  # after a restart everyone gets the time to come back, and to bring what a lost disk forgot
     if state.rollbacks and state.rollbacks[-1].rollback.number != state.branch:
         return state, ()  # what nodes remember of this log is ahead of it
     newest = state.roster or state.history.get(max(state.history, default=Epoch(-1)))

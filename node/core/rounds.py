@@ -120,7 +120,8 @@ class Rounds:
     missed: int = 0  # rounds in a row that took nothing of ours
     snapshot_asked: bool = False
     steps: int = 0  # inner steps since the last snapshot
-    active: bool = False  # may take part: synced, not paused
+    active: bool = False  # may promise, reduce and vote
+    trains: bool = False  # brings work to rounds; without it, a member only votes, so that it costs nobody a majority
     finishing: bool = False
     round_started: float = 0.0
     readies: Mapping[NodeId, SignedReady] = field(default_factory=dict)
@@ -146,7 +147,8 @@ class Rounds:
     @property
     def newest(self) -> Epoch | None:
         """The newest roster that this node may act under."""
-        return max((epoch for epoch, signed in self.rosters.items() if self.acts_under(signed.roster)), default=None)
+        downwards = sorted(self.rosters, reverse=True)
+        return next((epoch for epoch in downwards if self.acts_under(self.rosters[epoch].roster)), None)
 
     def acts_under(self, roster: Roster) -> bool:
         """It decides on this log's branch, and nothing that was promised under it is forgotten."""
@@ -263,9 +265,10 @@ class Silenced:
 
 @dataclass(frozen=True)
 class ActivityChanged:
-    """Whether this node takes part in rounds: it is synced and not paused."""
+    """Whether this node can be reached and has the state that rounds start from; and whether it trains, too."""
 
     active: bool
+    trains: bool
 
 
 @dataclass(frozen=True)
@@ -463,8 +466,8 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
             return _rewound(state, event, now), ()
         case Silenced(epoch):
             return _silenced(state, epoch, now)
-        case ActivityChanged(active):
-            return replace(state, active=active, round_started=now), ()
+        case ActivityChanged(active, trains):
+            return replace(state, active=active, trains=trains, round_started=now), ()
         case Finishing():
             return replace(state, finishing=True), ()
         case Ticked():
@@ -532,14 +535,22 @@ def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
         return _promise(state, signed.roster, ballot, now, rules)
     if state.snapshot_asked:
         return state, ()
-    others = len(_promises(state, signed.roster, ballot).keys() - {rules.me})
+    promises = _promises(state, signed.roster, ballot)
+    others = len(promises.keys() - {rules.me})
+    if not state.trains:
+        brought = any(promised.ready.contribution.tokens for promised in promises.values())
+        return (_with_nothing(state, rules), ()) if brought else (state, ())
     if state.wanted_since is None and others and others + 1 >= signed.roster.quorum:
         state = replace(state, wanted_since=now)
     if not _round_is_over(state, now, rules):
         return state, ()
     if state.steps == 0 and state.carried is None:
-        return replace(state, contribution=Contribution(rules.me, 0, ())), ()
+        return _with_nothing(state, rules), ()
     return replace(state, snapshot_asked=True), (TakeSnapshot(state.head.round),)
+
+
+def _with_nothing(state: Rounds, rules: Rules) -> Rounds:
+    return replace(state, contribution=Contribution(rules.me, 0, ()))
 
 
 def _round_is_over(state: Rounds, now: float, rules: Rules) -> bool:
@@ -579,22 +590,10 @@ def unused(ranges: tuple[DataRange, ...], consumed: Consumed) -> tuple[DataRange
     """What these ranges hold beyond what is consumed, and beyond those before them."""
     free: list[DataRange] = []
     for data in ranges:
-        rests = _rests(data, consumed) if consumed.overlaps(data) else [data]
+        rests = consumed.rests(data)
         free += rests
         consumed = consumed.with_ranges(rests)
     return tuple(free)
-
-
-def _rests(data: DataRange, consumed: Consumed) -> list[DataRange]:
-    rests, start = [], data.start
-    bounds = consumed.bounds.get((data.pass_number, data.shard), ())
-    for low, high in zip(bounds[::2], bounds[1::2], strict=True):
-        if high <= start or low >= data.stop:
-            continue
-        if start < low:
-            rests.append(replace(data, start=start, stop=low))
-        start = high
-    return [*rests, replace(data, start=start)] if start < data.stop else rests
 
 
 def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: Rules) -> Outcome:
@@ -694,13 +693,13 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
         if signed is None:
             continue
         ranges, member = signed.ready.contribution.ranges, roster.member(node)
-        if member is None or signed.ready.contribution.tokens > member.weight_cap:
-            continue  # nobody would sign a record with it
+        if member is None or not 0 < signed.ready.contribution.tokens <= member.weight_cap:
+            continue  # it only votes; or nobody would sign a record with it
         if unused(ranges, taken) != ranges:
             continue  # trained on data that counts elsewhere; it learns so from the log
         taken = taken.with_ranges(ranges)
         chosen.append(signed)
-    if not any(s.ready.contribution.tokens for s in chosen):
+    if not chosen:
         if now - (state.majority_since or now) >= _attempt_seconds(state, rules) + rules.gather_seconds:
             return _next_attempt(state, now, rules, "nobody had trained")
         return state, ()
@@ -1112,6 +1111,7 @@ def _anew(state: Rounds, head: Head, now: float) -> Rounds:
         silent=state.silent,
         last=state.last,
         active=state.active,
+        trains=state.trains,
         finishing=state.finishing,
         round_started=now,
         decide_seconds=state.decide_seconds,
@@ -1194,17 +1194,20 @@ def _rewound(state: Rounds, event: Rewound, now: float) -> Rounds:
 
 
 def _learn_rosters(state: Rounds, arrived: tuple[SignedRoster, ...], rules: Rules) -> Rounds:
+    """Keep the newest, and those that records in hand name: who catches up may be many rosters behind."""
     known = {**state.rosters, **{s.roster.epoch: s for s in arrived if s.roster.run == rules.run}}
-    keep = sorted(known)[-ROSTERS_KEPT:]
-    return replace(state, rosters={epoch: known[epoch] for epoch in keep})
+    entries = state.backlog if state.committed is None else (state.committed, *state.backlog)
+    named = {epoch for entry in entries for epoch in (entry.record.epoch, entry.certificate.ballot.epoch)}
+    keep = {*sorted(known)[-ROSTERS_KEPT:], *(named & known.keys())}
+    return replace(state, rosters={epoch: known[epoch] for epoch in sorted(keep)})
 
 
 def _log_arrived(
     state: Rounds, entries: tuple[LogEntry, ...], rosters: tuple[SignedRoster, ...], rules: Rules
 ) -> Rounds:
-    state = _learn_rosters(state, rosters, rules)
     waiting = {e.record.round: e for e in (*state.backlog, *entries) if e.record.round >= state.head.round}
-    return replace(state, backlog=tuple(waiting[number] for number in sorted(waiting)))
+    state = replace(state, backlog=tuple(waiting[number] for number in sorted(waiting)))
+    return _learn_rosters(state, rosters, rules)
 
 
 def _take_backlog(state: Rounds, rules: Rules) -> Outcome:

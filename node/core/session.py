@@ -49,9 +49,14 @@ class Session:
     trouble: str = ""  # the newest thing that went wrong, for people
 
     @property
-    def takes_part(self) -> bool:
-        """Whether this node may promise, reduce and vote."""
-        return self.synced and self.engine_ready and self.trainer_ready and not self.paused
+    def votes(self) -> bool:
+        """Whether this node may promise, reduce and vote; while it is paused it does so for those who wait for it."""
+        return self.synced and self.engine_ready
+
+    @property
+    def trains(self) -> bool:
+        """Whether it brings work to rounds."""
+        return self.trainer_ready and not self.paused
 
 
 # events

@@ -33,6 +33,13 @@ def spans(granted):
     return [(lease.range.pass_number, lease.range.shard[0], lease.range.start, lease.range.stop) for lease in granted]
 
 
+def test_data_that_records_have_used_already_is_passed_over():
+    """A database that came back from a backup lacks what its successor granted; the records do not."""
+    used = Consumed().with_ranges((DataRange(0, ONE, 2, 4), DataRange(0, TWO, 0, 5)))
+    _, granted = grant(fresh(), A, sequences=10, largest=100, until_ms=1000, consumed=used)
+    assert spans(granted) == [(0, "1", 0, 2), (0, "1", 4, 10), (1, "1", 0, 2)]
+
+
 def test_ranges_are_granted_in_order_and_no_lease_spans_two_shards():
     leases, granted = take(fresh(), A, 12)
     assert spans(granted) == [(0, "1", 0, 10), (0, "2", 0, 2)]

@@ -158,7 +158,7 @@ def test_a_restarted_coordinator_gives_everyone_time_to_come_back():
     coordinator.state = replace(coordinator.state, nodes=gone, started=100.0)
     coordinator.see(beat(A), at=101.0)
     assert coordinator.rostered == (A, B, C)
-    coordinator.see(beat(A), Ticked(), at=131.0)
+    coordinator.see(beat(A), Ticked(), at=146.0)
     assert len(coordinator.rostered) == 2 and A in coordinator.rostered, "only as far as is safe in one step"
 
 

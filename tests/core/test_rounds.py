@@ -99,7 +99,8 @@ class Node:
     def __init__(self, *roster, me=A, **state):
         self.rules = rules(me)
         rosters = {0: signed_roster(*roster)} if roster else {}
-        fields = {"head": Head(0, GENESIS), "digest": STATE, "consumed": Consumed(), "rosters": rosters, "active": True}
+        fields = {"head": Head(0, GENESIS), "digest": STATE, "consumed": Consumed(), "rosters": rosters}
+        fields |= {"active": True, "trains": True}
         self.state = Rounds(**fields | state)
         self.now = 0.0
         self.effects = []
@@ -170,6 +171,18 @@ def test_what_earlier_rounds_left_over_is_brought_without_a_new_step(why):
     event, at = (rounds.Finishing(), 0.0) if why == "finishing" else (rounds.Ticked(), 100.0)
     assert node.see(event, at=at).did(rounds.TakeSnapshot)
     assert node.see(rounds.SnapshotTaken(())).sent(Ready)[0].contribution == brings(A, data(0, 4))
+
+
+def test_a_paused_member_votes_for_those_who_have_trained_and_keeps_its_own_work():
+    node = Node(A, B, trains=False, carried=brings(A, data(4, 6))).see(rounds.Progressed(STEPS))
+    assert not node.see(ready(B)).effects
+    assert node.see(ready(B, brings(B, data(0, 4)))).sent(Ready)[0].contribution == brings(A)
+    assert node.state.carried == brings(A, data(4, 6))
+
+
+def test_members_that_bring_nothing_reduce_nothing():
+    node = Node(A, B, C).see(ready(B), ready(C, brings(C, data(4, 8)))).trained(data(0, 4))
+    assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, C]
 
 
 def test_a_promise_is_durable_before_it_is_sent():
@@ -266,7 +279,7 @@ def test_a_node_without_the_roster_of_its_last_record_waits_for_it():
 
 
 def test_a_late_member_is_not_waited_for_beyond_the_grace():
-    node = Node(A, B, C).trained(data(0, 4)).see(ready(B))
+    node = Node(A, B, C).trained(data(0, 4)).see(ready(B, brings(B, data(4, 8))))
     assert not node.see(rounds.Ticked(), at=0.9).sent(Begin)
     begin = node.see(rounds.Ticked(), at=1.0).sent(Begin)[0]
     assert [signed.ready.sender for signed in begin.readies] == [A, B]
@@ -454,7 +467,7 @@ def test_a_vote_for_another_record_does_not_count():
 
 def test_a_pause_in_mid_round_still_lets_the_round_end():
     node, claims = averaged(B)
-    node.see(rounds.ActivityChanged(False))
+    node.see(rounds.ActivityChanged(True, trains=False))
     assert node.see(*map(Received, claims)).sent(Vote)
 
 
@@ -527,6 +540,16 @@ def test_records_are_folded_one_after_the_other():
     node.see(rounds.Folded(0, STATE))
     node.see(rounds.PartsArrived(frozenset(part.digest for part in second.parts)))
     assert [fold.entry.record for fold in node.did(rounds.Fold)] == [second]
+
+
+def test_records_of_rosters_long_gone_are_followed():
+    newer = {epoch: signed_roster(A, B, epoch=epoch) for epoch in range(1, 2 * rounds.ROSTERS_KEPT)}
+    first = record_of(brings(A, data(0, 4)))
+    node = Node(rosters=newer, have=frozenset(part.digest for part in first.parts))
+    node.see(rounds.LogArrived((entry_of(first, (A, B)),), (signed_roster(A, B),)))
+    assert node.did(rounds.Fold)
+    node.see(rounds.Folded(0, STATE), rounds.RosterArrived(signed_roster(A, B, epoch=500)))
+    assert len(node.state.rosters) == rounds.ROSTERS_KEPT
 
 
 def test_steps_made_while_a_record_is_folded_are_kept():

@@ -52,9 +52,10 @@ def test_a_node_trains_once_its_model_and_its_trainer_are_ready():
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
-def test_a_node_that_lacks_a_part_takes_no_part_in_rounds(missing):
-    assert not after(*UP[:missing], *UP[missing + 1 :])[0].takes_part
-    assert after(*UP)[0].takes_part
+def test_a_node_that_lacks_a_part_brings_nothing_to_rounds(missing):
+    state = after(*UP[:missing], *UP[missing + 1 :])[0]
+    assert not (state.votes and state.trains)
+    assert after(*UP)[0].votes and after(*UP)[0].trains
 
 
 def test_data_is_asked_for_once_at_a_time():
@@ -82,10 +83,10 @@ def test_training_goes_on_while_the_coordinator_is_away():
     assert after(LinkOpened(), state=state)[1] == [AcquireLeases(7)]
 
 
-def test_a_pause_stops_training_and_rounds():
+def test_a_pause_stops_training_and_leaves_only_the_vote():
     state, effects = after(PauseAsked(None), state=training())
     assert effects == [SetTraining(False)]
-    assert not state.takes_part
+    assert state.votes and not state.trains
     assert activity(state) is Activity.PAUSED
 
 
@@ -99,14 +100,14 @@ def test_a_pause_ends_when_its_time_is_up_or_when_asked():
 def test_a_finishing_node_stops_training_and_ends_when_its_work_is_in_a_round():
     state, effects = after(FinishAsked(), state=training())
     assert effects == [SetTraining(False)]
-    assert state.takes_part
+    assert state.trains
     assert after(RoundSettled(pending=True), state=state)[1] == []
     assert after(RoundSettled(pending=False), state=state)[1] == [End()]
 
 
-def test_a_paused_node_that_is_to_finish_takes_part_once_more():
+def test_a_paused_node_that_is_to_finish_brings_its_work_once_more():
     state, _ = after(PauseAsked(None), FinishAsked(), state=training())
-    assert state.takes_part
+    assert state.trains
     assert activity(state) is Activity.FINISHING
 
 
@@ -120,7 +121,7 @@ def test_the_end_of_the_run_is_the_end_of_the_node():
 
 def test_a_dead_child_is_started_again_after_a_while():
     state, effects = after(PartDied(Part.TRAINER, "killed"), state=training())
-    assert (effects, state.sequences_left, state.takes_part) == ([], 0, False)
+    assert (effects, state.sequences_left, state.trains) == ([], 0, False)
     assert after(TimePassed(), state=state, at=0.9)[1] == []
     state, effects = after(TimePassed(), state=state, at=1.0)
     assert effects == [Restart(Part.TRAINER)]

@@ -370,6 +370,44 @@ def test_a_coordinator_killed_before_any_step_goes_on_from_what_it_had_committed
         shutil.rmtree(path)
 
 
+async def test_a_coordinator_that_cannot_write_ends_rather_than_say_what_its_disk_does_not(
+    begun, tmp_path, monkeypatch
+):
+    path = shutil.copytree(begun, tmp_path / "run")
+    nodes = Nodes(tmp_path / "nodes")
+    async with Desk(path, nodes) as desk:
+        await desk.join()
+        await desk.lease()
+        entry = nodes.certify(desk.coordinator)
+
+        def full(*_):
+            raise Refused(Code.DISK_CAP, "no room")
+
+        monkeypatch.setattr(desk.store, "append_entry", full)
+        with pytest.raises(Refused, match="no room"):
+            desk.coordinator.submit(machine.EntryArrived(entry))
+        with pytest.raises(Refused, match="ending"):
+            desk.coordinator.submit(machine.Ticked())
+        assert desk.coordinator._ended.exception().reason is Code.DISK_CAP
+    monkeypatch.undo()
+    async with Desk(path, nodes) as desk:
+        assert desk.state.head.round == 0
+        await desk.join()
+        assert desk.state.head.round == 1, "its nodes bring it again"
+
+
+async def test_what_a_rollback_undoes_leaves_no_checkpoint_behind(begun, tmp_path):
+    path = shutil.copytree(begun, tmp_path / "run")
+    async with Desk(path, Nodes(tmp_path / "nodes")) as desk:
+        await desk.join()
+        for _ in range(4):
+            await desk.round()
+        beyond = [base for base in desk.store.bases() if base.round > 2]
+        await desk.roll_back(2)
+        assert beyond and not any(desk.blobs.has(base.blob.digest) for base in beyond)
+        assert all(desk.blobs.has(base.blob.digest) for base in desk.store.bases())
+
+
 async def goes_on(path, nodes, manifest):
     """The next life loses nothing that nodes had certified, and trains on."""
     async with Desk(path, nodes) as desk:

@@ -1,1 +1,1 @@
-"""A whole swarm of the real machines on a virtual clock, with seeded faults."""
+"""The next simulator: rollbacks, freezes, one-way partitions, clock jumps, old disks. Not part of `make test` yet: some seeds do not settle."""

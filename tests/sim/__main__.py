@@ -1,12 +1,26 @@
-"""`python -m tests.sim --seed 7` replays one simulated swarm; `--seeds 1000` runs many and says how fast."""
+"""`python -m tests.sim --seed 7` replays one simulated swarm; `--seeds 10000` runs many on all cores, and says how fast."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
-from tests.sim.swarm import InvariantBroken, simulate
+from tests.sim.invariants import InvariantBroken
+from tests.sim.swarm import simulate
+from tests.sim.sweep import summed_up, sweep
+
+
+def replay(seed: int) -> int:
+    try:
+        world = simulate(seed)
+    except InvariantBroken as broken:
+        print(broken)
+        return 1
+    print("\n".join(world.trace))
+    print(f"seed {seed}: {world.truth.certified} rounds certified, every invariant held")
+    return 0
 
 
 def main() -> int:
@@ -14,26 +28,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="replay this seed and print what happened")
     parser.add_argument("--seeds", type=int, default=200, help="how many seeds to run")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time")
     arguments = parser.parse_args()
     if arguments.seed is not None:
-        try:
-            world = simulate(arguments.seed)
-        except InvariantBroken as broken:
-            print(broken)
-            return 1
-        print("\n".join(world.trace))
-        print(f"seed {arguments.seed}: {len(world.certified)} rounds certified, every invariant held")
-        return 0
+        return replay(arguments.seed)
     started = time.monotonic()
-    rounds = failures = 0
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
-        try:
-            rounds += len(simulate(seed).certified)
-        except InvariantBroken as broken:
-            failures += 1
-            print(broken)
-    took = time.monotonic() - started
-    print(f"{arguments.seeds} seeds, {rounds} rounds, {failures} failures, {arguments.seeds / took:.1f} seeds/s")
+    reports, failures = sweep(arguments.first, arguments.seeds, arguments.jobs)
+    print(summed_up(reports, failures, time.monotonic() - started))
     return 1 if failures else 0
 
 

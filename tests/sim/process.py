@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.weather.world import World
+    from tests.sim.world import World
 
 
 class Process:

@@ -31,13 +31,13 @@ from protocol.types import (
     SignedRoster,
     VoteBody,
 )
-from tests.weather.faults import SLOW
-from tests.weather.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, sign, span, state_after
-from tests.weather.process import Process
+from tests.sim.faults import SLOW
+from tests.sim.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, sign, span, state_after
+from tests.sim.process import Process
 
 if TYPE_CHECKING:
-    from tests.weather.coordinator import Page, Pulse, SimCoordinator
-    from tests.weather.world import World
+    from tests.sim.coordinator import Page, Pulse, SimCoordinator
+    from tests.sim.world import World
 
 PARAMETERS = 16 * 65536
 TICK_SECONDS = 1.0
@@ -423,10 +423,14 @@ class SimNode(Process):
 
     # the machines
 
+    def asked(self, event: session.Event) -> None:
+        """By the volunteer."""
+        self.take(lambda: self.session_event(event))
+
     def session_event(self, event: session.Event) -> None:
         if not self.alive:
             return
-        before = self.session.takes_part
+        before = self.session.votes, self.session.trains
         self.session, effects = session.step(self.session, event, self.clock)
         for effect in effects:
             match effect:
@@ -436,8 +440,9 @@ class SimNode(Process):
                     self._lease(sequences)
                 case _:
                     raise AssertionError(f"unexpected {effect}")
-        if self.session.takes_part != before:
-            self.rounds_event(rounds.ActivityChanged(self.session.takes_part))
+        after = self.session.votes, self.session.trains
+        if after != before:
+            self.rounds_event(rounds.ActivityChanged(*after))
 
     def rounds_event(self, event: rounds.Event) -> None:
         if not self.alive:

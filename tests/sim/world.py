@@ -13,10 +13,10 @@ from coordinator.core import leases, machine
 from node.core import rounds, session
 from protocol.messages import Commit, Message
 from protocol.types import LogEntry, NodeId
-from tests.weather.coordinator import SimCoordinator
-from tests.weather.faults import Trouble, Weather, weather
-from tests.weather.invariants import InvariantBroken, Truth
-from tests.weather.node import Averaging, SimNode, Swarm
+from tests.sim.coordinator import SimCoordinator
+from tests.sim.faults import Trouble, Weather, weather
+from tests.sim.invariants import InvariantBroken, Truth
+from tests.sim.node import Averaging, SimNode, Swarm
 
 T = TypeVar("T")
 Action = Callable[[], None]

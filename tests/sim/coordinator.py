@@ -24,13 +24,13 @@ from protocol.types import (
     SignedRollback,
     SignedRoster,
 )
-from tests.weather.faults import CLOCK_JUMP_SECONDS
-from tests.weather.invariants import GENESIS, GENESIS_STATE, RUN, SHARDS, state_after
-from tests.weather.node import HEARTBEAT_SECONDS, LOG_PAGE, PARAMETERS, certified, named
-from tests.weather.process import Process
+from tests.sim.faults import CLOCK_JUMP_SECONDS
+from tests.sim.invariants import GENESIS, GENESIS_STATE, RUN, SHARDS, state_after
+from tests.sim.node import HEARTBEAT_SECONDS, LOG_PAGE, PARAMETERS, certified, named
+from tests.sim.process import Process
 
 if TYPE_CHECKING:
-    from tests.weather.world import World
+    from tests.sim.world import World
 
 TICK_SECONDS = 2.0
 LEASE_SECONDS = 30.0
@@ -68,7 +68,7 @@ class Store:
     rollbacks: tuple[SignedRollback, ...] = ()
     rosters: dict[Epoch, SignedRoster] = field(default_factory=dict)
     leases: Leases = field(default_factory=lambda: Leases(SHARDS))
-    members: set[NodeId] = field(default_factory=set)
+    members: dict[NodeId, None] = field(default_factory=dict)  # in the order they came
     lives: dict[NodeId, tuple[int, int]] = field(default_factory=dict)  # and which process said so
     silent: dict[NodeId, Epoch] = field(default_factory=dict)
     parts: set[Digest] = field(default_factory=set)
@@ -267,7 +267,7 @@ class SimCoordinator(Process):
     def open(self, node: NodeId, process: int, life: int, start: int) -> tuple[int, Epoch, Page]:
         """A session: what a former life of the node has said, and what of it still travels, counts no more."""
         store, newest = self.store, Epoch(self.state.next_epoch - 1)
-        store.members.add(node)
+        store.members[node] = None
         before = store.silent.get(node)
         life, silent = store.begin_life(node, life, newest, process)
         self.sessions[node] = (process, life)

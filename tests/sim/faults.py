@@ -12,8 +12,8 @@ from node.core import session
 from protocol.types import NodeId
 
 if TYPE_CHECKING:
-    from tests.weather.node import SimNode
-    from tests.weather.world import World
+    from tests.sim.node import SimNode
+    from tests.sim.world import World
 
 CLOCK_JUMP_SECONDS = 3600.0  # of the coordinator's wall clock, at a restart
 RESEARCHER_SECONDS = 20.0  # between two looks at the page
@@ -133,6 +133,7 @@ class Trouble:
         world = self.world
         world.weather = CALM
         world.cuts.clear()
+        world.coordinator.unavailable = False
         world.coordinator.thaw()
         world.coordinator.start()
         nodes = list(world.nodes.values())
@@ -141,7 +142,7 @@ class Trouble:
             node.slow = 1.0
             node.thaw()
             node.start()
-            node.session_event(session.PauseAsked(None) if node in paused else session.ResumeAsked())
+            node.asked(session.PauseAsked(None) if node in paused else session.ResumeAsked())
 
     def _recur(self, per_second: float, strike: Callable[[], None]) -> None:
         if per_second <= 0:
@@ -180,8 +181,8 @@ class Trouble:
     def _pause(self) -> None:
         node = self._any()
         self.world.struck("node paused", node.name)
-        node.session_event(session.PauseAsked(None))
-        self._until(self.luck.uniform(1, 30), lambda: node.session_event(session.ResumeAsked()))
+        node.asked(session.PauseAsked(None))
+        self._until(self.luck.uniform(1, 30), lambda: node.asked(session.ResumeAsked()))
 
     def _freeze(self) -> None:
         """SIGSTOP, or a laptop that sleeps: then its clock stands still as well."""
