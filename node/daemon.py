@@ -419,7 +419,7 @@ class Daemon:
         match event:
             case Stepped():
                 self._tally.trained(event)
-                post(rounds.Progressed(event.steps))
+                self._decider.step(rounds.Progressed(event.steps))  # at once: a snapshot must not overtake it
                 post(session.DataUsed(event.queued_sequences, self._supply.wanted()))
             case OutOfData():
                 post(session.DataUsed(0, self._supply.wanted()))

@@ -22,6 +22,7 @@ from protocol.types import DataRange, Digest
 
 START_SECONDS_MAX = 900  # a first import of torch from a slow disk, and a large model to build and probe
 STOP_SECONDS = 10.0  # volunteers get their machine back within this
+ANSWER_SECONDS = 300.0  # for the longest inner step there is; a trainer that answers later than that hangs
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ class Trainer:
     _busy: _Busy = field(default_factory=_Busy)
     _last_heard: float = field(default_factory=time.monotonic)
     _stopping: bool = False
+    steps: int = 0  # since the last snapshot, as far as has been heard
     _snapshot_pending: bool = False
+    _snapshot_asked: int = 0  # the number of that order
     _reading: asyncio.Task[None] | None = None
 
     @classmethod
@@ -210,6 +213,7 @@ class Trainer:
 
     async def snapshot(self) -> Snapshot:
         """Copy the local parameters into `vectors.snapshot`; training goes on right after."""
+        self._snapshot_asked = self._asked + 1
         answer = await self._ask("snapshot")
         self._snapshot_pending = True
         return _snapshot(answer)
@@ -250,7 +254,13 @@ class Trainer:
             if self._reading is None or self._reading.done():
                 raise ChannelClosed("the trainer has ended")
             await self._child.channel.send({"do": order, "number": number, **fields})
-            body: Mapping[str, Any] = await answer
+            async with asyncio.timeout(ANSWER_SECONDS):
+                body: Mapping[str, Any] = await answer
+        except TimeoutError:
+            await self._child.stop(grace_seconds=0)  # the reader hears of it, and says so
+            raise Refused(
+                Code.CHILD_DIED, f"the trainer was ended: it did not {order} in {ANSWER_SECONDS:.0f} s"
+            ) from None
         except ChannelClosed as error:
             raise Refused(Code.CHILD_DIED, f"the trainer has ended before it could {order}") from error
         finally:
@@ -273,11 +283,15 @@ class Trainer:
         self._last_heard = time.monotonic()
         match body:
             case {"reply": int(number)}:
+                if number == self._snapshot_asked:
+                    self.steps = 0  # here, for what is heard next is of steps since
                 if (answer := self._waiting.get(number)) is not None and not answer.done():
                     answer.set_result(body)
             case {"event": "stepped", "busy": [since, until, seconds], **fields}:
                 self._busy = _Busy(since, until, seconds)
-                self._on_event(Stepped(**{key: value for key, value in fields.items() if key != "event"}))
+                stepped = Stepped(**{key: value for key, value in fields.items() if key != "event"})
+                self.steps = stepped.steps
+                self._on_event(stepped)
             case {"event": "out_of_data"}:
                 self._on_event(OutOfData())
             case {"event": "skipped", "ranges": ranges, "what": what}:

@@ -247,6 +247,8 @@ class Workbench:
                 await asyncio.to_thread(self._gradient.encode)
             await asyncio.to_thread(self._progress.forget)
             self._decider.step(rounds.SnapshotTaken(ranges))
+            if self.trainer is not None:
+                self._decider.step(rounds.Progressed(self.trainer.steps))
             state = self._decider.rounds
             if state.contribution is not None and self._progress.due(time.monotonic(), offered=True):
                 progress = Progress(state.head, state.branch, state.missed, state.contribution, offered=True)

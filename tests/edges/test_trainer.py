@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from node import trainer as child
+from node import training
 from node.training import (
     Exited,
     Failed,
@@ -85,7 +86,9 @@ async def test_a_round_of_training_is_accounted_exactly(started, vectors, tmp_pa
     await trainer.drop([piece(152, 155)])
     await trainer.run()
     await heard(OutOfData)
+    assert trainer.steps > 0
     first = await trainer.snapshot()
+    assert trainer.steps == 0, "as soon as the answer is there"
     assert first.ranges == (piece(0, 44), piece(100, 120, pass_number=1), piece(150, 152), piece(155, 160))
     assert (first.steps, first.tokens) == (9, (44 + 20 + 2 + 5) * CONTEXT)
     after_first = vectors.snapshot.copy()
@@ -239,6 +242,15 @@ async def test_a_killed_trainer_is_an_event_and_what_was_asked_of_it_is_refused(
     with pytest.raises(Refused) as refused:
         await trainer.snapshot()
     assert refused.value.reason is Code.CHILD_DIED
+
+
+async def test_a_trainer_that_hangs_is_ended(started, monkeypatch):
+    trainer, _, heard = started
+    monkeypatch.setattr(training, "ANSWER_SECONDS", 0.5)
+    os.kill(trainer.pid, signal.SIGSTOP)
+    with pytest.raises(Refused, match="did not snapshot"):
+        await trainer.snapshot()
+    assert (await heard(Exited)).returncode == -signal.SIGKILL
 
 
 async def test_a_trainer_dies_with_its_owner_and_leaves_no_shared_memory(tmp_path):

@@ -59,6 +59,7 @@ class Trainer:
     """It has trained on what it is said to have trained on."""
 
     started = Started("cpu", "fp32", 1, 1, 0.0)
+    steps = 0
 
     def __init__(self, vectors, ranges=()):
         self.vectors = vectors

@@ -249,7 +249,8 @@ class SimNode(Process):
             self._log(page)
             self._begin()
 
-        self._call(lambda c: c.open(self.me, self.life, self.disk.life, self.rounds.head.round), answer)
+        process, life, head = self.life, self.disk.life, self.rounds.head.round
+        self._call(lambda c: c.open(self.me, process, life, head), answer)
         self.later(ASK_SECONDS, lambda: None if self.session.linked else self._open())
 
     def _start_alone(self) -> None:
@@ -344,7 +345,7 @@ class SimNode(Process):
             branch=len(state.rollbacks),
             lease_ids=tuple(self.disk.leases),
         )
-        life = self.disk.life
+        process, life = self.life, self.disk.life
 
         def answer(pulse: Pulse) -> None:
             self.disk.life = max(self.disk.life, pulse.life)
@@ -361,7 +362,7 @@ class SimNode(Process):
                 if part.digest in self.disk.parts:
                     self._call(lambda c, d=part.digest: c.store_part(d), lambda *_: None)
 
-        self._call(lambda c: c.heartbeat(beat, self.life, life), answer)
+        self._call(lambda c: c.heartbeat(beat, process, life), answer)
 
     def _learn(self, rollbacks: tuple[SignedRollback, ...], rosters: tuple[SignedRoster, ...]) -> None:
         """On disk before anything is signed under it."""
@@ -408,18 +409,23 @@ class SimNode(Process):
             self.session_event(session.DataUsed(_sequences(self.queue), self._wanted()))
 
     def _call(self, ask: Callable[[SimCoordinator], tuple[object, ...]], answer: Callable[..., None]) -> None:
-        """One question to the coordinator: either way can fail, and it may have been carried out all the same."""
-        life, world, coordinator = self.life, self.world, self.world.coordinator
-        slowness = SLOW_ANSWERS if self.slow > 1 else 1.0
+        """One question to the coordinator: either way can fail, and it may have been carried out all the same.
+
+        It goes over a connection, which ends with the coordinator, and is worth nothing once a newer process of ours
+        has opened a session."""
+        process, world, coordinator = self.life, self.world, self.world.coordinator
+        slowness, asked = SLOW_ANSWERS if self.slow > 1 else 1.0, coordinator.life
 
         def request() -> None:
-            told = coordinator.life
+            if coordinator.sessions.get(self.me, (0, 0))[0] > process:
+                return
             result = ask(coordinator)
-            if coordinator.life == told:
-                hear = lambda: self.take(lambda: answer(*result), life)  # noqa: E731
+            if coordinator.life == asked:
+                hear = lambda: self.take(lambda: answer(*result), process)  # noqa: E731
                 world.deliver(coordinator.name, self.me, hear, slowness=slowness, once=True)
 
-        world.deliver(self.me, coordinator.name, lambda: coordinator.take(request), slowness=slowness, once=True)
+        arrive = lambda: coordinator.take(request, asked)  # noqa: E731
+        world.deliver(self.me, coordinator.name, arrive, slowness=slowness, once=True)
 
     # the machines
 
