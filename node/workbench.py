@@ -247,7 +247,7 @@ class Workbench:
                 await asyncio.to_thread(self._gradient.encode)
             await asyncio.to_thread(self._progress.forget)
             self._decider.step(rounds.SnapshotTaken(ranges))
-            if self.trainer is not None:
+            if self.trainer is not None and self.trainer.steps:  # made while that was written down
                 self._decider.step(rounds.Progressed(self.trainer.steps))
             state = self._decider.rounds
             if state.contribution is not None and self._progress.due(time.monotonic(), offered=True):
