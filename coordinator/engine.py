@@ -229,11 +229,11 @@ class Coordinator:
     # the loop
 
     async def run(self, stopper: Stopper) -> None:
+        self._queue_evaluation(self._replica.round)  # first: what nodes have brought meanwhile is folded from here on
         self._spawn(self._tick())
         self._spawn(self._carry_out_slow())
         self._spawn(self._evaluate())
         await self._tell_rendezvous()
-        self._queue_evaluation(self._replica.round)
         self._spawn(self._stop_when_asked(stopper))
         await self._ended
 

@@ -296,7 +296,8 @@ class Daemon:
 
     @property
     def _pending(self) -> bool:
-        return self._decider.begun and self._decider.rounds.pending
+        """Whether a round still has work of ours to take, or a record of it to be folded."""
+        return self._decider.begun and (self._decider.rounds.pending or self._decider.rounds.committed is not None)
 
     # getting ready
 
@@ -510,13 +511,13 @@ class Daemon:
         self._tally.settled(record.round, tokens=tokens, accepted=folded.mine)
         self._membership.renew()
         await self._supply.settle(self._decider.rounds.consumed)
-        self._decider.post(session.RoundSettled(self._decider.rounds.pending))
         await self._workbench.set_goal()
         if (record.round + 1) % self._spec.evaluate.base_every_rounds == 0:
             await self._save_base()
         reduced = [part for part in record.parts if part.reducer == self._me]
         if reduced or record.leader == self._me:
             await self._liaison.hand_in(entry, reduced)
+        self._decider.post(session.RoundSettled(self._decider.rounds.pending))  # last: whoever ends has handed it in
 
     async def _save_base(self) -> None:
         """Without our own checkpoint a start takes longer, and that is all."""
