@@ -291,7 +291,7 @@ def own_checkpoint_rotten(swarm, luck):
     victim = luck.choice(swarm.members)
     gone(victim.kill())
     at = time.time()
-    for path in victim.home.glob("journal/*/base.safetensors"):
+    for path in victim.home.glob("journal/*/base-*.safetensors"):
         _flip(path, luck)
     victim.start()
     return Strike(at, (victim,), time.time())
