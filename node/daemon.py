@@ -98,6 +98,7 @@ class Daemon:
         self._journal = Journal(self._home.journal / manifest.name)
         self._tally = Tally()
         self._engine: Engine | None = None
+        self._folding = 0  # certified rounds that are being folded and handed in
         self._line = asyncio.Lock()  # one large download at a time: a home line is one line
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[tuple[Exit, str]] = asyncio.get_running_loop().create_future()
@@ -287,17 +288,24 @@ class Daemon:
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:
         await stopper.polite.wait()
-        self._decider.post(session.FinishAsked())
-        self._decider.post(rounds.Finishing())
-        pending = self._pending and self._decider.session.votes
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stopper.now.wait(), POLITE_SECONDS if pending else 0.1)
+        if not self._decider.session.paused:  # else the machine is wanted for something else
+            self._decider.post(session.FinishAsked())
+            self._decider.post(rounds.Finishing())
+        until = time.monotonic() + POLITE_SECONDS
+        while self._is_awaited and time.monotonic() < until and not stopper.now.is_set():
+            await asyncio.sleep(TICK_SECONDS)
         self._end(Exit.INTERRUPTED, "stopped by you")
 
     @property
     def _pending(self) -> bool:
-        """Whether a round still has work of ours to take, or a record of it to be folded."""
-        return self._decider.begun and (self._decider.rounds.pending or self._decider.rounds.committed is not None)
+        """Whether a round still has work of ours to take."""
+        return self._decider.begun and self._decider.rounds.pending
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether a round is being handed in, or is to take our work once more."""
+        state = self._decider.session
+        return self._folding > 0 or (self._pending and state.votes and not state.paused)
 
     # getting ready
 
@@ -503,6 +511,13 @@ class Daemon:
         self._decider.post(rounds.PartsArrived(digests) if found else rounds.PartsLost(digests))
 
     async def _fold(self, entry: LogEntry) -> None:
+        self._folding += 1
+        try:
+            await self._follow(entry)
+        finally:
+            self._folding -= 1
+
+    async def _follow(self, entry: LogEntry) -> None:
         """Apply a certified record, then do what its end allows."""
         record = entry.record
         folded = await self._workbench.fold(entry)
