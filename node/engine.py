@@ -148,7 +148,10 @@ class Engine:
         return (await self._ask("fetch", body, seconds=timeout_seconds)).payload
 
     async def usage(self) -> Usage:
-        return Usage(**(await self._ask("usage", {})).body["usage"])
+        """What was sent and received; it also finds where this node can be reached by now."""
+        body = (await self._ask("usage", {})).body
+        self.addresses = tuple(body["addresses"])
+        return Usage(**body["usage"])
 
     async def stop(self) -> None:
         await self._child.stop(grace_seconds=STOP_SECONDS)

@@ -91,6 +91,11 @@ class GuardedP2P(P2P):  # type: ignore[misc]
     def addresses(self) -> tuple[str, ...]:
         return tuple(str(address) for address in self._visible_maddrs[:ADDRESSES_MAX])
 
+    async def look_around(self) -> None:
+        """Ask p2pd again where it can be reached: a laptop goes from one network to another."""
+        with suppress(P2PDaemonError):
+            _, self._visible_maddrs = await self._client.identify()
+
     async def _connected(self, peer: PeerID, addresses: Sequence[str]) -> bool:
         with suppress(P2PDaemonError, TimeoutError, ValueError):
             async with asyncio.timeout(CONNECT_SECONDS):

@@ -356,7 +356,9 @@ class Desk:
             case "cancel":
                 self._peer.cancel(bytes.fromhex(body["group"]))
             case "usage":
-                return {"usage": {"sent": self._p2p.bytes_sent, "received": self._p2p.bytes_received}}, b""
+                await self._p2p.look_around()
+                usage = {"sent": self._p2p.bytes_sent, "received": self._p2p.bytes_received}
+                return {"usage": usage, "addresses": self._p2p.addresses()}, b""
             case order:
                 raise AssertionError(f"unknown order {order}")
         return {}, b""
