@@ -1,5 +1,6 @@
 """What must be true after any fault, checked from the coordinator's folder, the nodes' words and the file system."""
 
+import re
 import time
 from contextlib import contextmanager
 from itertools import pairwise
@@ -9,6 +10,7 @@ from coordinator.folder import RunFolder
 from protocol.log import ranges_of, record_hash
 from tests.e2e.processes import until
 
+FOLDED = re.compile(r' event="round folded" round=(\d+) .* state=(\w+)')
 PATIENCE_SECONDS = 20.0  # a range may be held and consumed at once for the moment between two transactions
 
 
@@ -62,10 +64,14 @@ def _ranges(run):
 
 
 def archived(run):
-    """The state digest that the coordinator's archive alone folds up to."""
+    """The state digest after each record of the log, by its hash: the last is what the archive alone folds up to."""
     folder = RunFolder(run.folder)
     with opened(run) as store:
-        return rebuild(store, folder.open_blobs(), folder.manifest(store).manifest).digest()
+        state = rebuild(store, folder.open_blobs(), folder.manifest(store).manifest)
+        entries = store.entries()
+    assert state.round == len(entries), f"the archive reaches round {state.round} of {len(entries)}"
+    states = [*(entry.record.state for entry in entries[1:]), state.digest()]
+    return {record_hash(entry.record): digest for entry, digest in zip(entries, states, strict=True)}
 
 
 def ledger(run):
@@ -88,7 +94,7 @@ def everything(swarm, members):
         try:
             return check()
         except Exception as error:
-            wrong.append(f"{what}: {type(error).__name__} {error}"[:600])
+            wrong.append(f"{what}: {type(error).__name__} {error}"[:2500])
             return None
 
     for member in members:
@@ -96,12 +102,18 @@ def everything(swarm, members):
     heads = holds("every replica is the same", lambda: until(swarm.agreed, "every replica is at the same head"))
     facts["heads"] = swarm.heads() if heads is None else {"all": heads}
     facts["sequences lost"], facts["sequences doubled"] = holds("ranges", lambda: ranges(swarm.coordinator)) or (-1, -1)
-    for member in members:
+    for member in members:  # what each still has to bring may make rounds of its own
         holds(f"{member.name} ends", lambda member=member: _ended(member.stop(), member.name))
+    strange = holds("what was folded", lambda: strange_folds(swarm.coordinator, members))
+    wrong += [
+        f"{name} folded round {number} to {state}, which no record names" for name, number, state in strange or ()
+    ]
     holds("the coordinator ends", lambda: _ended(swarm.coordinator.stop(), "coordinator"))
-    state = holds("the archive", lambda: archived(swarm.coordinator))
-    if heads is not None and state is not None and state != heads["state"]:
-        wrong.append(f"the archive is at {state}, the replicas at {heads}")
+    states = holds("the archive", lambda: archived(swarm.coordinator)) or {}
+    for member in members:
+        head = member.last_words()["head"]
+        if states.get(head["hash"]) != head["state"]:
+            wrong.append(f"{member.name} ended at {head}, the archive folds to {states.get(head['hash'])}")
     facts["ledger verify"] = holds("ledger verify", lambda: ledger(swarm.coordinator))
     missing = holds("every certified round is in the log", lambda: missing_rounds(swarm))
     facts["rounds lost"] = missing
@@ -113,6 +125,25 @@ def everything(swarm, members):
     holds("no process, socket or temporary file is left", lambda: nothing_is_left(swarm.arena))
     facts["losses"] = holds("losses", lambda: losses(swarm.coordinator)) or []
     return wrong, facts
+
+
+def strange_folds(run, members):
+    """States that a node logged after a fold and that the log does not have after that round, on any branch."""
+    with opened(run) as store:
+        records = [entry.record for entry in (*store.entries(), *(entry for _, entry in store.undone()))]
+        ends = {signed.rollback.undone.round for signed in store.rollbacks()}  # no record names the state there
+    states = {}
+    for record in records:
+        states.setdefault(record.round, set()).add(record.state)
+    found = []
+    for member in members:
+        for line in (member.home / "logs" / "node.log").read_text().splitlines():
+            if match := FOLDED.search(line):
+                number, state = int(match[1]) + 1, match[2]
+                known = any(each.startswith(state) for each in states.get(number, ()))
+                if not known and number in states and number not in ends:
+                    found.append((member.name, number - 1, state))
+    return found
 
 
 def missing_rounds(swarm):

@@ -291,7 +291,9 @@ def own_checkpoint_rotten(swarm, luck):
     victim = luck.choice(swarm.members)
     gone(victim.kill())
     at = time.time()
-    for path in victim.home.glob("journal/*/base-*.safetensors"):
+    rotten = list(victim.home.glob("journal/*/base*.safetensors"))
+    assert rotten, "it has no checkpoint of its own"
+    for path in rotten:
         _flip(path, luck)
     victim.start()
     return Strike(at, (victim,), time.time())
@@ -411,6 +413,8 @@ def _coordinator_back(swarm, at, tree):
 
 def _unless_ended(swarm, strike):
     """A coordinator that could not go on may end with a clear word; then it is started again."""
+    newest = swarm.watch.newest_round()
+    until(lambda: swarm.coordinator.ended() or swarm.coordinator.round() > newest, "the coordinator goes on or ends")
     if not swarm.coordinator.ended():
         return strike
     code = swarm.coordinator.process.returncode

@@ -4,7 +4,7 @@ make chaos PART=faults ARGS="--only p2pd --tries 3 --seed 7"
 """
 
 import argparse
-import signal
+import shlex
 import statistics
 import sys
 import tempfile
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tests.chaos import audit, report
 from tests.chaos.causes import FAULTS, any_luck
-from tests.chaos.swarm import Swarm
+from tests.chaos.swarm import Swarm, ends_when_told
 from tests.e2e.processes import until
 
 WARM_ROUNDS = 8
-QUIET_ROUNDS = 2  # between two faults, to know how long a round takes now
+QUIET_ROUNDS = 1  # between two faults, to know how long a round takes now
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Trial:
     back_seconds: float | None = None  # until the last victim was in a round again, once it was over
     coordinator_seconds: float | None = None
     late_rounds: int | None = None  # rounds between a joiner's sync and its first contribution
-    rounds_lost: int = 0
-    sequences_lost: int = 0
-    sequences_doubled: int = 0
+    rounds_lost: int | None = None  # not counted yet
+    sequences_lost: int | None = None
+    sequences_doubled: int | None = None
     note: str = ""
     troubles: list = field(default_factory=list)
 
@@ -72,8 +72,8 @@ class Drill:
         unplanned = len(swarm.unplanned)
         try:
             self._strike(trial, fault, any_luck(self.seed, fault.name, number))
-        except AssertionError as error:
-            trial.troubles.append(str(error)[:1500])
+        except Exception as error:
+            trial.troubles.append(f"{type(error).__name__}: {error}"[:1500])
             self._mend()
         trial.troubles += swarm.unplanned[unplanned:]
         self.trials.append(trial)
@@ -141,11 +141,8 @@ def _before(certified, watch):
 
 def _late(member, first, watch):
     """Rounds from the one that was open when it began to train to the one that it first brought something to."""
-    for line in (member.home / "logs" / "node.log").read_text().splitlines():
-        if " event=training" in line:
-            stamp = line.split()[0].removeprefix("timestamp=")
-            at = report.seconds_of(stamp)
-    return first.round - watch.after(at)[0].round
+    synced = report.moments(member, "training")[-1]
+    return first.round - watch.after(synced)[0].round
 
 
 def options(parser):
@@ -165,7 +162,7 @@ def main():
     if given.list:
         print("\n".join(each.name for each in chosen))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # all that was started ends with us
+    ends_when_told()
     swarm = Swarm(Path(tempfile.mkdtemp(prefix="barnraise-chaos-")) / "w", nodes=given.nodes)
     print(f"chaos, seed {given.seed}: {given.nodes} nodes and a coordinator in {swarm.arena.folder}", flush=True)
     drill = Drill(swarm, given.seed)
@@ -191,8 +188,10 @@ def main():
         facts=facts,
         left_out=left_out,
         seconds=time.monotonic() - began,
-        command=" ".join(["make chaos PART=faults", *(["ARGS=" + " ".join(sys.argv[1:])] if sys.argv[1:] else [])]),
-        trials=[asdict(trial) for trial in drill.trials],
+        command=" ".join(
+            ["make chaos PART=faults", *([f"ARGS={shlex.quote(shlex.join(sys.argv[1:]))}"] if sys.argv[1:] else [])]
+        ),
+        tried=[asdict(trial) for trial in drill.trials],
     )
     return 1 if wrong or any(trial.troubles for trial in drill.trials) else 0
 

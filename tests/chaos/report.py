@@ -16,12 +16,20 @@ def seconds_of(stamp):
     return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
+def moments(member, event):
+    """When a node logged this."""
+    lines = (member.home / "logs" / "node.log").read_text().splitlines()
+    return [seconds_of(line.split()[0].removeprefix("timestamp=")) for line in lines if f" event={event} " in line]
+
+
 def line(trial, round_seconds):
     """One trial, as soon as it is over."""
     took = "-" if trial.recovery_seconds is None else f"{trial.recovery_seconds:.1f} s"
     again = "" if trial.back_seconds is None else f", back after {trial.back_seconds:.1f} s"
     served = "" if trial.coordinator_seconds is None else f", coordinator back in {trial.coordinator_seconds:.1f} s"
-    print(f"  {trial.fault}: {trial.outcome}, next round after {took}{again}{served} {trial.note}".rstrip(), flush=True)
+    lost = f"; sequences lost {_sum([trial.sequences_lost])}, doubled {_sum([trial.sequences_doubled])}"
+    words = (f"  {trial.fault}: {trial.outcome}, next round after {took}{again}{served}{lost}", trial.note)
+    print("; ".join(filter(None, words)), f"rounds lost {_sum([trial.rounds_lost])}", sep="; ", flush=True)
     for trouble in trial.troubles:
         print(f"    TROUBLE {trouble}", flush=True)
 
@@ -42,13 +50,20 @@ def table(trials, round_seconds):
         back = [trial.back_seconds for trial in mine if trial.back_seconds is not None]
         back += [trial.coordinator_seconds for trial in mine if trial.coordinator_seconds is not None]
         during = max(trial.during for trial in mine)
+        failed = sum(bool(trial.troubles) for trial in mine)
         rows.append(
-            f"| {name}{f' ({notes})' if notes else ''} | {len(mine)} | {said} | {recovery} | {during or ''} "
+            f"| {name}{f' ({notes})' if notes else ''} | {len(mine)}{f', {failed} with troubles' if failed else ''} | {said} | {recovery} | {during or ''} "
             f"| {f'{max(back):.0f} s' if back else ''} "
-            f"| {sum(t.sequences_lost for t in mine)} / {sum(t.sequences_doubled for t in mine)} "
-            f"| {sum(t.rounds_lost for t in mine)} |"
+            f"| {_sum(t.sequences_lost for t in mine)} / {_sum(t.sequences_doubled for t in mine)} "
+            f"| {_sum(t.rounds_lost for t in mine)} |"
         )
     return "\n".join(rows)
+
+
+def _sum(counts):
+    """Of what was counted; a try that failed before it was counted makes it unknown."""
+    counts = list(counts)
+    return "?" if None in counts else sum(counts)
 
 
 def curve(losses):

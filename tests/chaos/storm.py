@@ -4,7 +4,6 @@ make chaos PART=storm ARGS="--seed 7 --seconds 300"
 """
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from protocol.errors import Refused
 from tests.chaos import audit, report
 from tests.chaos.causes import STAGES_OF_A_ROUND, STAGES_OF_THE_COORDINATOR, any_luck
 from tests.chaos.faults import options
-from tests.chaos.swarm import Swarm
+from tests.chaos.swarm import Swarm, ends_when_told
 
 PAUSE_SECONDS = (0.5, 6.0)  # between two faults
 HURT_SECONDS = (0.5, 20.0)  # that each lasts
@@ -146,7 +145,7 @@ def main():
     options(parser)
     parser.add_argument("--seconds", type=float, default=180.0)
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    ends_when_told()
     swarm = Swarm(Path(tempfile.mkdtemp(prefix="barnraise-chaos-")) / "w", nodes=given.nodes)
     print(f"storm, seed {given.seed}: {given.nodes} nodes and a coordinator for {given.seconds:.0f} s", flush=True)
     try:

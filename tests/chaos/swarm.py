@@ -6,7 +6,9 @@ It starts and ends them, tells them where to die, and reads from their own journ
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -253,15 +255,19 @@ class Swarm:
         if self.small_disks:
             folder.mkdir()
             self.disks.append(folder)
-            _mount("-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "none", folder)
+            assert _mount("-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "none", folder)
 
     def fill(self, folder):
-        """Not one byte is left."""
-        used = shutil.disk_usage(folder).used
-        _mount("-o", f"remount,size={max(used, 4096)}", folder)
+        """Not one byte is left. What is written meanwhile makes the kernel refuse; then it is tried again."""
+
+        def filled():
+            used = shutil.disk_usage(folder).used
+            return _mount("-o", f"remount,size={max(used, 4096)}", folder)
+
+        until(filled, f"{folder} is full")
 
     def make_room(self, folder):
-        _mount("-o", f"remount,size={DISK_BYTES}", folder)
+        assert _mount("-o", f"remount,size={DISK_BYTES}", folder)
 
     # deaths
 
@@ -334,16 +340,27 @@ class Swarm:
         shutil.rmtree(self.arena.folder, ignore_errors=True)  # --keep has another
 
 
+def ends_when_told():
+    """All that was started ends with us on SIGTERM too, also when it comes twice: to us, and to our group."""
+
+    def end(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def _own_mounts():
     """Leave for a mount namespace of our own, so that no mount outlives us; False where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
     if os.geteuid() or not hasattr(libc, "unshare") or libc.unshare(CLONE_NEWNS):
         return False
-    return not subprocess.run(["mount", "--make-rprivate", "/"], check=False, capture_output=True).returncode
+    return _mount("--make-rprivate", "/")
 
 
 def _mount(*words):
-    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+    """Whether it worked."""
+    return not subprocess.run(["mount", *map(str, words)], check=False, capture_output=True).returncode
 
 
-__all__ = ["SETTINGS", "Certified", "Member", "Swarm", "alive", "gone", "until"]
+__all__ = ["SETTINGS", "Certified", "Member", "Swarm", "alive", "ends_when_told", "gone", "until"]

@@ -46,4 +46,4 @@ def test_a_round_survives(swarm, name):
 
 def test_afterwards_all_replicas_are_the_same_and_nothing_is_lost(swarm):
     wrong, _ = audit.everything(swarm, swarm.members)
-    assert not wrong
+    assert not wrong, "\n".join(wrong)

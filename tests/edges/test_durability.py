@@ -11,11 +11,13 @@ import shutil
 import signal
 import sqlite3
 import sys
+import threading
 import traceback
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -760,3 +762,46 @@ def test_a_full_disk_keeps_no_half_of_a_blob(tmp_path):
         assert put().digest == digest
         store.verify(digest)
         store.delete(digest)
+
+
+# a coordinator that is back
+
+
+async def test_what_is_measured_at_the_start_has_the_tokens_of_its_own_rounds(tmp_path, monkeypatch):
+    """Nodes bring a record while the rendezvous still starts: it is folded at any moment from then on."""
+    folded, measured = threading.Event(), threading.Event()
+
+    def fold_and_dawdle(*arguments):
+        fold(*arguments)
+        folded.set()
+        measured.wait(20.0)
+
+    async with Desk(begin(tmp_path / "run"), Nodes(tmp_path / "nodes")) as desk:
+        await desk.join()
+        await desk.round()
+        await desk.lease()
+        desk.slow.cancel()  # as before a start: nothing slow is carried out yet, and nothing is to be measured
+        desk.coordinator._to_measure.clear()
+        desk.coordinator._measure.clear()
+        coordinator, entry = desk.coordinator, desk.nodes.certify(desk.coordinator)
+        desk.blobs.put_bytes(desk.nodes.part(entry))
+        coordinator.submit(machine.EntryArrived(entry))
+        coordinator.submit(machine.PartStored(entry.record.parts[0].digest))
+        monkeypatch.setattr("coordinator.engine.fold", fold_and_dawdle)
+        coordinator._tell_rendezvous = lambda: asyncio.to_thread(folded.wait, 20.0)
+        coordinator._evaluate = asyncio.Event().wait
+        stopper = SimpleNamespace(polite=asyncio.Event())
+        running = asyncio.create_task(coordinator.run(stopper))
+        try:
+            async with asyncio.timeout(20.0):
+                await asyncio.to_thread(folded.wait, 20.0)
+                await coordinator._measure.wait()
+            facts = coordinator._to_measure[0][1]
+        finally:
+            measured.set()
+            stopper.polite.set()
+            await running
+            for task in coordinator._tasks:
+                task.cancel()
+        taken = [each for entry in desk.store.entries()[: facts.round] for each in entry.record.contributions]
+    assert facts.tokens == sum(each.tokens for each in taken) > 0
