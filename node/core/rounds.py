@@ -125,6 +125,7 @@ class Rounds:
     finishing: bool = False
     round_started: float = 0.0
     readies: Mapping[NodeId, SignedReady] = field(default_factory=dict)
+    asking: frozenset[NodeId] = frozenset()  # have said their promise again: perhaps they lack ours
     wanted_since: float | None = None  # when a majority was first seen to wait only for this node
     majority_since: float | None = None  # when a majority of promises was first seen
     begin: Begin | None = None
@@ -612,6 +613,7 @@ def _promise(state: Rounds, roster: Roster, ballot: Ballot, now: float, rules: R
         proposal=None,
         votes={},
         majority_since=None,
+        asking=frozenset(),
         resend_at=now + RESEND_SECONDS,
     )
     return state, (SaveVote(state.head.round, ballot, state.accepted, state.head.hash), Send(roster.nodes, ready))
@@ -653,9 +655,9 @@ def _gather(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
         state = replace(state, majority_since=now)
     if now >= state.resend_at:
         deaf = {node for node in roster.nodes if node not in promises}
-        deaf |= {leader(roster, state.ballot, state.head.round)} - {rules.me}
+        deaf |= (state.asking | {leader(roster, state.ballot, state.head.round)}) - {rules.me}
         again = Send(tuple(n for n in roster.nodes if n in deaf), _own_ready(state, state.ballot, rules))
-        return replace(state, resend_at=now + RESEND_SECONDS), (again,) if deaf else ()
+        return replace(state, resend_at=now + RESEND_SECONDS, asking=frozenset()), (again,) if deaf else ()
     if state.majority_since is None:
         return state, ()
     waited = now - state.majority_since
@@ -807,6 +809,8 @@ def _hear(state: Rounds, signed: SignedReady) -> Rounds:
     known = state.readies.get(sender)
     if known is not None and known.ready.round == signed.ready.round and known.ready.ballot > ballot:
         return state
+    if known is not None and known.ready == signed.ready and ballot == state.ballot:
+        return replace(state, asking=state.asking | {sender})
     reach = ATTEMPT_JUMP_MAX + (state.ballot.attempt if ballot.epoch == state.ballot.epoch else 0)
     heard = max(state.heard, Ballot(ballot.epoch, min(ballot.attempt, reach)))
     readies = state.readies if ballot.attempt > reach else {**state.readies, sender: signed}

@@ -185,6 +185,20 @@ def test_members_that_bring_nothing_reduce_nothing():
     assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, C]
 
 
+def test_a_promise_is_said_again_to_whoever_says_its_own_again():
+    """It may lack ours; with one promise lost to each of four, all would wait for ever (seed 641)."""
+    node = Node(A, B, C, D, E).trained(data(0, 4)).see(ready(B, brings(B, data(4, 8))))
+    assert node.see(rounds.Ticked(), at=2.0).sent(Ready)
+    assert B not in to_whom(node)
+    node.see(ready(B, brings(B, data(4, 8))))
+    assert B in to_whom(node.see(rounds.Ticked(), at=4.0))
+    assert B not in to_whom(node.see(rounds.Ticked(), at=6.0)), "once for each time"
+
+
+def to_whom(node):
+    return [to for effect in node.did(rounds.Send) for to in effect.to]
+
+
 def test_a_promise_is_durable_before_it_is_sent():
     kinds = [type(effect) for effect in Node(A, B).trained(data(0, 4)).effects]
     assert kinds.index(rounds.SaveVote) < kinds.index(rounds.Send)
