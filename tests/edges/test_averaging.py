@@ -192,6 +192,9 @@ def whole(group):
     return [chunk(data, group=group), chunk(data)]
 
 
+PATIENCE_SECONDS = 5  # with a sender that says nothing, on a machine that does other things as well
+
+
 def hostile_chunks(attack, group):
     good, rest = whole(group)
     buffer = good.tensor_part.buffer
@@ -251,6 +254,8 @@ async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm):
                     *(engine.peer for engine in engines),
                     str(hostile.peer_id),
                     spans=((0, middle), (middle, VALUES), (VALUES, VALUES)),
+                    deadline_seconds=40,
+                    sender_seconds=PATIENCE_SECONDS,
                 )
                 began = time.monotonic()
                 *outcomes, answers = await asyncio.gather(
@@ -260,7 +265,7 @@ async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm):
                 assert outcomes[0].failed == outcomes[1].failed == {}, attack
                 assert outcomes[0].included == outcomes[1].included == (0, 1), attack
                 assert outcomes[0].parts == outcomes[1].parts, attack
-                assert time.monotonic() - began < 3 + 2, attack  # the other engine waits sender_seconds for it
+                assert time.monotonic() - began < 2 * PATIENCE_SECONDS, attack  # the other engine waits once for it
                 means = [answer for answer in answers if answer.code == averaging_pb2.AVERAGED_PART]
                 assert bool(means) == (attack == "only half"), attack  # slow is not hostile
     finally:
@@ -275,19 +280,27 @@ async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm
             await introduce(engine, others=[member])
             member.roster = {PeerID.from_base58(engine.peer): engine.addresses}
             spans = ((0, VALUES), (VALUES, VALUES))
-            job = job_of(engine.peer, str(member.peer_id), weights=(0, 5), spans=spans)
+            job = job_of(
+                engine.peer, str(member.peer_id), weights=(0, 5), spans=spans, deadline_seconds=60, sender_seconds=20
+            )
+            begun, answered = asyncio.Event(), asyncio.Event()
             good = [chunk(encoded[:34816], group=job.group)]
             good += [chunk(encoded[at : at + 34816]) for at in range(34816, len(encoded), 34816)]
 
             async def second():
-                await asyncio.sleep(0.3)
-                return await replies(member, engine, whole(job.group))
+                await begun.wait()
+                await asyncio.sleep(1.0)  # for the first message to arrive
+                try:
+                    return await replies(member, engine, whole(job.group))
+                finally:
+                    answered.set()
 
             async def slowly():
                 async def stream():
                     for message in good:
                         yield message
-                        await asyncio.sleep(0.2)
+                        begun.set()
+                        await answered.wait()
 
                 peer = PeerID.from_base58(engine.peer)
                 await member.reach(peer)
