@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.e2e.processes import alive, gone, until
+from tests.e2e.processes import alive, gone, until, words_of
 
 STOPPED_SECONDS = 65.0  # longer than a round's deadline, a lease, a call and the wait for a stalled download
 STALLED_SECONDS = 30.0
@@ -237,7 +237,7 @@ def rolled_back(swarm, luck):
 
 @fault("coordinator: kill -9 of its rendezvous")
 def rendezvous_killed(swarm, luck):
-    (found,) = [each for each in swarm.coordinator.tree() if "coordinator.rendezvous" in each.cmdline()]
+    (found,) = [each for each in swarm.coordinator.tree() if "coordinator.rendezvous" in words_of(each)]
     found.kill()
     at = time.time()
     time.sleep(5)

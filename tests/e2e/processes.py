@@ -84,6 +84,14 @@ def alive(process):
         return False
 
 
+def words_of(process):
+    """Its command line; none of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except (psutil.Error, OSError):
+        return []
+
+
 def gone(processes, *, seconds=PATIENCE_SECONDS):
     until(lambda: not [each for each in processes if alive(each)], f"{processes} are gone", seconds=seconds)
 
@@ -296,7 +304,7 @@ class Node:
 
     def part(self, module):
         """The process of the daemon that runs this module."""
-        (found,) = [each for each in self.tree() if module in each.cmdline()]
+        (found,) = [each for each in self.tree() if module in words_of(each)]
         return found
 
     def kill(self):

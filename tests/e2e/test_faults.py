@@ -9,7 +9,7 @@ import pytest
 from node.config import Home
 from protocol import invite as invites
 from protocol.errors import Code
-from tests.e2e.processes import TEXT, TINY, Node, Run, World, free_ports, gone, until
+from tests.e2e.processes import TEXT, TINY, Node, Run, World, free_ports, gone, until, words_of
 
 ROUNDS_OF_A_FRACTION_OF_A_SECOND = {"rounds": {**TINY["rounds"], "inner_steps": [[1, 12]]}}
 
@@ -83,7 +83,7 @@ def test_a_coordinator_whose_port_is_taken_ends_and_leaves_nothing_running(share
         out, complaint = shared.call("barnraise-coordinator", *words, code=Code.PORT_IN_USE.exit.value)
     assert Code.PORT_IN_USE.code in complaint and str(ports[door]) in complaint and not out
     new = [process for process in shared.family() if process.pid not in before]
-    assert not [process for process in new if str(idle.folder) in " ".join(process.cmdline())]
+    assert not [process for process in new if str(idle.folder) in " ".join(words_of(process))]
     assert not list((idle.folder / ".barnraise" / "runtime").iterdir())
 
 
@@ -227,7 +227,7 @@ def test_nothing_is_left_of_all_this(shared, run):
 def test_a_demo_that_is_ended_leaves_no_process(world, order, code):
     demo = world.command("barnraise", "demo", "--nodes", "1", "--no-browser", "--json", log="demo")
     until(
-        lambda: demo.poll() is not None or [each for each in world.family() if "node.trainer" in each.cmdline()],
+        lambda: demo.poll() is not None or [each for each in world.family() if "node.trainer" in words_of(each)],
         "its node has a trainer",
     )
     assert demo.poll() is None, world.log("demo").read_text()
