@@ -684,6 +684,8 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
         witness = max(accepted, key=lambda node: accepted[node].ballot)
         record = accepted[witness].record
         if record.epoch not in state.rosters:
+            if now - (state.majority_since or now) >= rules.gather_seconds + _attempt_seconds(state, rules):
+                return _next_attempt(state, now, rules, "nobody sent the roster of a record that has votes")
             return _ask_log(state, witness, now, rules)
         proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
         state = replace(state, phase=Phase.DECIDING, deadline=now + _attempt_seconds(state, rules), began_at=now)
