@@ -338,6 +338,8 @@ class Daemon:
         assert replica.head is not None
         promise = journal.promise(replica.head)
         ballot = promise.ballot if promise is not None else Ballot(Epoch(-1), 0)
+        if online:  # only the coordinator can lift a seal: others rely on it
+            ballot = rounds.lifted(ballot)
         return Rounds(
             head=replica.head,
             digest=replica.digest,
@@ -347,9 +349,7 @@ class Daemon:
             rollbacks=journal.rollbacks(),
             silent=journal.silence(),
             last=replica.last,
-            ballot=rounds.lifted(ballot)
-            if online
-            else ballot,  # only the coordinator can lift a seal: others rely on it
+            ballot=ballot,
             accepted=promise.accepted if promise is not None else None,
         )
 

@@ -114,7 +114,6 @@ class SimNode(Process):
         self.slow = SLOW if luck.random() < world.weather.slow_nodes else 1.0
         self.speed = luck.uniform(*swarm.speeds)
         self.inner_steps = luck.choice(swarm.steps)
-        self.trained_total = 0
         steps = self.inner_steps
         self.rules = rounds.Rules(
             me=self.me,
@@ -315,7 +314,6 @@ class SimNode(Process):
         self.since_snapshot.append(DataRange(first.pass_number, first.shard, start, cut))
         self.step_credit -= done
         self.steps += done
-        self.trained_total += done
 
     def _keep_progress(self) -> None:
         assert self.world.swarm.save_seconds is not None

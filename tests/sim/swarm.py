@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean
 
 from protocol.types import Head
-from tests.sim.faults import CALM, Weather
-from tests.sim.invariants import InvariantBroken, Known
+from tests.sim.faults import Weather
+from tests.sim.invariants import Known
 from tests.sim.node import Swarm
 from tests.sim.world import World, swiftly
 
@@ -22,15 +20,10 @@ WEATHER_SECONDS_MAX = 3600.0  # however bad it is: then the rounds that are miss
 class Report:
     """What one swarm went through."""
 
-    seed: int
     rounds: int
     attempts: int
-    seconds: float
     to_certify: float  # round times from the end of the faults to the next certified round
     to_settle: float  # and until everyone was there
-    counts: dict[str, int]
-    recoveries: dict[str, list[float]]  # round times from each fault to the next certified round
-    round_seconds: float  # a mean
 
 
 def simulate(
@@ -102,19 +95,9 @@ def _lacking(world: World, target: Known) -> str:
 
 
 def report(world: World) -> Report:
-    times = world.certified_at
-    gaps = [b - a for a, b in pairwise(times)]
     return Report(
-        seed=world.seed,
         rounds=world.truth.certified,
         attempts=len(world.truth.attempts),
-        seconds=world.now,
         to_certify=(world.calm_certified - world.calm_since) / ROUND_SECONDS,
         to_settle=(world.calm_settled - world.calm_since) / ROUND_SECONDS,
-        counts=dict(world.counts),
-        recoveries={kind: [s / ROUND_SECONDS for s in found] for kind, found in world.recoveries.items()},
-        round_seconds=fmean(gaps) if gaps else 0.0,
     )
-
-
-__all__ = ["CALM", "InvariantBroken", "Report", "World", "report", "simulate"]

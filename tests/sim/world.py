@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -33,17 +33,13 @@ class World:
         self.weather = under if under is not None else weather(self.luck)
         self.now = 0.0
         self.truth = Truth()
-        self.verbose = False
         self.averagings: dict[object, Averaging] = {}
         self.cuts: list[set[tuple[str, str]]] = []  # links that are dead, one way
         self.trace: list[str] = []
         self.counts: Counter[str] = Counter()
         self.effects = 0  # carried out by anybody
         self.crash_at: int | None = None  # before this effect its process ends
-        self.certified_at: list[float] = []
         self.calm_since = self.calm_certified = self.calm_settled = 0.0
-        self.recoveries: defaultdict[str, list[float]] = defaultdict(list)  # seconds to the next certified round
-        self._struck: list[tuple[str, float]] = []
         self._queue: list[tuple[float, int, Action]] = []
         self._serial = 0
         self.swarm = swarm if swarm is not None else Swarm.of(self.luck)
@@ -101,7 +97,6 @@ class World:
     def struck(self, kind: str, whom: str = "") -> None:
         self.note(f"{kind} {whom}")
         self.counts[kind] += 1
-        self._struck.append((kind, self.now))
 
     def note(self, text: str) -> None:
         self.trace.append(f"{self.now:9.3f}  {text}")
@@ -109,8 +104,6 @@ class World:
     # what is true
 
     def said(self, node: NodeId, message: Message) -> None:
-        if self.verbose:
-            self.note(f"{node} says {message}")
         if isinstance(message, Commit):
             self.entry_certified(LogEntry(message.record, message.certificate), node)
         else:
@@ -118,11 +111,7 @@ class World:
 
     def entry_certified(self, entry: LogEntry, who: str) -> None:
         if self.truth.entry_certified(entry, who):
-            self.certified_at.append(self.now)
             self.note(f"round {entry.record.round} certified by {who}")
-            for kind, since in self._struck:
-                self.recoveries[kind].append(self.now - since)
-            self._struck.clear()
 
 
 def _replace(value: T, /, **changes: object) -> T:
