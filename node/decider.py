@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import structlog
 
 from node.core import rounds, session
 from node.core.rounds import Event as RoundsEvent
 from node.core.rounds import Rounds
-from protocol.types import Contribution
 
 Event = RoundsEvent | session.Event
 Effect = rounds.Effect | session.Effect
@@ -43,15 +41,6 @@ class Decider:
 
     def begin(self, state: Rounds) -> None:
         self._rounds = state
-
-    def take_up(
-        self, *, missed: int, contribution: Contribution | None = None, carried: Contribution | None = None
-    ) -> None:
-        """Hold what an earlier process had trained, as if this one had."""
-        state = self.rounds
-        self._rounds = replace(
-            state, contribution=contribution or state.contribution, carried=carried or state.carried, missed=missed
-        )
 
     def post(self, event: Event) -> None:
         self._inbox.put_nowait(event)

@@ -311,11 +311,11 @@ class Workbench:
             return
         match use:
             case Offer(contribution, missed):
-                self._decider.take_up(contribution=contribution, missed=missed)
+                self._decider.step(rounds.WorkFound(missed, contribution=contribution))
             case Carry(contribution, missed):
-                self._decider.take_up(carried=contribution, missed=missed)
+                self._decider.step(rounds.WorkFound(missed, carried=contribution))
             case Settle(_, missed):
-                self._decider.take_up(missed=missed)
+                self._decider.step(rounds.WorkFound(missed))
 
     def _restore(self, use: Offer | Carry | Settle, values: Floats) -> None:
         """u, as it would be if this process had been there all the time."""

@@ -199,6 +199,15 @@ class SnapshotTaken:
 
 
 @dataclass(frozen=True)
+class WorkFound:
+    """What an earlier process had trained and saved: for this round, or left over by those before it."""
+
+    missed: int
+    contribution: Contribution | None = None
+    carried: Contribution | None = None
+
+
+@dataclass(frozen=True)
 class Received:
     """A message whose sender and signatures the edge has checked."""
 
@@ -286,6 +295,7 @@ Event = (
     RosterArrived
     | Progressed
     | SnapshotTaken
+    | WorkFound
     | Received
     | Averaged
     | PartsArrived
@@ -449,6 +459,8 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
             return (state if steps == state.steps else replace(state, steps=steps)), ()
         case SnapshotTaken(ranges):
             return _snapshot_taken(state, ranges, rules), ()
+        case WorkFound(missed, contribution, carried):
+            return _work_found(state, missed, contribution, carried), ()
         case Received(message, signature):
             return _received(state, message, signature, now, rules)
         case Averaged(ballot, part, held):
@@ -575,6 +587,12 @@ def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) 
     return replace(state, contribution=contribution, carried=None, snapshot_asked=False, steps=0)
 
 
+def _work_found(state: Rounds, missed: int, contribution: Contribution | None, carried: Contribution | None) -> Rounds:
+    return replace(
+        state, missed=missed, contribution=contribution or state.contribution, carried=carried or state.carried
+    )
+
+
 def combine(
     carried: Contribution | None, ranges: tuple[DataRange, ...], consumed: Consumed, rules: Rules
 ) -> Contribution:
@@ -677,6 +695,13 @@ def _attempt_seconds(state: Rounds, rules: Rules) -> float:
     return min(patient, rules.attempt_seconds_max)
 
 
+def _averaging_seconds(state: Rounds, rules: Rules) -> float:
+    """An averaging may take half of the time that its round was trained for, so that a slow line is not left out by
+    fast ones: training goes on meanwhile."""
+    trained = state.promised_at - state.round_started if state.promised_at is not None else 0.0
+    return max(_attempt_seconds(state, rules), min(trained / 2, rules.attempt_seconds_max))
+
+
 def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady], now: float, rules: Rules) -> Outcome:
     """As leader: carry on with the highest record that anyone has voted for, else average afresh."""
     accepted = {node: s.ready.accepted for node, s in promises.items() if s.ready.accepted is not None}
@@ -708,9 +733,8 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
             return _next_attempt(state, now, rules, "nobody had trained")
         return state, ()
     begin = Begin(rules.run, state.head.round, state.ballot, rules.me, tuple(chosen))
-    state = replace(
-        state, began_at=now, deadline=now + _attempt_seconds(state, rules), phase=Phase.DECIDING, begin=begin
-    )
+    deadline = now + _averaging_seconds(state, rules)
+    state = replace(state, began_at=now, deadline=deadline, phase=Phase.DECIDING, begin=begin)
     return state, (Send(roster.nodes, begin),)
 
 
@@ -837,7 +861,7 @@ def _begun(state: Rounds, begin: Begin, now: float, rules: Rules) -> Outcome:
     )
     if not fit or len({ready.sender for ready in readies}) != len(readies):
         return state, ()
-    seconds = _attempt_seconds(state, rules)
+    seconds = _averaging_seconds(state, rules)
     state = replace(state, begin=begin, began_at=now, deadline=now + seconds)
     if rules.me not in {ready.sender for ready in readies}:
         return replace(state, phase=Phase.DECIDING, averaged=True), ()

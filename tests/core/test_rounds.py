@@ -392,6 +392,19 @@ def test_a_reducer_that_stays_silent_is_not_waited_for_for_ever():
     assert node.see(rounds.Ticked(), at=0.8 * node.state.deadline).sent(Propose)
 
 
+def test_a_slow_line_has_half_of_the_time_that_its_round_was_trained_for():
+    node = Node(A, B).trained(data(0, 4), at=30.0)
+    node.state = replace(node.state, decide_seconds=0.5)
+    (average,) = node.see(ready(B, brings(B, data(100, 104)))).did(rounds.Average)
+    assert average.seconds == 0.6 * 15.0 and node.state.deadline == 30.0 + 15.0
+
+
+def test_a_long_round_makes_no_leader_wait_longer_than_the_runs_deadline():
+    node = Node(A, B).trained(data(0, 4), at=90.0)
+    (average,) = node.see(ready(B, brings(B, data(100, 104)))).did(rounds.Average)
+    assert average.seconds == 0.6 * node.rules.attempt_seconds_max
+
+
 def test_a_record_is_signed_only_with_its_parts_on_disk():
     record = record_of(brings(A, data(0, 4)))
     node = Node(A, B, me=B).trained(data(8, 12))

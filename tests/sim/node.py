@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from coordinator.core import machine
 from node.core import rounds, session
 from node.core.rounds import Rounds, group
-from node.progress import Carry, Drop, Offer, Progress, resume
+from node.progress import Carry, Drop, Offer, Progress, Settle, resume
 from protocol.canonical import digest
 from protocol.log import head_after, next_head, ranges_of, record_hash, spans
 from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message
@@ -183,12 +183,10 @@ class SimNode(Process):
             ballot=promise[1] if promise else Ballot(Epoch(-1), 0),
             accepted=promise[2] if promise else None,
         )
-        self._resume()
         self.session = session.Session(sequences_wanted=4)
         self.queue: list[DataRange] = []
         self.since_snapshot: list[DataRange] = []
-        waiting = [c for c in (self.rounds.contribution, self.rounds.carried) if c is not None]
-        self.brought: Spans = [span(r) for c in waiting for r in c.ranges]  # handed to a round, not certified yet
+        self.brought: Spans = []  # handed to a round, not certified yet
         self.steps = 0
         self.step_credit = 0.0
         self.training = False
@@ -225,9 +223,13 @@ class SimNode(Process):
         )
         match found:
             case Offer(contribution, missed):
-                self.rounds = replace(state, contribution=contribution, missed=missed)
+                self.brought = [span(each) for each in contribution.ranges]
+                self.rounds_event(rounds.WorkFound(missed, contribution=contribution))
             case Carry(contribution, missed, _):
-                self.rounds = replace(state, carried=contribution, missed=missed)
+                self.brought = [span(each) for each in contribution.ranges]
+                self.rounds_event(rounds.WorkFound(missed, carried=contribution))
+            case Settle(_, missed):
+                self.rounds_event(rounds.WorkFound(missed))
             case Drop():
                 self.disk.progress = None
 
@@ -262,6 +264,7 @@ class SimNode(Process):
     def _begin(self) -> None:
         if self.session.synced:
             return
+        self._resume()
         self.session_event(session.CaughtUp())
         self._start_trainer()
 
