@@ -958,6 +958,8 @@ def _sound_parts(
 def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Outcome:
     if proposal.round != state.head.round or state.committed is not None or proposal.ballot < state.ballot:
         return state, ()
+    if not state.active:
+        return state, ()  # perhaps with an old disk: nobody has said yet what was promised here and is forgotten
     signed = state.rosters.get(proposal.ballot.epoch)
     if signed is None:
         return _ask_log(state, proposal.sender, now, rules)

@@ -104,10 +104,8 @@ def everything(swarm, members):
     facts["sequences lost"], facts["sequences doubled"] = holds("ranges", lambda: ranges(swarm.coordinator)) or (-1, -1)
     for member in members:  # what each still has to bring may make rounds of its own
         holds(f"{member.name} ends", lambda member=member: _ended(member.stop(), member.name))
-    strange = holds("what was folded", lambda: strange_folds(swarm.coordinator, members))
-    wrong += [
-        f"{name} folded round {number} to {state}, which no record names" for name, number, state in strange or ()
-    ]
+    strange, facts["folds compared"] = holds("folds", lambda: strange_folds(swarm.coordinator, members)) or ((), "?")
+    wrong += [f"{name} folded round {number} to {state}, which no record names" for name, number, state in strange]
     holds("the coordinator ends", lambda: _ended(swarm.coordinator.stop(), "coordinator"))
     states = holds("the archive", lambda: archived(swarm.coordinator)) or {}
     for member in members:
@@ -122,28 +120,32 @@ def everything(swarm, members):
     if facts["sequences lost"] or facts["sequences doubled"]:
         wrong.append(f"{facts['sequences lost']} sequences lost, {facts['sequences doubled']} doubled")
     wrong += [f"two contents of one round: {each}" for each in swarm.watch.conflicts]
-    holds("no process, socket or temporary file is left", lambda: nothing_is_left(swarm.arena))
+    clean = holds("no process, socket or temporary file is left", lambda: nothing_is_left(swarm.arena) or True)
+    facts["left behind"] = "no process, socket or temporary file" if clean else "see below"
+    facts["rounds certified"] = len(swarm.watch.in_order())
     facts["losses"] = holds("losses", lambda: losses(swarm.coordinator)) or []
     return wrong, facts
 
 
 def strange_folds(run, members):
-    """States that a node logged after a fold and that the log does not have after that round, on any branch."""
+    """States that a node logged after a fold and that the log does not have after that round, on any branch; and how
+    many were looked up there."""
     with opened(run) as store:
         records = [entry.record for entry in (*store.entries(), *(entry for _, entry in store.undone()))]
         ends = {signed.rollback.undone.round for signed in store.rollbacks()}  # no record names the state there
     states = {}
     for record in records:
         states.setdefault(record.round, set()).add(record.state)
-    found = []
+    found, compared = [], 0
     for member in members:
         for line in (member.home / "logs" / "node.log").read_text().splitlines():
             if match := FOLDED.search(line):
                 number, state = int(match[1]) + 1, match[2]
                 known = any(each.startswith(state) for each in states.get(number, ()))
+                compared += number in states
                 if not known and number in states and number not in ends:
                     found.append((member.name, number - 1, state))
-    return found
+    return found, compared
 
 
 def missing_rounds(swarm):

@@ -146,7 +146,7 @@ def _late(member, first, watch):
 
 
 def options(parser):
-    parser.add_argument("--nodes", type=int, default=5, choices=range(4, 6))
+    parser.add_argument("--nodes", type=int, default=5, choices=range(4, 7))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="leave the folder with all logs")
 

@@ -102,9 +102,7 @@ def main():
     )
     print(f"nodes were dead or starting for {faulty.dead_share:.3f} of their time, in which they cannot compute;")
     print(f"of what the others could compute, {share / (1 - faulty.dead_share):.3f} entered rounds")
-    for name in ("rounds lost", "sequences lost", "sequences doubled", "ledger verify"):
-        print(f"{name}: {facts.get(name)}")
-    print("\n".join(["", "WRONG:", *(f"- {each}" for each in wrong)]) if wrong else "\nNothing was wrong.")
+    report.ending(wrong, facts)
     report.save("goodput", share=share, calm=[asdict(each) for each in calm], faulty=asdict(faulty), wrong=wrong)
     return 1 if wrong else 0
 

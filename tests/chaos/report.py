@@ -10,6 +10,16 @@ from datetime import datetime
 from tests.bench.table import RESULTS
 
 BARS = "▁▂▃▄▅▆▇█"
+AT_THE_END = (
+    "heads",
+    "rounds certified",
+    "rounds lost",
+    "folds compared",
+    "sequences lost",
+    "sequences doubled",
+    "ledger verify",
+    "left behind",
+)
 
 
 def seconds_of(stamp):
@@ -87,13 +97,17 @@ def show(trials, round_seconds, *, wrong, facts, left_out, seconds, command, **m
     late = [trial.late_rounds for trial in trials if trial.late_rounds is not None]
     if late:
         print(f"A late joiner's first contribution came {max(late)} rounds after the one open at its sync, at most.")
-    print(f"Held-out loss: {curve(facts.get('losses', []))}")
     if left_out:
         print(f"Not tried, for want of root: {', '.join(left_out)}")
-    for name in ("heads", "rounds lost", "sequences lost", "sequences doubled", "ledger verify"):
-        print(f"{name}: {facts.get(name)}")
-    print("\n".join(["", "WRONG:", *(f"- {each}" for each in wrong)]) if wrong else "\nNothing was wrong.")
+    ending(wrong, facts)
     save("chaos", command=command, round_seconds=round_seconds, wrong=wrong, facts=facts, left_out=left_out, **more)
+
+
+def ending(wrong, facts):
+    """What the last check of all counted, and what it found wrong."""
+    print(f"Held-out loss: {curve(facts.get('losses', []))}")
+    print("\n".join(f"{name}: {facts.get(name)}" for name in AT_THE_END))
+    print("\n".join(["", "WRONG:", *(f"- {each}" for each in wrong)]) if wrong else "\nNothing was wrong.")
 
 
 def save(name, **what):

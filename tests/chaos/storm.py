@@ -168,10 +168,7 @@ def main():
         swarm.close(keep=given.keep)
     print(f"\n{sum(storm.struck.values())} faults: {', '.join(f'{n} × {what}' for what, n in storm.struck.items())}")
     print(f"{inside} rounds were certified meanwhile; the next after it {taken:.1f} s into the calm")
-    print(f"Held-out loss: {report.curve(facts['losses'])}")
-    for name in ("heads", "rounds lost", "sequences lost", "sequences doubled", "ledger verify"):
-        print(f"{name}: {facts.get(name)}")
-    print("\n".join(["", "WRONG:", *(f"- {each}" for each in wrong)]) if wrong else "\nNothing was wrong.")
+    report.ending(wrong, facts)
     report.save(
         "storm",
         seed=given.seed,

@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 240.0  # other work may share the machine
 DEATH_SECONDS = 150.0  # for a stage to be reached
 DISK_BYTES = 4 << 30  # of a small disk of its own; only what is used takes memory
 CLONE_NEWNS = 0x00020000
-NAMES = ("ash", "birch", "cedar", "dogwood", "elm", "fir")
+NAMES = ("ash", "birch", "cedar", "dogwood", "elm", "fir", "hazel")  # the last is for those who join later
 SETTINGS = {
     **TINY,
     "run": {**TINY["run"], "min_nodes": 3},

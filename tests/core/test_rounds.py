@@ -415,6 +415,13 @@ def test_a_record_is_signed_only_with_its_parts_on_disk():
     assert [type(effect) for effect in node.effects] == [rounds.SaveVote, rounds.Send]
 
 
+def test_a_node_that_is_not_ready_yet_signs_nothing():
+    """Seed 2225 of the simulation: its disk was an old one, and the coordinator had not said so yet."""
+    node = Node(A, B, me=B, active=False)
+    node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record_of(brings(A, data(0, 4))))))
+    assert not node.effects and node.state.phase is Phase.TRAINING
+
+
 def test_parts_that_nobody_had_are_asked_for_again():
     record = record_of(brings(A, data(0, 4)))
     node = Node(A, B, me=B).see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
