@@ -387,6 +387,8 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
         case RolledBack():
             return _rolled_back(state, event, now)
         case Rewound(replica, digest, unfolded, have):
+            if not state.rewinding:
+                return state, ()  # of two rollbacks at once, the first to be answered was the answer to both
             return replace(
                 state,
                 replica=replica,

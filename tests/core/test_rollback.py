@@ -335,6 +335,21 @@ def test_nothing_is_folded_while_the_replica_is_on_its_way_back():
     assert machine.Fold(entry) in coordinator.see(rewound)
 
 
+def test_two_rollbacks_at_once_are_one_way_back():
+    """Seed 4834 of the simulation: the second answer took away a record whose fold was under way."""
+    coordinator = running(A, B)
+    asked(coordinator)
+    signed, _ = asked(coordinator, record=coordinator.state.head.hash)
+    epoch = coordinator.state.roster.roster.epoch
+    entry = coordinator.entry(contributes(B, 8, 12), epoch=epoch)
+    have = frozenset(part.digest for part in entry.record.parts)
+    rewound = machine.Rewound(signed.rollback.to, START, (entry,), have)
+    assert machine.Fold(entry) in coordinator.see(machine.EntryArrived(entry), rewound)
+    assert not coordinator.see(rewound)
+    coordinator.see(machine.Folded(0, OLDER))
+    assert coordinator.state.unfolded == () and not coordinator.state.folding
+
+
 def test_a_database_from_a_backup_learns_again_what_it_had_signed():
     coordinator = Coordinator().join(A, B)
     mine = coordinator.state.roster.roster

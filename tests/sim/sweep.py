@@ -26,6 +26,8 @@ def run(seed: int) -> Report | str:
         return report(simulate(seed))
     except InvariantBroken as broken:
         return str(broken)
+    except Exception as error:  # a machine that breaks down is a finding too, and no end of the sweep
+        return f"seed {seed}: {type(error).__name__}: {error}"
 
 
 def sweep(first: int, seeds: int, jobs: int) -> tuple[list[Report], list[str]]:
