@@ -10,8 +10,8 @@ import structlog
 
 from coordinator.store import Store
 from protocol.blobs import BlobStore
-from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import packing_of
 from protocol.fold import Outer, fold, outer_of
 from protocol.log import check_link, genesis_head, head_after, line_head, next_head, turned
 from protocol.runspec import RunSpec
@@ -32,7 +32,7 @@ def rebuild(store: Store, blobs: BlobStore, manifest: Manifest, round_number: in
     nobody is sent it. Once the log has led to that checkpoint's round again, it is written anew.
     """
     update = RunSpec.from_json(manifest.spec).update
-    outer, packing = outer_of(update), codec(update.codec)
+    outer, packing = outer_of(update), packing_of(update)
     known = store.entry_count
     if round_number is not None and not 0 <= round_number <= known:
         raise Refused(Code.RUN_MISSING, f"round {round_number}, the log has 0 to {known}", fix="Choose one of them.")

@@ -25,8 +25,8 @@ from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
 from protocol import address, p2pd
 from protocol.blobs import BlobStore
-from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import packing_of
 from protocol.fold import fold, outer_of
 from protocol.identity import Key, libp2p_private_key_bytes, sign_rollback, sign_roster
 from protocol.limits import REASON_CHARACTERS_MAX
@@ -92,7 +92,7 @@ class Coordinator:
         self._spec: RunSpec = folder.spec()
         self.heartbeat_seconds = self._spec.coordinator.heartbeat_seconds
         self._clock_start = time.time() - time.monotonic()  # wall time that never jumps
-        self._codec = codec(self._spec.update.codec)
+        self._packing = packing_of(self._spec.update)
         self._outer = outer_of(self._spec.update)
         self._replica = archive.rebuild(store, blobs, published.manifest.manifest)
         self._rules = self._make_rules()
@@ -377,7 +377,7 @@ class Coordinator:
 
         def apply() -> Digest:
             parts = {part.index: self.blobs.read(part.digest) for part in entry.record.parts}
-            fold(self._replica, entry.record, parts, self._codec, self._outer)
+            fold(self._replica, entry.record, parts, self._packing, self._outer)
             digest: Digest = self._replica.digest()
             return digest
 
@@ -572,7 +572,7 @@ class Coordinator:
                 "state": self._sentence(),
                 "started_ms": int(self.state.started * 1000),
                 "parameters": manifest.parameters,
-                "codec": self._codec.name,
+                "codec": self._packing.up.name,
             },
             "loss": {
                 "heldout": self._newest.heldout if self._newest else None,

@@ -18,8 +18,8 @@ from coordinator.core.ledger import SHORT, Books, EntryRow, EvaluationRow, Findi
 from coordinator.folder import RunFolder
 from protocol import canonical, identity
 from protocol.blobs import BlobStore
-from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import packing_of
 from protocol.fold import fold, outer_of
 from protocol.log import record_hash
 from protocol.runspec import RunSpec
@@ -237,7 +237,7 @@ class _Folding:
         self._reached = max((*books.bases, *measured), default=0)  # the archive was folded as far as this
         self._manifest = books.manifest.manifest
         update = RunSpec.from_json(self._manifest.spec).update
-        self._outer, self._codec = outer_of(update), codec(update.codec)
+        self._outer, self._packing = outer_of(update), packing_of(update)
         self._targets = {each.to.round for each in log.story if isinstance(each, Rollback)}
         self._kept: dict[int, State] = {}  # where rollbacks go back to
         self._state: State | None = None
@@ -272,7 +272,7 @@ class _Folding:
             self._state = None
             return False
         try:
-            fold(self._state, record, parts, self._codec, self._outer)
+            fold(self._state, record, parts, self._packing, self._outer)
         except Refused as refused:
             raise Wrong("entries", key, says=refused.what, wanted="parts that can be folded") from None
         self._keep()

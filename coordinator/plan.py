@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.codec import codec
+from protocol.exchange import packing_of
 from protocol.runspec import RoundsSection, RunSpec
 
 TRAINER_BYTES: Final = 16  # of a parameter: weights, gradients, and the optimizer's two moments, in float32
@@ -33,7 +33,7 @@ class Plan:
 def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> Plan:
     """For the fewest nodes that train together. `sequences` is what the data holds."""
     nodes = max(2, spec.run.min_nodes)  # one alone sends nothing to anybody
-    encoded = codec(spec.update.codec).encoded_bytes(parameters)
+    packing = packing_of(spec.update)
     batch, context = spec.train.batch_sequences, spec.data.context
     planned = None
     if spec.run.rounds:
@@ -41,9 +41,9 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
     return Plan(
         parameters=parameters,
         nodes=nodes,
-        update_bytes=encoded,
-        round_bytes=2 * (nodes - 1) * encoded // nodes,  # a butterfly: everyone's slices there, the means back
-        round_bytes_many=2 * encoded,
+        update_bytes=packing.up.encoded_bytes(parameters),
+        round_bytes=packing.sent_bytes(parameters, nodes),
+        round_bytes_many=packing.up.encoded_bytes(parameters) + packing.down.encoded_bytes(parameters),
         sequences_first=spec.rounds.steps(0) * batch,
         sequences_last=spec.rounds.steps(max(0, spec.run.rounds - 1) if spec.run.rounds else 1 << 40) * batch,
         tokens_available=sequences * context,

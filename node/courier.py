@@ -18,10 +18,9 @@ from node.engine import AveragingJob, Engine
 from node.journal import Journal
 from node.link import Link
 from protocol.blobs import BlobStore, digest_of
-from protocol.codec import Codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing, layout
 from protocol.identity import check_rollback, check_roster, coordinator_key
-from protocol.log import spans
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.types import (
     Ballot,
@@ -55,7 +54,7 @@ class Courier:
         manifest: Manifest,
         me: NodeId,
         *,
-        codec: Codec,
+        packing: Packing,
         journal: Journal,
         blobs: BlobStore,
         make_room: Callable[[], None],
@@ -65,7 +64,7 @@ class Courier:
         self.engine: Engine | None = None
         self._manifest = manifest
         self._me = me
-        self._codec = codec
+        self._packing = packing
         self._journal = journal
         self._blobs = blobs
         self._make_room = make_room
@@ -150,13 +149,16 @@ class Courier:
         members = group(begin, roster)
         index = [node for node, _ in members].index(self._me)
         named = [member for node, _ in members if (member := roster.member(node)) is not None]
-        shares = spans(self._manifest.parameters, [member.role for member in named])
+        roles = [member.role for member in named]
+        exchange = self._packing.exchange(roles)
+        shares = layout(exchange, self._manifest.parameters, roles)
         weights = tuple(weight for _, weight in members)
         self._group = _group_id(begin.run, begin.readies[0].ready.previous, begin.ballot)
         job = AveragingJob(
             group=self._group,
             peers=tuple(member.peer for member in named),
             weights=weights,
+            exchange=exchange,
             spans=shares,
             deadline_seconds=seconds * ENGINE_SHARE,
             sender_seconds=max(SENDER_SECONDS_MIN, seconds / 3),
@@ -190,7 +192,8 @@ class Courier:
 
     async def fetch_part(self, part: Part, sources: Sequence[NodeId]) -> bool:
         """By hash, from whoever has it: its reducer, the other peers, the coordinator's archive. Ends in bounded time."""
-        if part.size != self._codec.encoded_bytes(part.stop - part.start):
+        values = part.stop - part.start
+        if part.size not in {each.encoded_bytes(values) for each in (self._packing.up, self._packing.down)}:
             return False
         seconds = PART_SECONDS + part.size / PART_BYTES_PER_SECOND_MIN
         turn = self._on_their_way.setdefault(part.digest, asyncio.Lock())

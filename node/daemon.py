@@ -30,9 +30,9 @@ from node.workbench import Workbench
 from protocol import invite as invites
 from protocol import p2pd
 from protocol.blobs import BlobStore
-from protocol.codec import codec
 from protocol.console import printable
 from protocol.errors import Code, Exit, Refused
+from protocol.exchange import packing_of
 from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
@@ -92,7 +92,7 @@ class Daemon:
         self._on_status = on_status
         self._manifest = manifest = membership.opened.manifest.manifest
         self._spec = RunSpec.from_json(manifest.spec)
-        self._codec = codec(self._spec.update.codec)
+        self._packing = packing_of(self._spec.update)
         self._home = Home(settings.home)
         self._blobs = BlobStore(self._home.blobs, settings.max_disk_bytes or BLOB_BYTES_MAX)
         self._journal = Journal(self._home.journal / manifest.name)
@@ -126,7 +126,7 @@ class Daemon:
         self._courier = Courier(
             manifest,
             self._me,
-            codec=self._codec,
+            packing=self._packing,
             journal=self._journal,
             blobs=self._blobs,
             make_room=self._supply.make_room,
@@ -178,6 +178,7 @@ class Daemon:
             parameters=self._manifest.parameters,
             context=self._manifest.context,
             inner_steps=self._spec.rounds.steps,
+            exchange=self._packing.exchange,
             round_seconds_max=self._spec.rounds.seconds_max,
             gather_seconds=self._spec.rounds.gather_seconds,
             attempt_seconds_min=min(5.0, self._spec.rounds.deadline_seconds),
@@ -357,7 +358,9 @@ class Daemon:
         """Whether this base checkpoint is less to download than the updates that lead to it from what is here."""
         assert self._workbench.replica.head is not None
         missed = base.round - self._workbench.replica.head.round
-        return missed * self._codec.encoded_bytes(self._manifest.parameters) > base.blob.size
+        signed = self._membership.opened.roster
+        members = len(signed.roster.members) if signed is not None else self._spec.run.min_nodes
+        return missed * self._packing.update_bytes(self._manifest.parameters, members) > base.blob.size
 
     async def _load_base(self, base: BaseCheckpoint) -> None:
         await self._fetch(base.blob, "the model")
@@ -393,7 +396,7 @@ class Daemon:
                 run=self._manifest.run,
                 listen=self._settings.listen_multiaddrs,
                 rendezvous=self._membership.opened.rendezvous,
-                codec=self._spec.update.codec,
+                packing=self._packing,
                 parameters=self._manifest.parameters,
                 blob_dir=self._blobs.folder,
                 on_message=self._hear,

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.limits import PEER_MESSAGE_BYTES_MAX
 from protocol.process import Channel, ChannelClosed, Child, Frame
-from protocol.types import Digest, PeerId, RunId
+from protocol.types import Digest, Exchange, PeerId, RunId
 
 START_SECONDS: Final = 60.0  # importing torch on a slow disk, and p2pd's own 15 seconds
 STOP_SECONDS: Final = 5.0
@@ -33,7 +34,8 @@ class AveragingJob:
     group: bytes  # 32-byte id
     peers: tuple[PeerId, ...]  # in the roster's order
     weights: tuple[int, ...]  # tokens; 0 brings nothing, and may still reduce
-    spans: tuple[tuple[int, int], ...]  # values at CHUNK_VALUES boundaries, one for each peer; empty for a client
+    exchange: Exchange
+    spans: tuple[tuple[int, int], ...]  # values of each peer's part, at CHUNK_VALUES boundaries; empty for a client
     deadline_seconds: float  # for the whole
     sender_seconds: float  # a sender without progress for so long is left out
 
@@ -80,7 +82,7 @@ class Engine:
         run: RunId,
         listen: Sequence[str],
         rendezvous: Sequence[str],
-        codec: str,
+        packing: Packing,
         parameters: int,
         blob_dir: Path,
         on_message: Callable[[PeerId, bytes], None],
@@ -94,7 +96,7 @@ class Engine:
             "run": run,
             "listen": list(listen),
             "rendezvous": list(rendezvous),
-            "codec": codec,
+            "codecs": [packing.up.name, packing.down.name],
             "parameters": parameters,
             "blob_dir": str(blob_dir),
         }
@@ -123,7 +125,7 @@ class Engine:
 
     async def average(self, job: AveragingJob, payload: bytes) -> AveragingOutcome:
         """Average the encoded vector with the group. What fails is in the outcome; only a wrong job is refused."""
-        body = asdict(job) | {"group": job.group.hex()}
+        body = asdict(job) | {"group": job.group.hex(), "exchange": job.exchange.value}
         answer = await self._ask("average", body, payload, seconds=job.deadline_seconds)
         outcome, parts, at = answer.body, {}, 0
         for index, size in outcome["parts"]:

@@ -25,10 +25,18 @@ from hivemind.utils.asyncio import aiter_with_timeout
 
 from protocol.codec import Codec
 from protocol.errors import Refused
+from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
+from protocol.types import Exchange
 
-CODES: Final = {"fp16": 101, "int8": 102, "int4": 103}  # Tensor.compression; hivemind's own codecs end below 100
+CODES: Final = {
+    "fp16": 101,
+    "int8": 102,
+    "int4": 103,
+    "sparse2": 104,
+}  # Tensor.compression; hivemind's own codecs end below 100
 GATHER_SHARE: Final = 0.5  # of the deadline: sending the means takes as long as gathering did
+PIECE_BYTES: Final = 1 << 15  # of an encoded vector in one message, or a single chunk: a message costs 100 bytes more
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class Plan:
     group: bytes
     peers: tuple[PeerID, ...]
     weights: tuple[int, ...]  # tokens; 0 brings nothing, and may still reduce
-    spans: tuple[tuple[int, int], ...]  # values, one span for each peer; empty for a client
+    exchange: Exchange
+    spans: tuple[tuple[int, int], ...]  # values of each peer's part; empty for a client
     deadline_seconds: float
     sender_seconds: float  # without progress
 
@@ -50,16 +59,18 @@ class Violation(AllreduceException):  # type: ignore[misc]
 class SpanContainer(TensorPartContainer):  # type: ignore[misc]
     """The local vector, already encoded, cut at chunk boundaries; and the means that came back for each span."""
 
-    def __init__(self, payload: bytes, spans: Sequence[tuple[int, int]], codec: Codec) -> None:
+    def __init__(
+        self, payload: bytes, spans: Sequence[tuple[int, int]], codec: Codec, *, step: int, receivers: Sequence[int]
+    ) -> None:
         super().__init__((), [stop - start for start, stop in spans])
         self.failed: dict[int, str] = {}
         self._code = CODES[codec.name]
         self._settled: asyncio.Queue[int] = asyncio.Queue()
-        self.num_parts_by_peer = tuple(len(chunks(span)) for span in spans)
+        self.num_parts_by_peer = tuple(len(pieces(span, step)) for span in spans)
         whole = memoryview(payload)
-        for index, (start, stop) in enumerate(spans):
-            offset = codec.encoded_bytes(start)
-            for values in chunks((start, stop)) if payload else ():
+        for index in receivers if payload else ():
+            offset = codec.encoded_bytes(spans[index][0])
+            for values in pieces(spans[index], step):
                 size = codec.encoded_bytes(values)
                 self._input_parts_by_peer[index].append(whole[offset : offset + size])
                 offset += size
@@ -90,12 +101,15 @@ class SpanContainer(TensorPartContainer):  # type: ignore[misc]
 
 
 class SpanReducer(TensorPartReducer):  # type: ignore[misc]
-    """Buffers every sender's encoded span, then computes one mean of those that came whole and valid."""
+    """Buffers every sender's encoded span, then computes one mean of those that came whole and valid.
 
-    def __init__(self, part_values: Sequence[int], weights: Sequence[int], codec: Codec) -> None:
+    Without a codec for means, the one contribution that is awaited is passed on as it came."""
+
+    def __init__(self, part_values: Sequence[int], weights: Sequence[int], codec: Codec, down: Codec | None) -> None:
         self.included: tuple[int, ...] = ()
         self._weights = weights
         self._codec = codec
+        self._down = down
         self._received: list[list[bytes]] = [[] for _ in weights]
         self._means: list[asyncio.Future[bytes]] = [asyncio.get_running_loop().create_future() for _ in part_values]
         self._awaited = {index for index, weight in enumerate(weights) if weight > 0}
@@ -167,6 +181,9 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
 
     def _mean_of(self, part_index: int) -> bytes:
         """In float32, in the roster's order, so that anyone who repeats it gets the same bits."""
+        if self._down is None:
+            (only,) = self.included
+            return self._received[only][part_index]
         values = self.part_shapes[part_index].numel()
         total = sum(self._weights[index] for index in self.included)
         mean = np.zeros(values, np.float32)
@@ -174,7 +191,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             mean += self._codec.decode(self._received[index][part_index], values) * np.float32(
                 self._weights[index] / total
             )
-        return self._codec.encode(mean)
+        return self._down.encode(mean)
 
     def _fail(self, reason: str) -> None:
         self.included = ()
@@ -189,7 +206,7 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
     """This peer's side of one group: a stream to each reducer, and a stream from each member to our own span."""
 
     def __init__(
-        self, *, p2p: P2P, servicer_type: type[ServicerBase], prefix: str, plan: Plan, payload: bytes, codec: Codec
+        self, *, p2p: P2P, servicer_type: type[ServicerBase], prefix: str, plan: Plan, payload: bytes, packing: Packing
     ) -> None:
         super().__init__(
             p2p=p2p,
@@ -204,11 +221,23 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         self.index = plan.peers.index(self.peer_id)
         self.bytes_sent = self.bytes_received = 0
         self._plan = plan
-        self._codec = codec
+        self._up, self._down = packing.up, packing.of(plan.exchange)
+        self._step = CHUNK_VALUES * max(1, PIECE_BYTES // self._down.encoded_bytes(CHUNK_VALUES))
         self._gathered_by = time.monotonic() + plan.deadline_seconds * GATHER_SHARE
         self._streams: set[PeerID] = set()
-        self.tensor_part_container = SpanContainer(payload if plan.weights[self.index] else b"", plan.spans, codec)
-        self.tensor_part_reducer = SpanReducer(chunks(plan.spans[self.index]), plan.weights, codec)
+        everyone, mine = range(len(plan.peers)), (self.index,)
+        gathers = plan.exchange is Exchange.ALL_GATHER
+        self._weights = tuple(w if i == self.index or not gathers else 0 for i, w in enumerate(plan.weights))
+        self.tensor_part_container = SpanContainer(
+            payload if plan.weights[self.index] else b"",
+            plan.spans,
+            self._up,
+            step=self._step,
+            receivers=mine if gathers else everyone,
+        )
+        self.tensor_part_reducer = SpanReducer(
+            pieces(plan.spans[self.index], self._step), self._weights, self._up, None if gathers else self._down
+        )
 
     @property
     def failed(self) -> dict[int, str]:
@@ -241,21 +270,21 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             for part_index in range(self.tensor_part_reducer.num_parts):
                 encoded = await self.tensor_part_reducer.mean(part_index)
                 self.bytes_sent += len(encoded)
-                part = runtime_pb2.Tensor(compression=CODES[self._codec.name], buffer=encoded)
+                part = runtime_pb2.Tensor(compression=CODES[self._down.name], buffer=encoded)
                 yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=part)
         except AllreduceException:
             yield averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR)
 
     async def _gather(self, stream: AsyncIterator[averaging_pb2.AveragingData], sender_index: int) -> None:
         reducer = self.tensor_part_reducer
-        if self._plan.weights[sender_index] == 0:
+        if self._weights[sender_index] == 0:
             message = await asyncio.wait_for(anext(stream), self.sender_timeout)
             if message.HasField("tensor_part"):
-                raise Violation(f"sender {sender_index} has no weight and sent a chunk")
+                raise Violation(f"sender {sender_index} was to bring nothing here, and sent a chunk")
             return
         part_index = 0
         async for message in aiter_with_timeout(stream, self.sender_timeout):
-            part = self._part_of(message, averaging_pb2.PART_FOR_AVERAGING)
+            part = _part_of(message, averaging_pb2.PART_FOR_AVERAGING, self._up)
             await reducer.accumulate_part(sender_index, part_index, part)
             self.bytes_received += len(part)
             part_index += 1
@@ -302,15 +331,15 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(self._generate_input_for_peer(index))
         patience = max(0.0, self._gathered_by - time.monotonic()) + self._plan.sender_seconds
         async with aclosing(stream):
-            for values in chunks(self._plan.spans[index]):
+            for values in pieces(self._plan.spans[index], self._step):
                 try:
                     message = await asyncio.wait_for(anext(stream), patience)
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
                     raise AllreduceException("its reducer sent nothing in time") from None
-                encoded = self._part_of(message, averaging_pb2.AVERAGED_PART)
-                self._codec.check(encoded, values)
+                encoded = _part_of(message, averaging_pb2.AVERAGED_PART, self._down)
+                self._down.check(encoded, values)
                 self.bytes_received += len(encoded)
                 yield encoded
                 patience = self._plan.sender_seconds
@@ -323,14 +352,7 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             yield opening
             opening = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING)
         if opening.group_id:
-            yield opening  # no weight: nothing to send, but the means are wanted
-
-    def _part_of(self, message: averaging_pb2.AveragingData, code: int) -> bytes:
-        if message.code != code:
-            raise Violation(f"message code {message.code}, wanted {code}")
-        if message.tensor_part.compression != CODES[self._codec.name]:
-            raise Violation(f"codec {message.tensor_part.compression}, wanted {CODES[self._codec.name]}")
-        return message.tensor_part.buffer  # type: ignore[no-any-return]
+            yield opening  # nothing to send to this one, but its part is wanted
 
     def finalize(self, **outcome: Any) -> None:
         super().finalize(**outcome)
@@ -338,7 +360,15 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             self._future.exception()  # told in the outcome; asyncio need not complain that nobody asked
 
 
-def chunks(span: tuple[int, int]) -> list[int]:
-    """How many values each chunk of a span holds."""
+def pieces(span: tuple[int, int], step: int) -> list[int]:
+    """How many values each message about a span holds: whole chunks, as many as make `step`, except for the last."""
     start, stop = span
-    return [min(CHUNK_VALUES, stop - at) for at in range(start, stop, CHUNK_VALUES)]
+    return [min(step, stop - at) for at in range(start, stop, step)]
+
+
+def _part_of(message: averaging_pb2.AveragingData, code: int, codec: Codec) -> bytes:
+    if message.code != code:
+        raise Violation(f"message code {message.code}, wanted {code}")
+    if message.tensor_part.compression != CODES[codec.name]:
+        raise Violation(f"codec {message.tensor_part.compression}, wanted {CODES[codec.name]}")
+    return message.tensor_part.buffer  # type: ignore[no-any-return]

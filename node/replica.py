@@ -9,8 +9,8 @@ import numpy as np
 from node.journal import Journal
 from node.training import Vectors
 from protocol.blobs import BlobStore
-from protocol.codec import Codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.fold import Outer, fold
 from protocol.log import head_after, next_head, next_turn, record_hash
 from protocol.state import State, read_base, write_base
@@ -23,13 +23,20 @@ class Replica:
     """The state in the vector that the trainer shares, and how far the log has been folded into it."""
 
     def __init__(
-        self, manifest: Manifest, *, journal: Journal, blobs: BlobStore, vectors: Vectors, codec: Codec, outer: Outer
+        self,
+        manifest: Manifest,
+        *,
+        journal: Journal,
+        blobs: BlobStore,
+        vectors: Vectors,
+        packing: Packing,
+        outer: Outer,
     ) -> None:
         self._manifest = manifest
         self._journal = journal
         self._blobs = blobs
         self._vectors = vectors
-        self._codec = codec
+        self._packing = packing
         self._outer = outer
         self._state: State | None = None
         self.head: Head | None = None
@@ -122,7 +129,7 @@ class Replica:
             raise Refused(Code.STATE_MISMATCH, what)
         parts = {part.index: self._read(part.digest) for part in record.parts}
         self._journal.append(entry)
-        fold(self.state, record, parts, self._codec, self._outer)
+        fold(self.state, record, parts, self._packing, self._outer)
         self.head, self.last = next_head(record), entry
         self.digest = self.state.digest()
         return self.digest

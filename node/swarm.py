@@ -27,10 +27,12 @@ from hivemind.utils.asyncio import achain, as_aiter
 
 from node.p2p import CONNECT_SECONDS, GuardedP2P
 from node.reduction import GroupRunner, Plan
-from protocol.codec import Codec, codec
+from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CHUNK_VALUES, MEMBERS_MAX
 from protocol.process import Channel, ChannelClosed, Frame, parent_channel
+from protocol.types import Exchange
 from protocol.v1 import barnraise_pb2
 
 EARLY_SECONDS: Final = 5.0  # how long a stream for a group that we do not know yet waits for our own Begin
@@ -48,14 +50,14 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         p2p: GuardedP2P,
         *,
         run: str,
-        codec: Codec,
+        packing: Packing,
         parameters: int,
         blob_dir: Path,
         deliver: Callable[[PeerID, bytes], Awaitable[None]],
     ) -> None:
         self._p2p = p2p
         self._run = run
-        self._codec = codec
+        self._packing = packing
         self._parameters = parameters
         self._blob_dir = blob_dir
         self._deliver = deliver
@@ -130,7 +132,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             prefix=self._run,
             plan=plan,
             payload=payload,
-            codec=self._codec,
+            packing=self._packing,
         )
         self._groups[plan.group] = runner
         loop.call_later(plan.deadline_seconds, self._groups.pop, plan.group)  # late members may still want the means
@@ -177,12 +179,14 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         for start, stop in plan.spans:
             if start == stop:
                 continue
+            if plan.exchange is Exchange.ALL_GATHER:
+                at = 0
             if start != at or stop < start or start % CHUNK_VALUES:
                 raise Refused(Code.FIELD, f"a span from {start} to {stop}, wanted one from {at} at a chunk's boundary")
             at = stop
         if at != self._parameters:
             raise Refused(Code.FIELD, f"spans of {at} values, wanted {self._parameters}")
-        expected = self._codec.encoded_bytes(self._parameters)
+        expected = self._packing.up.encoded_bytes(self._parameters)
         if plan.weights[plan.peers.index(self._p2p.peer_id)] and len(payload) != expected:
             raise Refused(Code.UPDATE_BAD, f"an encoded vector of {len(payload)} bytes, wanted {expected}")
 
@@ -294,7 +298,7 @@ class Desk:
         self._peer = BarnraisePeer(
             p2p,
             run=settings["run"],
-            codec=codec(settings["codec"]),
+            packing=Packing(*map(codec, settings["codecs"])),
             parameters=settings["parameters"],
             blob_dir=Path(settings["blob_dir"]),
             deliver=self._deliver,
@@ -369,6 +373,7 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         group=bytes.fromhex(body["group"]),
         peers=tuple(PeerID.from_base58(peer) for peer in body["peers"]),
         weights=tuple(body["weights"]),
+        exchange=Exchange(body["exchange"]),
         spans=tuple((start, stop) for start, stop in body["spans"]),
         deadline_seconds=body["deadline_seconds"],
         sender_seconds=body["sender_seconds"],

@@ -25,8 +25,8 @@ from node.replica import Replica
 from node.training import Event as TrainerEvent
 from node.training import Trainer, TrainerSpec, Vectors
 from protocol.blobs import BlobStore
-from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import packing_of
 from protocol.fold import outer_of
 from protocol.runspec import RunSpec
 from protocol.types import BaseCheckpoint, DataRange, LogEntry, Manifest, NodeId, SignedRollback
@@ -74,19 +74,19 @@ class Workbench:
         self._on_event = on_event
         self._scratch = Home(settings.home).runtime
         self._vectors = Vectors.create(manifest.parameters, runtime_dir=self._scratch)
-        encoding = codec(spec.update.codec)
+        packing = packing_of(spec.update)
         self.replica = Replica(
             manifest,
             journal=journal,
             blobs=blobs,
             vectors=self._vectors,
-            codec=encoding,
+            packing=packing,
             outer=outer_of(spec.update),
         )
         self._gradient = PseudoGradient(
             self._vectors.shared,
             self._vectors.snapshot,
-            encoding,
+            packing.up,
             residual_decay=spec.update.residual_decay,
             stale_rounds=spec.update.stale_rounds,
         )

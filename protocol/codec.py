@@ -24,6 +24,8 @@ Octets = npt.NDArray[np.uint8]
 Data = bytes | bytearray | memoryview
 
 BLOCK_VALUES: Final = 64  # values that share a scale: 0.25 bits each for the fp16 scale
+SPARSE_VALUES: Final = 4096  # values of which sparse2 keeps one in SPARSE_SHARE
+SPARSE_SHARE: Final = 64
 _HALF_MAX: Final = np.float32(65504)  # largest finite fp16
 _HALF_INFINITE: Final = 0x7C00  # bits of fp16 infinity; NaNs, and anything negative, are above
 _FLOAT_INFINITE: Final = 0x7F800000  # bits of float32 infinity; NaNs are above
@@ -38,6 +40,7 @@ class _Room:
         self.values: Floats = np.empty(size, np.float32)
         self.octets: Octets = np.empty(size, np.uint8)
         self.pairs: npt.NDArray[np.uint16] = np.empty(size // 2, np.uint16)
+        self.magnitudes: npt.NDArray[np.int32] = np.empty(size, np.int32)
 
 
 class Codec(ABC):
@@ -294,7 +297,60 @@ class Int4(_Blockwise):
         out[2 * codes.size :] = 0
 
 
-_CODECS: Final[dict[str, Codec]] = {each.name: each for each in (Half(), Int8(), Int4())}
+class Sparse2(Codec):
+    """The largest 64 of every 4096 values at 2 bits each: 0.164 bits (SparseLoCo, arXiv 2508.15706, section 3).
+
+    Of a block, in this order: two magnitudes in fp16, the smaller first; the positions; the 2-bit codes, sign and which
+    magnitude. Positions p[0] < p[1] < … cost exactly 8 bits each where their entropy is 7.4 (Elias 1974, "Efficient
+    storage and retrieval by content and address of static files"): p[i] // 64 as a one at bit p[i] // 64 + i of 2 k bits,
+    p[i] % 64 as 6 bits. So the size depends on nothing but the number of values. A last, shorter block of n values keeps
+    ceil(n / 64) of them. All whole blocks of a chunk are written together: their magnitudes, then their highs, and so on.
+    """
+
+    name = "sparse2"
+    bits = 8 * 84 / SPARSE_VALUES
+
+    def error_max(self, peak: float) -> float:
+        return peak
+
+    def _chunk_bytes(self, values: int) -> int:
+        blocks, rest = divmod(values, SPARSE_VALUES)
+        return blocks * _sparse_bytes(SPARSE_VALUES // SPARSE_SHARE) + (_sparse_bytes(_kept(rest)) if rest else 0)
+
+    def _encode_chunk(self, values: Floats, out: Octets, room: _Room) -> None:
+        begin = 0
+        for start, stop, width in _sparse_tables(values.size):
+            table = values[start:stop]
+            if (stop - start) % width:
+                table = np.concatenate([table, np.zeros(width - table.size, np.float32)])
+            end = begin + -(-(stop - start) // width) * _sparse_bytes(width // SPARSE_SHARE)
+            _sparse_encode(table.reshape(-1, width), out[begin:end], room)
+            begin = end
+
+    def _check_chunk(self, octets: Octets, values: int, room: _Room) -> None:
+        for _ in self._blocks_of(octets, values):
+            pass
+
+    def _decode_chunk(self, octets: Octets, out: Floats, room: _Room) -> None:
+        out.fill(0)
+        for start, positions, kept in self._blocks_of(octets, out.size):
+            out[start + positions] = kept
+
+    def _blocks_of(self, octets: Octets, values: int) -> Iterator[tuple[int, npt.NDArray[np.int64], Floats]]:
+        """For the whole blocks, then for a shorter last one: where they begin, which positions are kept, as what."""
+        begin = 0
+        for start, stop, width in _sparse_tables(values):
+            rows = -(-(stop - start) // width)
+            end = begin + rows * _sparse_bytes(width // SPARSE_SHARE)
+            positions, kept = _sparse_decode(octets[begin:end], rows, width)
+            if positions[-1, -1] >= stop - start - (rows - 1) * width:
+                raise Refused(Code.UPDATE_BAD, "sparse2 update holds a value after its last")
+            positions += np.arange(0, rows * width, width)[:, None]
+            yield start, positions.reshape(-1), kept.reshape(-1)
+            begin = end
+
+
+_CODECS: Final[dict[str, Codec]] = {each.name: each for each in (Half(), Int8(), Int4(), Sparse2())}
 NAMES: Final = tuple(_CODECS)
 
 
@@ -324,3 +380,124 @@ def _peaks(table: Floats, magnitudes: npt.NDArray[np.int32]) -> Floats:
     if peaks.max() >= _FLOAT_INFINITE:
         raise Refused(Code.UPDATE_BAD, "a value to encode is NaN or infinite")
     return peaks.view(np.float32)
+
+
+def _kept(values: int) -> int:
+    """How many values sparse2 keeps of a block of so many."""
+    return -(-values // SPARSE_SHARE)
+
+
+def _sparse_bytes(kept: int) -> int:
+    return 4 + 5 * -(-kept // 4)  # four values share a byte of highs, three of lows, and one of codes
+
+
+def _sparse_tables(values: int) -> Iterator[tuple[int, int, int]]:
+    """The values [start, stop) that are encoded together, and how many of them, rounded up to 64, are one block."""
+    whole = values - values % SPARSE_VALUES
+    if whole:
+        yield 0, whole, SPARSE_VALUES
+    if whole < values:
+        yield whole, values, _kept(values - whole) * SPARSE_SHARE
+
+
+def _sparse_encode(table: Floats, out: Octets, room: _Room) -> None:
+    """Each row is a block; of its 64 k values it keeps k."""
+    rows, width = table.shape
+    kept = width // SPARSE_SHARE
+    positions, values = _largest(table, kept, room)
+    magnitudes = np.minimum(np.abs(values), _HALF_MAX)
+    big, levels = _two_levels(magnitudes)
+    while (vanished := (levels[:, :1] == 0) & ~big & (values != 0)).any():  # too small for fp16: they are zeros, then
+        table = table.copy()
+        table[np.nonzero(vanished)[0], positions[vanished]] = 0
+        positions, values = _largest(table, kept, room)
+        magnitudes = np.minimum(np.abs(values), _HALF_MAX)
+        big, levels = _two_levels(magnitudes)
+    fours = -(-kept // 4)
+    highs = np.zeros((rows, 8 * fours), np.bool_)
+    np.put_along_axis(highs, (positions >> 6) + np.arange(kept), True, axis=1)
+    quads = np.zeros((2, rows, 4 * fours), np.uint32)
+    quads[0, :, :kept] = positions & 63
+    quads[1, :, :kept] = (values < 0) | (big.astype(np.uint32) << 1)
+    lows, codes = quads.reshape(2, rows, fours, 4)
+    lows = lows[..., 0] | lows[..., 1] << 6 | lows[..., 2] << 12 | lows[..., 3] << 18
+    codes = codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+    pieces = (
+        levels.view(np.uint8),
+        np.packbits(highs, axis=1, bitorder="little"),
+        lows.astype("<u4").view(np.uint8).reshape(rows, fours, 4)[..., :3],
+        codes.astype(np.uint8),
+    )
+    at = 0
+    for piece in pieces:
+        out[at : at + piece.size] = piece.reshape(-1)
+        at += piece.size
+
+
+def _largest(table: Floats, kept: int, room: _Room) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Positions and values of the largest magnitudes of each row, in the order of positions; of equals the first."""
+    rows, width = table.shape
+    magnitudes = room.magnitudes[: table.size].reshape(table.shape)
+    np.bitwise_and(table.view(np.int32), 0x7FFFFFFF, out=magnitudes)
+    if int(magnitudes.max()) >= _FLOAT_INFINITE:
+        raise Refused(Code.UPDATE_BAD, "a value to encode is NaN or infinite")
+    sorting = room.values.view(np.int32)[: table.size].reshape(table.shape)
+    np.copyto(sorting, magnitudes)
+    sorting.partition(width - kept, axis=1)
+    least = sorting[:, width - kept, None]
+    chosen = room.octets.view(np.bool_)[: table.size].reshape(table.shape)
+    np.greater_equal(magnitudes, least, out=chosen)
+    for row in np.flatnonzero(np.count_nonzero(chosen, axis=1) > kept):
+        ties = np.flatnonzero(magnitudes[row] == least[row])
+        chosen[row, ties[kept - np.count_nonzero(magnitudes[row] > least[row]) :]] = False
+    flat = np.flatnonzero(chosen)
+    positions = flat.reshape(rows, kept) - np.arange(0, rows * width, width)[:, None]
+    return positions, table.reshape(-1)[flat].reshape(rows, kept)
+
+
+def _two_levels(magnitudes: Floats) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float16]]:
+    """Which of each row's magnitudes are big, and the means of the small and of the big ones (Lloyd 1982, one step)."""
+    middle = (magnitudes.min(axis=1) + magnitudes.max(axis=1)) / 2
+    small, large = _means(magnitudes, magnitudes > middle[:, None])
+    big = magnitudes > ((small + large) / 2)[:, None]
+    small, large = _means(magnitudes, big)
+    levels = np.stack([small, large], axis=1).astype(np.float16)
+    big &= (levels[:, 0] < levels[:, 1])[:, None]
+    return big, levels
+
+
+def _means(magnitudes: Floats, big: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Of the small and of the big ones; where all are alike, both means are the same."""
+    rows, kept = big.shape
+    above = np.count_nonzero(big, axis=1).astype(np.float32)
+    below = np.float32(kept) - above
+    zero, small, large = np.float32(0), np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+    np.divide(np.where(big, zero, magnitudes).sum(axis=1), below, out=small, where=below > 0)
+    np.divide(np.where(big, magnitudes, zero).sum(axis=1), above, out=large, where=above > 0)
+    return np.where(below > 0, small, large), np.where(above > 0, large, small)
+
+
+def _sparse_decode(octets: Octets, rows: int, width: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Positions, each in its block, and values of `rows` blocks; whatever no encoder writes is refused."""
+    kept, fours = width // SPARSE_SHARE, -(-(width // SPARSE_SHARE) // 4)
+    cuts = np.cumsum([4 * rows, fours * rows, 3 * fours * rows])
+    levels, highs, lows, codes = np.split(octets, cuts)
+    halves = levels.view(np.uint16).reshape(rows, 2)
+    if halves.max() >= _HALF_INFINITE or (halves[:, 0] > halves[:, 1]).any():
+        raise Refused(Code.UPDATE_BAD, "sparse2 update holds magnitudes that are negative, NaN, infinite or reversed")
+    ones = np.unpackbits(highs.reshape(rows, fours), axis=1, bitorder="little")
+    if (np.count_nonzero(ones, axis=1) != kept).any() or ones[:, 2 * kept :].any():
+        raise Refused(Code.UPDATE_BAD, f"sparse2 update holds a block without {kept} positions")
+    bits = np.flatnonzero(ones).reshape(rows, kept) - np.arange(0, rows * 8 * fours, 8 * fours)[:, None]
+    threes = lows.reshape(rows * fours, 3).astype(np.int64)
+    words = threes[:, 0] | threes[:, 1] << 8 | threes[:, 2] << 16
+    sixes = (words[:, None] >> np.array([0, 6, 12, 18]) & 63).reshape(rows, 4 * fours)
+    pairs = (codes[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(rows, 4 * fours)
+    if sixes[:, kept:].any() or pairs[:, kept:].any():
+        raise Refused(Code.UPDATE_BAD, "sparse2 update holds bits after its last value")
+    positions = (bits - np.arange(kept) << 6) + sixes[:, :kept]
+    if (np.diff(positions, axis=1) <= 0).any():
+        raise Refused(Code.UPDATE_BAD, "sparse2 update holds positions that do not rise")
+    table = np.stack([halves, halves | 0x8000], axis=1)  # by magnitude, then by sign
+    table = table.transpose(0, 2, 1).reshape(rows, 4).view(np.float16).astype(np.float32)
+    return positions, np.take_along_axis(table, pairs[:, :kept].astype(np.int64), axis=1)

@@ -5,20 +5,21 @@ All arithmetic is float32, one operation at a time, each rounded on its own: no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 import numpy as np
 
-from protocol.codec import Codec, Data, Floats
+from protocol.codec import Data, Floats
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
 from protocol.log import check_ranges, check_record_shape, ranges_of
 from protocol.runspec import UpdateSection
 from protocol.state import State
-from protocol.types import Record, RoundNumber
+from protocol.types import Exchange, Record, RoundNumber
 
 _SUBNORMAL: Final = np.array([1e-40], np.float32)
 
@@ -52,7 +53,7 @@ def outer_of(update: UpdateSection) -> Outer:
     return Outer(OuterKind(update.outer), update.outer_learning_rate, update.outer_momentum)
 
 
-def fold(state: State, record: Record, parts: Mapping[int, Data], codec: Codec, outer: Outer) -> None:
+def fold(state: State, record: Record, parts: Mapping[int, Data], packing: Packing, outer: Outer) -> None:
     """Advance the state by one record, whose parts are given by index, or refuse and change nothing.
 
     The caller has checked certificate, link, part digests, and that record.state is the state's digest.
@@ -61,21 +62,47 @@ def fold(state: State, record: Record, parts: Mapping[int, Data], codec: Codec, 
     assert (_SUBNORMAL * np.float32(0.5)).any(), (
         "this process flushes subnormal floats to zero; its states would differ"
     )
-    check_update(state, record, parts, codec)
+    check_update(state, record, parts, packing)
     room = np.empty(CHUNK_VALUES, np.float32)
-    for part in record.parts:
-        for start, mean in codec.decode_chunks(parts[part.index], part.stop - part.start):
-            span = slice(part.start + start, part.start + start + mean.size)
-            if state.momentum is not None:
-                _accelerate(mean, state.momentum[span], outer, room[: mean.size])
-            mean *= np.float32(outer.learning_rate)
-            state.params[span] -= mean
+    for start, mean in _means(record, parts, packing):
+        span = slice(start, start + mean.size)
+        if state.momentum is not None:
+            _accelerate(mean, state.momentum[span], outer, room[: mean.size])
+        mean *= np.float32(outer.learning_rate)
+        state.params[span] -= mean
     state.consumed = state.consumed.with_ranges(ranges_of(record))
     state.round = RoundNumber(state.round + 1)
 
 
-def check_update(state: State, record: Record, parts: Mapping[int, Data], codec: Codec) -> None:
+def _means(record: Record, parts: Mapping[int, Data], packing: Packing) -> Iterator[tuple[int, Floats]]:
+    """Where each chunk of the mean pseudo-gradient starts, and its values, lent until the next.
+
+    Contributions that everybody gathered are averaged here: sum over the parts, in their order, of tokens_i / tokens
+    times what part i decodes to, where the factor is rounded to float32 first.
+    """
+    codec = packing.of(record.exchange)
+    if record.exchange is Exchange.ALL_REDUCE:
+        for part in record.parts:
+            for start, mean in codec.decode_chunks(parts[part.index], part.stop - part.start):
+                yield part.start + start, mean
+        return
+    tokens = {contribution.node: contribution.tokens for contribution in record.contributions}
+    total = sum(tokens.values())
+    factors = [np.float32(tokens[part.reducer] / total) for part in record.parts]
+    decoded = (codec.decode_chunks(parts[part.index], part.stop) for part in record.parts)
+    room = np.empty(CHUNK_VALUES, np.float32)
+    for pieces in zip(*decoded, strict=True):
+        start, mean = pieces[0][0], room[: pieces[0][1].size]
+        mean.fill(0)
+        for (_, piece), factor in zip(pieces, factors, strict=True):
+            piece *= factor
+            mean += piece
+        yield start, mean
+
+
+def check_update(state: State, record: Record, parts: Mapping[int, Data], packing: Packing) -> None:
     """Refuse a record or parts that cannot be folded into this state."""
+    codec = packing.of(record.exchange)
     if record.round != state.round:
         raise Refused(Code.RECORD_BAD, f"record of round {record.round}, expected {state.round}")
     check_record_shape(record, state.params.size)

@@ -17,6 +17,7 @@ from protocol.types import (
     Contribution,
     DataRange,
     Digest,
+    Exchange,
     Head,
     LogEntry,
     Manifest,
@@ -147,9 +148,17 @@ def check_record_shape(record: Record, parameters: int) -> None:
     index, stop = -1, 0
     for part in record.parts:
         _check_part(part, parameters, set(members))
+        if record.exchange is Exchange.ALL_GATHER:
+            _check_gathered(part, parameters)
+            stop = 0
         if part.index <= index or part.start < stop:
             raise Refused(Code.RECORD_BAD, f"part {part.index} from {part.start} after part {index} up to {stop}")
         index, stop = part.index, part.stop
+    if record.exchange is Exchange.ALL_GATHER:
+        tokens = {contribution.node: contribution.tokens for contribution in record.contributions}
+        if sorted(part.reducer for part in record.parts) != sorted(tokens) or not all(tokens.values()):
+            what = f"{len(record.parts)} parts of {len(members)} contributions, expected one of each that has tokens"
+            raise Refused(Code.RECORD_BAD, what)
 
 
 def check_members(record: Record, roster: Roster) -> None:
@@ -209,6 +218,12 @@ def check_contribution(contribution: Contribution) -> None:
 def _check_range(span: DataRange) -> None:
     if span.pass_number < 0 or not 0 <= span.start < span.stop or not _DIGEST.fullmatch(span.shard):
         what = f"data range [{span.start}, {span.stop}) in pass {span.pass_number} of {canonical.shown(span.shard)}"
+        raise Refused(Code.RECORD_BAD, what)
+
+
+def _check_gathered(part: Part, parameters: int) -> None:
+    if part.included != (part.reducer,) or (part.start, part.stop) != (0, parameters):
+        what = f"part {part.index} of [{part.start}, {part.stop}) by {len(part.included)} members, expected all by one"
         raise Refused(Code.RECORD_BAD, what)
 
 

@@ -160,12 +160,20 @@ class RoundsSection(_Section):
 class UpdateSection(_Section):
     """How the nodes' changes are packed, and how the mean of them moves the model."""
 
-    codec: Literal["fp16", "int8", "int4"] = "int4"
+    codec: Literal["fp16", "int8", "int4", "sparse2"] = "int4"
+    mean: Literal["auto", "fp16", "int8", "int4"] = "auto"
     outer: Literal["average", "nesterov"] = "average"
     outer_learning_rate: Rate = 1.0
     outer_momentum: Beta = 0.0
     residual_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
     stale_rounds: Annotated[int, Field(ge=1, le=1000)] = 8  # halved seven times by then: under 1 % is left to drop
+
+    @property
+    def mean_codec(self) -> str:
+        """Of the means that reducers send: dense, as members keep different values."""
+        if self.mean != "auto":
+            return self.mean
+        return "int4" if self.codec == "sparse2" else self.codec
 
     @model_validator(mode="after")
     def _momentum_fits(self) -> Self:
@@ -497,11 +505,12 @@ gather_seconds = 15        # how long a majority waits for the others
 deadline_seconds = 300     # an exchange that takes longer is tried again; more than gather_seconds
 
 [update]
-codec = "int4"             # fp16, int8 or int4: bits per parameter that each node sends and receives
+codec = "int4"             # how nodes pack their changes: fp16, int8, int4, or sparse2 (0.16 bits per parameter)
+mean = "auto"              # how means of them are packed: auto (like codec; int4 for sparse2), fp16, int8 or int4
 outer = "average"          # average, or nesterov (then set outer_momentum, as in 0.9)
 outer_learning_rate = 1.0
 outer_momentum = 0.0
-residual_decay = 1.0       # how much of what a codec left out is kept for the next round
+residual_decay = 1.0       # how much of what a codec left out is kept for the next round; 0.95 suits sparse2
 stale_rounds = 8           # a node whose work missed more rounds in a row drops it; until then it halves
 
 [evaluate]

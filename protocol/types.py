@@ -22,6 +22,13 @@ class Role(Enum):
     HELPER = "helper"
 
 
+class Exchange(Enum):
+    """How a group's contributions become an update: reducers average slices, or everybody gets all and averages."""
+
+    ALL_REDUCE = "all-reduce"
+    ALL_GATHER = "all-gather"
+
+
 @dataclass(frozen=True)
 class Member:
     """One active node as its peers see it."""
@@ -120,14 +127,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Part:
-    """One reduced, encoded slice [start, stop) of the parameter vector."""
+    """One encoded slice [start, stop) of the parameter vector: a mean, or in an all-gather one whole contribution."""
 
     index: int
     start: int
     stop: int
     digest: Digest
     size: int  # encoded bytes
-    reducer: NodeId
+    reducer: NodeId  # who made it
     included: tuple[NodeId, ...]  # whose contributions the mean holds
 
 
@@ -143,6 +150,7 @@ class Record:
     contributions: tuple[Contribution, ...]
     parts: tuple[Part, ...]
     state: Digest  # digest of the state that this record is folded into, state(round)
+    exchange: Exchange = Exchange.ALL_REDUCE
 
 
 @dataclass(frozen=True)

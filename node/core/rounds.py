@@ -8,11 +8,12 @@ between only produces the parts that the leader's record names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from protocol.errors import Refused
+from protocol.exchange import layout
 from protocol.limits import RANGES_MAX
 from protocol.log import (
     check_contribution,
@@ -24,7 +25,6 @@ from protocol.log import (
     next_turn,
     ranges_of,
     record_hash,
-    spans,
 )
 from protocol.messages import (
     Accepted,
@@ -46,11 +46,13 @@ from protocol.types import (
     DataRange,
     Digest,
     Epoch,
+    Exchange,
     Head,
     LogEntry,
     NodeId,
     Part,
     Record,
+    Role,
     Roster,
     RoundNumber,
     RunId,
@@ -87,6 +89,7 @@ class Rules:
     parameters: int
     context: int
     inner_steps: Callable[[RoundNumber], int]
+    exchange: Callable[[Sequence[Role]], Exchange]  # of a group of members in these roles
     round_seconds_max: float
     gather_seconds: float
     attempt_seconds_min: float
@@ -918,6 +921,7 @@ def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome
     patience = state.began_at + 0.75 * (state.deadline - state.began_at)
     if not all_spoke and now < patience:
         return state, ()
+    roles = [member.role for member in roster.members if member.node in members]
     record = Record(
         run=rules.run,
         round=state.head.round,
@@ -927,8 +931,9 @@ def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome
         contributions=tuple(signed.ready.contribution for signed in state.begin.readies),
         parts=(),
         state=state.digest,
+        exchange=rules.exchange(roles),
     )
-    parts = _sound_parts(state, record, members, roster, rules)
+    parts = _sound_parts(state, record, members, layout(record.exchange, rules.parameters, roles), rules)
     if not parts:
         if not all_spoke:
             return state, ()
@@ -941,18 +946,23 @@ def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome
 
 
 def _sound_parts(
-    state: Rounds, record: Record, members: list[NodeId], roster: Roster, rules: Rules
+    state: Rounds, record: Record, members: list[NodeId], spans: Sequence[tuple[int, int]], rules: Rules
 ) -> tuple[Part, ...]:
     """The claimed parts that can be signed for: each its reducer's own slice, of members of this group."""
-    roles = [member.role for member in roster.members if member.node in members]
     claimed = []
-    for index, (node, span) in enumerate(zip(members, spans(rules.parameters, roles), strict=True)):
+    for index, (node, span) in enumerate(zip(members, spans, strict=True)):
         part = state.claims.get(node)
         if part is None or part.index != index or (part.start, part.stop) != span:
             continue
-        if _record_is_sound(state, replace(record, parts=(part,)), rules):
+        if _record_is_sound(state, _only(record, part), rules):
             claimed.append(part)
     return tuple(claimed)
+
+
+def _only(record: Record, part: Part) -> Record:
+    """The record of this part alone."""
+    brought = tuple(each for each in record.contributions if each.node in part.included)
+    return replace(record, contributions=brought, parts=(part,))
 
 
 def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Outcome:

@@ -11,6 +11,7 @@ import numpy as np
 
 from protocol.blobs import digest_of
 from protocol.codec import NAMES, codec
+from protocol.exchange import Packing
 from protocol.fold import Outer, OuterKind, fold
 from protocol.limits import CHUNK_VALUES
 from protocol.state import initial_state
@@ -75,7 +76,7 @@ def _fold_rate(name: str, values: np.ndarray, kind: OuterKind) -> float:
         head = (RunId("run"), RoundNumber(number), shard, Epoch(0), node)
         record = Record(*head, (contribution,), (listed,), shard)
         started = time.perf_counter()
-        fold(state, record, {0: part}, chosen, outer)
+        fold(state, record, {0: part}, Packing(chosen, chosen), outer)
         best = min(best, time.perf_counter() - started)
     return values.size / best
 

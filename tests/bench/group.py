@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,9 +11,9 @@ from pathlib import Path
 
 from coordinator.rendezvous import Rendezvous
 from node.engine import AveragingJob, AveragingOutcome, Engine
+from protocol.exchange import Packing, layout
 from protocol.identity import Key, libp2p_private_key_bytes
-from protocol.limits import CHUNK_VALUES
-from protocol.types import RunId
+from protocol.types import Exchange, Role, RunId
 
 RUN = RunId("ab" * 32 + ".bench")
 LOCAL = "/ip4/127.0.0.1/tcp/0"
@@ -22,7 +21,12 @@ LOCAL = "/ip4/127.0.0.1/tcp/0"
 
 @asynccontextmanager
 async def engines_of(
-    parameters: int, codec: str, listen: Sequence[str], *, meeting: str = LOCAL, enter: Callable[[int | None], object]
+    parameters: int,
+    packing: Packing,
+    listen: Sequence[str],
+    *,
+    meeting: str = LOCAL,
+    enter: Callable[[int | None], object],
 ) -> AsyncIterator[list[Engine]]:
     """One engine for each address, and their rendezvous. `enter` is called before each is started, with its index."""
     async with AsyncExitStack() as owned:
@@ -43,7 +47,7 @@ async def engines_of(
                 run=RUN,
                 listen=[address],
                 rendezvous=rendezvous.addresses,
-                codec=codec,
+                packing=packing,
                 parameters=parameters,
                 blob_dir=key.parent,
                 on_message=lambda peer, letter: None,
@@ -58,13 +62,19 @@ async def engines_of(
 
 
 async def average(
-    engines: Sequence[Engine], payloads: Sequence[bytes], weights: Sequence[int], parameters: int
+    engines: Sequence[Engine],
+    payloads: Sequence[bytes],
+    weights: Sequence[int],
+    parameters: int,
+    packing: Packing,
 ) -> list[AveragingOutcome]:
+    exchange, spans = layout_of(len(engines), parameters, packing)
     job = AveragingJob(
         group=os.urandom(32),
         peers=tuple(engine.peer for engine in engines),
         weights=tuple(weights),
-        spans=even_spans(parameters, len(engines)),
+        exchange=exchange,
+        spans=spans,
         deadline_seconds=120,
         sender_seconds=30,
     )
@@ -73,10 +83,10 @@ async def average(
     return outcomes
 
 
-def even_spans(parameters: int, nodes: int) -> tuple[tuple[int, int], ...]:
-    chunks = -(-parameters // CHUNK_VALUES)
-    cuts = [min(parameters, round(chunks * index / nodes) * CHUNK_VALUES) for index in range(nodes + 1)]
-    return tuple(itertools.pairwise(cuts))
+def layout_of(nodes: int, parameters: int, packing: Packing) -> tuple[Exchange, tuple[tuple[int, int], ...]]:
+    roles = [Role.PEER] * nodes
+    exchange = packing.exchange(roles)
+    return exchange, layout(exchange, parameters, roles)
 
 
 def _identity(home: Path) -> Path:

@@ -18,10 +18,12 @@ import numpy as np
 
 from node import letters
 from node.engine import AveragingOutcome, Engine
-from protocol.codec import NAMES, Codec, codec
+from protocol.codec import NAMES
+from protocol.exchange import Packing, packing_of
 from protocol.identity import Key
 from protocol.log import VOTE, record_hash, vote_bytes
 from protocol.messages import Begin, Claim, Commit, Message, Propose, Ready, SignedReady, Vote
+from protocol.runspec import UpdateSection
 from protocol.types import (
     Ballot,
     Certificate,
@@ -29,6 +31,7 @@ from protocol.types import (
     DataRange,
     Digest,
     Epoch,
+    Exchange,
     Part,
     Record,
     RoundNumber,
@@ -37,7 +40,7 @@ from protocol.types import (
 )
 from tests.bench import ethernet
 from tests.bench.ethernet import Counted, Network
-from tests.bench.group import LOCAL, RUN, average, engines_of, even_spans
+from tests.bench.group import LOCAL, RUN, average, engines_of, layout_of
 from tests.bench.table import Row, show
 
 GOAL = 1.05
@@ -61,10 +64,9 @@ class Measured:
 class Talk:
     """The letters of a round as the round machine sends them, with contents of the usual size."""
 
-    def __init__(self, engines: Sequence[Engine], how: Codec, parameters: int) -> None:
+    def __init__(self, engines: Sequence[Engine], packing: Packing, parameters: int) -> None:
         self._engines = engines
-        self._how = how
-        self._spans = even_spans(parameters, len(engines))
+        self._exchange, self._spans = layout_of(len(engines), parameters, packing)
         self._keys = [Key.generate() for _ in engines]
         self.bytes_sent = 0
 
@@ -94,7 +96,8 @@ class Talk:
         )
         leader = self._keys[lead].public
         brought = tuple(self._brought(key, number) for key in self._keys)
-        record = Record(RUN, round_number, _digest("previous"), ballot.epoch, leader, brought, parts, _digest("state"))
+        link = (RUN, round_number, _digest("previous"), ballot.epoch, leader)
+        record = Record(*link, brought, parts, _digest("state"), self._exchange)
         await self._to_others(lead, Propose(RUN, round_number, ballot, leader, record))
         body = VoteBody(RUN, round_number, ballot, record_hash(record))
         votes = [
@@ -114,9 +117,11 @@ class Talk:
 
     def _part(self, index: int, outcome: AveragingOutcome) -> Part:
         data, (start, stop) = outcome.parts[index], self._spans[index]
+        author = self._keys[index].public
         everyone = tuple(key.public for key in self._keys)
+        included = (author,) if self._exchange is Exchange.ALL_GATHER else everyone
         digest = Digest(hashlib.sha256(data).hexdigest())
-        return Part(index, start, stop, digest, len(data), self._keys[index].public, everyone)
+        return Part(index, start, stop, digest, len(data), author, included)
 
     async def _to_others(self, author: int, message: Message) -> None:
         await asyncio.gather(*(self._to(index, author, message) for index in range(len(self._keys))))
@@ -130,7 +135,7 @@ class Talk:
 
 
 async def measure(
-    how: Codec, nodes: int, parameters: int, rounds: int, idle_seconds: float, network: Network | None
+    packing: Packing, nodes: int, parameters: int, rounds: int, idle_seconds: float, network: Network | None
 ) -> Measured:
     def counted() -> list[Counted]:
         return [network.counted(index) for index in range(nodes)] if network else [ethernet.interface("lo")]
@@ -139,13 +144,13 @@ async def measure(
     meeting = f"/ip4/{network.address(None)}/tcp/0" if network else LOCAL
     enter = network.enter if network else lambda index: None
     random, seconds = np.random.default_rng(0), []
-    async with engines_of(parameters, how.name, listen, meeting=meeting, enter=enter) as engines:
-        payloads = [how.encode(random.standard_normal(parameters, np.float32)) for _ in engines]
-        talk = Talk(engines, how, parameters)
+    async with engines_of(parameters, packing, listen, meeting=meeting, enter=enter) as engines:
+        payloads = [packing.up.encode(random.standard_normal(parameters, np.float32)) for _ in engines]
+        talk = Talk(engines, packing, parameters)
         seen = [counted()]
         for number in range(rounds):
             await talk.before(number)
-            outcomes = await average(engines, payloads, [TOKENS] * nodes, parameters)
+            outcomes = await average(engines, payloads, [TOKENS] * nodes, parameters, packing)
             await talk.after(number, outcomes)
             seconds.append(max(outcome.seconds for outcome in outcomes))
             await asyncio.sleep(SETTLE_SECONDS)
@@ -165,12 +170,13 @@ async def measure(
     )
 
 
-def rows_of(how: Codec, nodes: int, parameters: int, medium: str, measured: Measured) -> list[Row]:
-    ideal = butterfly(how, nodes, parameters)
+def rows_of(packing: Packing, nodes: int, parameters: int, medium: str, measured: Measured) -> list[Row]:
+    ideal = packing.sent_bytes(parameters, nodes)
     headers = measured.packets * HEADER_BYTES
     title = f"{nodes} nodes, {medium}"
     return [
         Row(f"{title}: up", measured.sent / ideal, at_most=GOAL, digits=4, note=f"{measured.sent:,.0f} bytes"),
+        Row("  up, for each parameter", measured.sent / parameters, "bytes", digits=4),
         Row(
             f"{title}: down", measured.received / ideal, at_most=GOAL, digits=4, note=f"{measured.received:,.0f} bytes"
         ),
@@ -182,10 +188,6 @@ def rows_of(how: Codec, nodes: int, parameters: int, medium: str, measured: Meas
     ]
 
 
-def butterfly(how: Codec, nodes: int, parameters: int) -> float:
-    return 2 * (nodes - 1) / nodes * how.bits / 8 * parameters
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4])
@@ -194,7 +196,7 @@ def main() -> None:
     parser.add_argument("--codec", choices=NAMES, default="int4")
     parser.add_argument("--idle-seconds", type=float, default=5.0)
     given = parser.parse_args()
-    how, rows, notes = codec(given.codec), [], []
+    packing, rows, notes = packing_of(UpdateSection(codec=given.codec)), [], []
     media = ("lo", "Ethernet") if ethernet.possible() else ("lo",)
     if len(media) == 1:
         notes.append("No Ethernet: it needs root and iproute2.")
@@ -202,17 +204,17 @@ def main() -> None:
         network = Network(nodes) if medium == "Ethernet" else None
         if network is None and not ethernet.enter_own_network():
             notes.append("No network namespace of its own: other traffic on lo was counted too.")
-        work = measure(how, nodes, given.parameters, given.rounds, given.idle_seconds, network)
-        rows += rows_of(how, nodes, given.parameters, medium, asyncio.run(work))
+        work = measure(packing, nodes, given.parameters, given.rounds, given.idle_seconds, network)
+        rows += rows_of(packing, nodes, given.parameters, medium, asyncio.run(work))
     for nodes in given.nodes:
-        share = how.encoded_bytes(given.parameters) / nodes
-        ratio = share / butterfly(how, nodes, given.parameters)
+        share = packing.update_bytes(given.parameters, nodes) / nodes
+        ratio = share / packing.sent_bytes(given.parameters, nodes)
         rows.append(
             Row(f"{nodes} nodes: archiving adds, up", ratio, digits=4, note=f"{share:,.0f} bytes, by arithmetic")
         )
     notes = [
-        f"1 = the butterfly's own bytes: 2(N-1)/N times {how.bits} bits of {given.parameters:,} parameters, up and down"
-        f" alike; {given.rounds} rounds, the first with its handshakes included.",
+        f"1 = the encoded values of an exchange of {given.codec} for {given.parameters:,} parameters, up and down alike;"
+        f" {given.rounds} rounds, the first with its handshakes included.",
         "Archiving: each part goes to the coordinator once, over gRPC, from the node that reduced it.",
         *notes,
     ]

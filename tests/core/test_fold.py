@@ -16,6 +16,7 @@ from protocol import blobs
 from protocol.blobs import digest_of
 from protocol.codec import NAMES, codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.fold import Outer, OuterKind, fold
 from protocol.limits import CHUNK_VALUES as CHUNK
 from protocol.state import Consumed, State, initial_state, read_base, write_base
@@ -25,6 +26,7 @@ P = 3 * CHUNK + 100
 SHARD = "ab" * 32
 AVERAGE = Outer(OuterKind.AVERAGE, 0.7)
 NESTEROV = Outer(OuterKind.NESTEROV, 0.7, 0.9)
+INT4 = Packing(codec("int4"), codec("int4"))
 
 
 def vector(seed, scale=1e-3, size=P):
@@ -65,7 +67,7 @@ def test_average_moves_against_the_decoded_mean_in_float32(name):
     params, mean, chosen = vector(0, 1), vector(1), codec(name)
     state = initial_state(params.copy(), momentum=False)
     record, parts = update(mean, chosen)
-    fold(state, record, parts, chosen, AVERAGE)
+    fold(state, record, parts, Packing(chosen, chosen), AVERAGE)
     decoded = chosen.decode(chosen.encode(mean), P)
     assert state.params.tobytes() == (params - np.float32(0.7) * decoded).tobytes()
     assert state.round == 1
@@ -79,7 +81,7 @@ def test_nesterov_is_the_sgd_of_torch():
     for round_number in range(4):
         mean = vector(10 + round_number)
         record, parts = update(mean, chosen, round_number=round_number, data=(round_number, round_number + 1))
-        fold(state, record, parts, chosen, NESTEROV)
+        fold(state, record, parts, Packing(chosen, chosen), NESTEROV)
         theirs.grad = torch.from_numpy(chosen.decode(chosen.encode(mean), P))
         optimizer.step()
     np.testing.assert_allclose(state.params, theirs.detach().numpy(), rtol=0, atol=1e-6)
@@ -93,7 +95,7 @@ def test_the_bits_are_those_of_this_recipe():
     for round_number in range(3):
         mean = (ramp % np.float32(1013) - np.float32(500)) / np.float32(3e5 * (round_number + 1))
         record, parts = update(mean, codec("int4"), round_number=round_number, data=(round_number, round_number + 1))
-        fold(state, record, parts, codec("int4"), NESTEROV)
+        fold(state, record, parts, INT4, NESTEROV)
     assert state.digest() == "7abf0e30d759cafedcfb546d7c129d2244d717e6c0d581cc16f6c3bf4c8bf683"
 
 
@@ -103,7 +105,7 @@ def test_how_the_mean_is_cut_into_parts_does_not_change_the_bits():
     for cuts in ((0, P), (0, CHUNK, P), (0, CHUNK, 2 * CHUNK, 3 * CHUNK, P)):
         state = initial_state(vector(0, 1), momentum=True)
         record, parts = update(mean, codec("int4"), cuts=cuts)
-        fold(state, record, parts, codec("int4"), NESTEROV)
+        fold(state, record, parts, INT4, NESTEROV)
         digests.add(state.digest())
     assert len(digests) == 1
 
@@ -112,10 +114,10 @@ def test_how_the_mean_is_cut_into_parts_does_not_change_the_bits():
 def test_where_a_part_is_missing_neither_parameters_nor_momentum_change(outer):
     state = initial_state(vector(0, 1), momentum=outer.keeps_momentum)
     record, parts = update(vector(1), codec("int4"))
-    fold(state, record, parts, codec("int4"), outer)
+    fold(state, record, parts, INT4, outer)
     before = copy(state)
     record, parts = update(vector(2), codec("int4"), round_number=1, data=(10, 11), leave_out=(0,))
-    fold(state, record, parts, codec("int4"), outer)
+    fold(state, record, parts, INT4, outer)
     missing, present = slice(0, 2 * CHUNK), slice(2 * CHUNK, P)
     assert state.params[missing].tobytes() == before.params[missing].tobytes()
     assert (state.params[present] != before.params[present]).mean() > 0.5
@@ -127,11 +129,11 @@ def test_where_a_part_is_missing_neither_parameters_nor_momentum_change(outer):
 def test_fold_consumes_the_data_of_every_contribution():
     state = initial_state(vector(0), momentum=False)
     record, parts = update(vector(1), codec("int4"), data=(5, 9))
-    fold(state, record, parts, codec("int4"), AVERAGE)
+    fold(state, record, parts, INT4, AVERAGE)
     assert state.consumed == Consumed().with_ranges((DataRange(0, SHARD, 5, 9), DataRange(1, SHARD, 5, 9)))
     record, parts = update(vector(1), codec("int4"), round_number=1, data=(8, 12))
     with pytest.raises(Refused, match="counts twice"):
-        fold(state, record, parts, codec("int4"), AVERAGE)
+        fold(state, record, parts, INT4, AVERAGE)
 
 
 def bad_updates():
@@ -158,7 +160,7 @@ def test_a_bad_update_is_refused_and_changes_nothing(what, record, parts):
     state = initial_state(vector(0), momentum=True)
     before = copy(state)
     with pytest.raises(Refused) as refused:
-        fold(state, record, parts, codec("int4"), NESTEROV)
+        fold(state, record, parts, INT4, NESTEROV)
     assert refused.value.reason in (Code.UPDATE_BAD, Code.RECORD_BAD)
     assert same(state, before)
 
@@ -200,7 +202,7 @@ def test_consumed_is_a_set_however_it_grew(spans, luck):
 def advanced(momentum):
     state = initial_state(vector(0, 1), momentum=momentum)
     record, parts = update(vector(1), codec("int4"))
-    fold(state, record, parts, codec("int4"), NESTEROV if momentum else AVERAGE)
+    fold(state, record, parts, INT4, NESTEROV if momentum else AVERAGE)
     return state
 
 

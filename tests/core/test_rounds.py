@@ -17,6 +17,7 @@ from protocol.types import (
     Contribution,
     DataRange,
     Digest,
+    Exchange,
     Head,
     LogEntry,
     Member,
@@ -52,6 +53,7 @@ def rules(me=A):
         parameters=PARAMETERS,
         context=CONTEXT,
         inner_steps=lambda _: STEPS,
+        exchange=lambda roles: Exchange.ALL_REDUCE,
         round_seconds_max=100.0,
         gather_seconds=1.0,
         attempt_seconds_min=5.0,
@@ -360,12 +362,19 @@ def test_a_promise_that_brings_nonsense_is_not_heard(contribution):
 # deciding
 
 
-def averaged(*others, me_brings=data(0, 4)):
-    """A leads a round with the others, and all have reduced."""
+def gathered_part(index, node):
+    return Part(index, 0, PARAMETERS, Digest(f"{index:064x}"), 10, node, (node,))
+
+
+def averaged(*others, me_brings=data(0, 4), gathers=False):
+    """A leads a round with the others, and all have averaged."""
     nodes = (A, *others)
-    node = Node(*nodes).trained(me_brings)
+    node = Node(*nodes)
+    if gathers:
+        node.rules = replace(node.rules, exchange=lambda roles: Exchange.ALL_GATHER)
+    node.trained(me_brings)
     node.see(*(ready(other, brings(other, data(100 * i, 100 * i + 4))) for i, other in enumerate(others, 1)))
-    parts = [part_of(index, nodes, nodes) for index in range(len(nodes))]
+    parts = [gathered_part(i, n) if gathers else part_of(i, nodes, nodes) for i, n in enumerate(nodes)]
     held = {part.index: part.digest for part in parts}
     node.see(rounds.Averaged(Ballot(0, 0), parts[0], held))
     claims = [Claim(RUN, 0, Ballot(0, 0), n, p) for n, p in zip(others, parts[1:], strict=True)]
@@ -384,6 +393,22 @@ def test_a_claim_for_a_slice_that_is_not_the_reducers_is_left_out():
     lie = replace(claim, part=replace(claim.part, start=0))
     record = node.see(Received(lie)).sent(Propose)[0].record
     assert [part.reducer for part in record.parts] == [A]
+
+
+def test_what_everybody_gathered_is_proposed_as_one_whole_part_of_each_that_claims_it():
+    node, _ = averaged(B, C, gathers=True)
+    claims = [Claim(RUN, 0, Ballot(0, 0), n, gathered_part(i, n)) for i, n in ((1, B), (2, C))]
+    record = node.see(*map(Received, claims)).sent(Propose)[0].record
+    assert record.exchange is Exchange.ALL_GATHER
+    assert [(part.reducer, part.start, part.stop) for part in record.parts] == [(n, 0, PARAMETERS) for n in (A, B, C)]
+
+
+def test_a_member_whose_contribution_is_not_whole_is_left_out_of_a_gathered_record():
+    node, _ = averaged(B, C, gathers=True)
+    slice_only = Claim(RUN, 0, Ballot(0, 0), B, part_of(1, (A, B, C), (B,)))
+    node.see(Received(slice_only), Received(Claim(RUN, 0, Ballot(0, 0), C, None)))
+    (proposal,) = node.sent(Propose)
+    assert [contribution.node for contribution in proposal.record.contributions] == [A]
 
 
 def test_a_reducer_that_stays_silent_is_not_waited_for_for_ever():

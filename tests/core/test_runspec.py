@@ -119,7 +119,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(text, what):
         ("[data]\ncontext = 7", "at least 8 and at most 1000000"),
         ("[data]\nheldout = 0", "more than 0 and at most 0.5"),
         ('[data]\ntokenizer = ""', 'tokenizer = ""'),
-        ('[update]\ncodec = "int2"', "wanted 'fp16', 'int8' or 'int4'"),
+        ('[update]\ncodec = "int2"', "wanted 'fp16', 'int8', 'int4' or 'sparse2'"),
         ("[update]\nstale_rounds = 0", "stale_rounds = 0, wanted a whole number, at least 1 and at most 1000"),
         ("[watch]\nrollback = 1", "[watch] rollback = 1, wanted a valid boolean"),
         ("[watch]\njump = 0.0", "[watch] jump = 0.0, wanted a number, more than 0 and at most 20"),

@@ -5,9 +5,13 @@ import shutil
 import pytest
 
 from node.config import Home
+from protocol.types import Exchange
 from tests.e2e.processes import TEXT, TINY, Node, Run, World, gone, until
 
-SETTINGS = {"rounds": {**TINY["rounds"], "inner_steps": [[1, 8]]}}
+SETTINGS = {
+    "rounds": {**TINY["rounds"], "inner_steps": [[1, 8]]},
+    "update": {"codec": "sparse2", "residual_decay": 0.95},  # so every record here is of an all-gather
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,7 @@ def brings(run, node, start):
 def test_a_rollback_is_followed_by_every_node_and_both_branches_stay_visible(shared, run, nodes):
     for node in nodes:
         node.reaches(7)
+    assert {entry.record.exchange for entry in run.entries()} == {Exchange.ALL_GATHER}
     before = run.entries()
     out, _ = shared.call("barnraise-coordinator", "rollback", run.folder, "--to", "5", "--reason", "a test", "--yes")
     assert "5" in out

@@ -11,8 +11,8 @@ from coordinator.core.leases import Leases
 from coordinator.store import Store
 from protocol import identity, runspec
 from protocol.blobs import BlobStore
-from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import packing_of
 from protocol.fold import fold, outer_of
 from protocol.identity import Key
 from protocol.log import genesis_head, head_after, line_head, next_head
@@ -43,7 +43,7 @@ class Line:
         folder.mkdir()
         (folder / "run.toml").write_text(runspec.template("test"))
         spec = runspec.load(folder / "run.toml")
-        self.outer, self.codec = outer_of(spec.update), codec(spec.update.codec)
+        self.outer, self.packing = outer_of(spec.update), packing_of(spec.update)
         self.store, self.blobs = Store(folder / "coordinator.db"), BlobStore(folder / "blobs")
         self.folder = folder
         self.state = initial_state(np.zeros(PARAMETERS, np.float32), momentum=self.outer.keeps_momentum)
@@ -59,7 +59,7 @@ class Line:
         for _ in range(rounds):
             record, data = self.next_record()
             self.store.append_entry(LogEntry(record, Certificate(next_head(record).hash, Ballot(0, 0), ())), {})
-            fold(self.state, record, {0: data}, self.codec, self.outer)
+            fold(self.state, record, {0: data}, self.packing, self.outer)
             self.head = next_head(record)
             self.records.append(self.head)
             self.digests.append(self.state.digest())
@@ -70,7 +70,7 @@ class Line:
     def next_record(self):
         number = self.head.round
         seed = int(self.head.hash[:8], 16)
-        data = self.codec.encode(np.random.default_rng(seed).standard_normal(PARAMETERS).astype(np.float32))
+        data = self.packing.up.encode(np.random.default_rng(seed).standard_normal(PARAMETERS).astype(np.float32))
         ref = self.blobs.put_bytes(data)
         part = Part(0, 0, PARAMETERS, ref.digest, ref.size, NODE, (NODE,))
         used = Contribution(NODE, 320, (DataRange(0, "aa" * 32, 10 * number, 10 * number + 10),))

@@ -23,9 +23,10 @@ from node.reduction import CODES
 from node.swarm import BarnraisePeer
 from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.identity import Key, libp2p_private_key_bytes
 from protocol.limits import CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
-from protocol.types import Digest, PeerId, RunId
+from protocol.types import Digest, Exchange, PeerId, RunId
 from protocol.v1 import barnraise_pb2
 
 RUN = RunId("ab" * 32 + ".averaging")
@@ -48,7 +49,9 @@ class Swarm:
         self.folder = folder
         self.heard = defaultdict(list)
 
-    async def engine(self, name: str, *, codec_name: str = "int4", rendezvous=(), listen=(LOCAL,)) -> Engine:
+    async def engine(
+        self, name: str, *, up: str = "int4", down: str = "int4", rendezvous=(), listen=(LOCAL,)
+    ) -> Engine:
         home = self.folder / name
         (home / "blobs").mkdir(parents=True, exist_ok=True)
         if not (home / "identity").exists():
@@ -59,7 +62,7 @@ class Swarm:
             run=RUN,
             listen=listen,
             rendezvous=rendezvous,
-            codec=codec_name,
+            packing=Packing(codec(up), codec(down)),
             parameters=VALUES,
             blob_dir=home / "blobs",
             on_message=lambda peer, envelope: self.heard[name].append((peer, envelope)),
@@ -89,7 +92,15 @@ async def introduce(*engines, others=()):
 
 
 def job_of(*peers, **changes):
-    job = AveragingJob(os.urandom(32), tuple(map(PeerId, peers)), WEIGHTS, SPANS, deadline_seconds=20, sender_seconds=3)
+    job = AveragingJob(
+        group=os.urandom(32),
+        peers=tuple(map(PeerId, peers)),
+        weights=WEIGHTS,
+        exchange=Exchange.ALL_REDUCE,
+        spans=SPANS,
+        deadline_seconds=20,
+        sender_seconds=3,
+    )
     return replace(job, **changes)
 
 
@@ -119,7 +130,7 @@ def swarm(tmp_path):
 async def test_everyone_ends_with_the_same_bytes_of_the_weighted_mean(swarm, name):
     how = codec(name)
     encoded = [how.encode(vector) for vector in vectors(3)]
-    async with engines_of(swarm, 3, codec_name=name) as engines:
+    async with engines_of(swarm, 3, up=name, down=name) as engines:
         job = job_of(*(engine.peer for engine in engines))
         outcomes = await asyncio.gather(
             *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True))
@@ -167,6 +178,87 @@ async def test_a_client_that_nobody_can_dial_takes_part_and_reduces_nothing(swar
         await asyncio.gather(*(engine.stop() for engine in (client, *peers)))
     assert client.addresses == () and outcomes[0].included == () and outcomes[1].included == (0, 1, 2)
     assert all(b"".join(outcome.parts[index] for index in (1, 2)) == encoded for outcome in outcomes)
+
+
+async def gather(swarm, engines, payloads, **changes):
+    job = job_of(
+        *(engine.peer for engine in engines),
+        exchange=Exchange.ALL_GATHER,
+        spans=((0, VALUES),) * len(engines),
+        **changes,
+    )
+    return await asyncio.gather(*(engine.average(job, data) for engine, data in zip(engines, payloads, strict=True)))
+
+
+async def test_in_an_all_gather_everyone_gets_everyones_bytes_and_sends_its_own_to_each(swarm):
+    how = codec("sparse2")
+    encoded = [how.encode(vector) for vector in vectors(3)]
+    async with engines_of(swarm, 3, up="sparse2") as engines:
+        outcomes = await gather(swarm, engines, encoded)
+    for index, outcome in enumerate(outcomes):
+        assert outcome.failed == {} and outcome.included == (index,)
+        assert outcome.parts == dict(enumerate(encoded))
+        assert outcome.bytes_sent == outcome.bytes_received == 2 * len(encoded[0])
+
+
+async def test_in_an_all_gather_a_member_that_never_comes_costs_only_its_own_part(swarm):
+    how = codec("sparse2")
+    encoded = [how.encode(vector) for vector in vectors(3)]
+    async with engines_of(swarm, 3, up="sparse2") as engines:
+        job = job_of(
+            *(engine.peer for engine in engines),
+            exchange=Exchange.ALL_GATHER,
+            spans=((0, VALUES),) * 3,
+            deadline_seconds=8,
+            sender_seconds=2,
+        )
+        outcomes = await asyncio.gather(
+            *(engine.average(job, data) for engine, data in zip(engines[:2], encoded[:2], strict=True))
+        )
+    for index, outcome in enumerate(outcomes):
+        assert outcome.parts == dict(enumerate(encoded[:2])) and list(outcome.failed) == [2]
+        assert outcome.included == (index,)
+
+
+async def test_a_chunk_where_an_all_gather_wants_none_is_a_violation(swarm):
+    how = codec("sparse2")
+    encoded = [how.encode(vector) for vector in vectors(2)]
+    hostile = await swarm.outsider("hostile")
+    try:
+        async with engines_of(swarm, 2, up="sparse2") as engines:
+            await introduce(*engines, others=[hostile])
+            hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
+            job = job_of(
+                *(engine.peer for engine in engines),
+                str(hostile.peer_id),
+                exchange=Exchange.ALL_GATHER,
+                spans=((0, VALUES),) * 3,
+                deadline_seconds=8,
+                sender_seconds=2,
+            )
+            pushed = chunk(encoded[0][:1344], group=job.group, codec_code=CODES["sparse2"])
+            *outcomes, answers = await asyncio.gather(
+                *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True)),
+                replies(hostile, engines[0], [pushed]),
+            )
+    finally:
+        await hostile.shutdown()
+    assert [answer.code for answer in answers] == [averaging_pb2.PROTOCOL_VIOLATION]
+    assert all(outcome.parts == dict(enumerate(encoded)) for outcome in outcomes)
+
+
+async def test_sparse_contributions_reduced_to_dense_means_agree_to_the_bit(swarm):
+    up, down = codec("sparse2"), codec("int4")
+    encoded = [up.encode(vector) for vector in vectors(3)]
+    async with engines_of(swarm, 3, up="sparse2") as engines:
+        job = job_of(*(engine.peer for engine in engines))
+        outcomes = await asyncio.gather(
+            *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True))
+        )
+    assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts
+    wanted = mean_of(up, encoded, WEIGHTS)
+    for index, (start, stop) in enumerate(SPANS):
+        assert within_bound(down, down.decode(outcomes[0].parts[index], stop - start), wanted[start:stop])
 
 
 async def test_an_early_bird_waits_for_the_others(swarm):
@@ -523,11 +615,14 @@ DAEMON = """
 import asyncio, sys
 from pathlib import Path
 from node.engine import Engine
+from protocol.codec import codec
+from protocol.exchange import Packing
 
 async def main(home):
+    int4 = codec("int4")
     engine = await Engine.start(
-        runtime_dir=home / "run", identity_path=home / "identity", run="run", listen=[], rendezvous=[], codec="int4",
-        parameters=1, blob_dir=home, on_message=print,
+        runtime_dir=home / "run", identity_path=home / "identity", run="run", listen=[], rendezvous=[],
+        packing=Packing(int4, int4), parameters=1, blob_dir=home, on_message=print,
     )
     print(engine.pid, flush=True)
     await engine.closed

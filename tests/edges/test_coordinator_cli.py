@@ -30,6 +30,7 @@ from coordinator.store import Evaluation, StoredNode
 from protocol import address, console, identity, invite, runspec
 from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.fold import fold
 from protocol.identity import Key, peer_id_of
 from protocol.log import VOTE, genesis_head, head_after, next_head, ranges_of, vote_bytes
@@ -141,14 +142,14 @@ def admit(store, folder, name, seed):
 def grow(folder, store, rounds):
     """Certified rounds of random updates, as the engine leaves them; answers the states' digests, the first included."""
     manifest, blobs = folder.manifest(store).manifest, folder.open_blobs()
-    state, packing = archive.rebuild(store, blobs, manifest), codec("int4")
+    state, packing = archive.rebuild(store, blobs, manifest), Packing(codec("int4"), codec("int4"))
     outer = archive.outer_of(folder.spec().update)
     nodes = [admit(store, folder, name, index) for index, name in enumerate(("ann", "bob"))]
     shard = store.shards()[0].digest
     head, digests = genesis_head(manifest), [state.digest()]
     for number in range(rounds):
         values = np.random.default_rng(number).standard_normal(manifest.parameters).astype(np.float32) / 100
-        data = packing.encode(values)
+        data = packing.up.encode(values)
         ref = blobs.put_bytes(data)
         part = Part(0, 0, manifest.parameters, ref.digest, ref.size, nodes[0], tuple(nodes))
         contributions = tuple(
@@ -644,7 +645,7 @@ def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_
 
 def keep_books(folder, store, rounds=4, *, undone=2, later=1, lie_at=None):
     """A run as a coordinator leaves it: certified rounds of two nodes, the last of them undone, and rounds after that."""
-    signed, blobs, packing = folder.manifest(store), folder.open_blobs(), codec("int4")
+    signed, blobs, packing = folder.manifest(store), folder.open_blobs(), Packing(codec("int4"), codec("int4"))
     manifest, outer = signed.manifest, archive.outer_of(folder.spec().update)
     state = archive.rebuild(store, blobs, manifest)
     keys = {}
@@ -677,7 +678,7 @@ def keep_books(folder, store, rounds=4, *, undone=2, later=1, lie_at=None):
             state = archive.rebuild(store, blobs, manifest)
             continue
         values = np.random.default_rng(place).standard_normal(manifest.parameters).astype(np.float32) / 100
-        ref = blobs.put_bytes(packing.encode(values))
+        ref = blobs.put_bytes(packing.up.encode(values))
         part = Part(0, 0, manifest.parameters, ref.digest, ref.size, members[0].node, tuple(keys))
         contributions = []
         for node in keys:

@@ -14,6 +14,7 @@ from node.engine import AveragingOutcome
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
 from protocol.messages import Begin, Ready, SignedReady
 from protocol.state import Consumed
@@ -67,7 +68,7 @@ class Stand:
         self.courier = Courier(
             SimpleNamespace(parameters=VALUES, run="run"),
             ME,
-            codec=codec("int4"),
+            packing=Packing(codec("int4"), codec("int4")),
             journal=None,
             blobs=self.blobs,
             make_room=lambda: None,

@@ -101,7 +101,7 @@ class Nodes:
         head, replica = state.head, deepcopy(coordinator._replica)
         if after is not None:
             head = next_head(after.record)
-            fold(replica, after.record, {0: self.part(after)}, coordinator._codec, coordinator._outer)
+            fold(replica, after.record, {0: self.part(after)}, coordinator._packing, coordinator._outer)
         values = np.random.default_rng(int(head.hash[:8], 16)).standard_normal(PARAMETERS).astype(np.float32)
         packed = codec(spec.update.codec).encode(values)
         nodes = state.roster.roster.nodes

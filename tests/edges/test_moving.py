@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from node.engine import Engine
+from protocol.codec import codec
+from protocol.exchange import Packing
 from protocol.identity import Key, libp2p_private_key_bytes
 
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--net")
@@ -53,7 +55,7 @@ async def move(folder):
         run="run",
         listen=("/ip4/0.0.0.0/tcp/0",),
         rendezvous=(),
-        codec="int4",
+        packing=Packing(codec("int4"), codec("int4")),
         parameters=131072,
         blob_dir=folder / "blobs",
         on_message=print,

@@ -13,7 +13,8 @@ from node.core import rounds, session
 from node.core.rounds import Rounds, group
 from node.progress import Carry, Drop, Offer, Progress, Settle, resume
 from protocol.canonical import digest
-from protocol.log import head_after, next_head, ranges_of, record_hash, spans
+from protocol.exchange import layout
+from protocol.log import head_after, next_head, ranges_of, record_hash
 from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message
 from protocol.state import Consumed
 from protocol.types import (
@@ -21,6 +22,7 @@ from protocol.types import (
     DataRange,
     Digest,
     Epoch,
+    Exchange,
     Lease,
     LogEntry,
     NodeId,
@@ -63,10 +65,12 @@ class Swarm:
     attempt_seconds_max: float = 12.0
     load_seconds: float = 2.0  # from a node's start to its first step, at most
     save_seconds: float | None = None  # between two saves of local progress
+    exchange: Exchange = Exchange.ALL_REDUCE
 
     @classmethod
-    def of(cls, luck: Random) -> Swarm:
+    def of(cls, luck: Random, *, seed: int) -> Swarm:
         return cls(
+            exchange=Exchange.ALL_GATHER if seed % 3 == 2 else Exchange.ALL_REDUCE,
             nodes=luck.randint(2, 7),
             ahead_rounds=luck.choice((2, 4, 40)),
             stale_rounds=luck.choice((1, 3, 8)),
@@ -121,6 +125,7 @@ class SimNode(Process):
             parameters=PARAMETERS,
             context=CONTEXT,
             inner_steps=lambda _round: steps,
+            exchange=lambda _roles: swarm.exchange,
             round_seconds_max=swarm.round_seconds_max,
             gather_seconds=swarm.gather_seconds,
             attempt_seconds_min=2.0,
@@ -554,7 +559,8 @@ class SimNode(Process):
         members = list(weights)
         index = members.index(self.me)
         roles = [member.role for member in roster.members if member.node in weights]
-        start, stop = spans(PARAMETERS, roles)[index]
+        exchange = self.rules.exchange(roles)
+        start, stop = layout(exchange, PARAMETERS, roles)[index]
 
         def came(node: NodeId) -> bool:
             there = world.nodes[node].awake and world.reaches(node, self.me)
@@ -562,6 +568,8 @@ class SimNode(Process):
 
         def reduce() -> None:
             included = tuple(n for n in members if weights[n] and n in averaging.joined and came(n))
+            if exchange is Exchange.ALL_GATHER:
+                included = (self.me,)
             part = None
             if included:
                 hashed = digest((begin.ballot, key[1], index, included))

@@ -42,7 +42,7 @@ class World:
         self.calm_since = self.calm_certified = self.calm_settled = 0.0
         self._queue: list[tuple[float, int, Action]] = []
         self._serial = 0
-        self.swarm = swarm if swarm is not None else Swarm.of(self.luck)
+        self.swarm = swarm if swarm is not None else Swarm.of(self.luck, seed=seed)
         self.trouble = Trouble(self)
         self.coordinator = SimCoordinator(self)
         self.nodes = {node.me: node for node in (SimNode(self, index) for index in range(self.swarm.nodes))}
