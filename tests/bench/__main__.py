@@ -10,7 +10,18 @@ import argparse
 import subprocess
 import sys
 
-PARTS = ("startup", "codec", "exactness", "wire", "memory", "trainer", "progress", "overhead", "utilisation")
+PARTS = (
+    "startup",
+    "codec",
+    "exactness",
+    "wire",
+    "quality",
+    "memory",
+    "trainer",
+    "progress",
+    "overhead",
+    "utilisation",
+)
 
 
 def main() -> int:
