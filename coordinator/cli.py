@@ -600,9 +600,10 @@ def _plan_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("model", f"{facts['architecture']}, {plan['parameters']:,} parameters"),
             (
                 "one round",
-                f"a node sends {size(plan['round_bytes'])} and receives as much ({facts['codec']}, {plan['nodes']} nodes;"
-                f" never over {size(plan['round_bytes_many'])})",
+                f"a node sends {size(plan['round_bytes'])} and receives as much ({facts['codec']}, {plan['exchange']} of"
+                f" {plan['nodes']} nodes; never over {size(plan['round_bytes_many'])})",
             ),
+            *_codec_rows(plan, size),
             (
                 "",
                 f"a node trains on {plan['sequences_first']:,} sequences at first, {plan['sequences_last']:,} at last",
@@ -620,6 +621,18 @@ def _plan_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         planned = plan["tokens_planned"]
         passes = f", {plan['passes']:.2f} times the data" if plan["passes"] is not None else ""
         rows.append(("planned", "without end" if planned is None else f"{planned:,} tokens{passes}"))
+    return rows
+
+
+def _codec_rows(plan: Mapping[str, Any], size: Callable[[float], str]) -> list[tuple[str, str]]:
+    """What each codec would send, so that the trade can be seen before the run begins."""
+    rows: list[tuple[str, str]] = []
+    for codec, sent in plan["uploads"].items():
+        text = ", ".join(f"{size(each)} with {nodes} nodes" for nodes, each in sent.items())
+        rows.append(("with" if not rows else "", f"{codec}: {text}"))
+    if plan["round_seconds_min"]:
+        text = f"at least {plan['round_seconds_min']:,.0f} s a round with {plan['nodes']} nodes, for the cap on uploads"
+        rows.append(("pace", text))
     return rows
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.exchange import packing_of
+from protocol.codec import NAMES
+from protocol.exchange import packing_of, round_seconds
 from protocol.runspec import RoundsSection, RunSpec
+from protocol.types import Role
 
 TRAINER_BYTES: Final = 16  # of a parameter: weights, gradients, and the optimizer's two moments, in float32
 HELPER_BYTES: Final = 16  # of a parameter, in the node's other processes: shared vectors, codec buffers
 HELPERS_BYTES: Final = 600 << 20  # what those processes take without any model
+GROUPS: Final = (2, 8, 32)  # for which the codecs are compared
 LOGIT_BYTES: Final = 12  # of one logit: itself, its float32 copy, and its gradient
 
 
@@ -21,6 +24,9 @@ class Plan:
     update_bytes: int  # one encoded vector
     round_bytes: int  # that a node sends in a round with so many nodes, and receives
     round_bytes_many: int  # the same with ever more nodes
+    exchange: str  # of so many nodes
+    uploads: dict[str, dict[int, int]]  # by codec and nodes: bytes that a node sends in a round
+    round_seconds_min: float  # what the cap on uploads wants; 0 without one
     sequences_first: int  # of one node in the first round
     sequences_last: int
     tokens_available: int
@@ -36,6 +42,8 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
     packing = packing_of(spec.update)
     batch, context = spec.train.batch_sequences, spec.data.context
     planned = None
+    kinds = {name: packing_of(spec.update.model_copy(update={"codec": name, "mean": "auto"})) for name in NAMES}
+    uploads = {name: {many: kind.sent_bytes(parameters, many) for many in GROUPS} for name, kind in kinds.items()}
     if spec.run.rounds:
         planned = steps_in(spec.rounds, spec.run.rounds) * batch * context * spec.run.min_nodes
     return Plan(
@@ -44,6 +52,9 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
         update_bytes=packing.up.encoded_bytes(parameters),
         round_bytes=packing.sent_bytes(parameters, nodes),
         round_bytes_many=packing.up.encoded_bytes(parameters) + packing.down.encoded_bytes(parameters),
+        exchange=packing.exchange([Role.PEER] * nodes).value,
+        uploads=uploads,
+        round_seconds_min=round_seconds(spec, parameters, nodes),
         sequences_first=spec.rounds.steps(0) * batch,
         sequences_last=spec.rounds.steps(max(0, spec.run.rounds - 1) if spec.run.rounds else 1 << 40) * batch,
         tokens_available=sequences * context,

@@ -32,7 +32,7 @@ from protocol import p2pd
 from protocol.blobs import BlobStore
 from protocol.console import printable
 from protocol.errors import Code, Exit, Refused
-from protocol.exchange import packing_of
+from protocol.exchange import packing_of, round_seconds
 from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
@@ -179,6 +179,7 @@ class Daemon:
             context=self._manifest.context,
             inner_steps=self._spec.rounds.steps,
             exchange=self._packing.exchange,
+            round_seconds_min=lambda members: round_seconds(self._spec, self._manifest.parameters, members),
             round_seconds_max=self._spec.rounds.seconds_max,
             gather_seconds=self._spec.rounds.gather_seconds,
             attempt_seconds_min=min(5.0, self._spec.rounds.deadline_seconds),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from protocol.codec import Codec, codec
 from protocol.log import spans
-from protocol.runspec import UpdateSection
+from protocol.runspec import RunSpec, UpdateSection
 from protocol.types import Exchange, Role
 
 
@@ -51,6 +51,12 @@ class Packing:
 def packing_of(update: UpdateSection) -> Packing:
     """The codecs that a run file names."""
     return Packing(codec(update.codec), codec(update.mean_codec))
+
+
+def round_seconds(spec: RunSpec, parameters: int, members: int) -> float:
+    """The shortest round in which one of so many peers stays below the run's cap on uploads; 0 without a cap."""
+    cap = spec.rounds.upload_megabytes_per_hour * 1e6 / 3600
+    return packing_of(spec.update).sent_bytes(parameters, members) / cap if cap else 0.0
 
 
 def layout(exchange: Exchange, parameters: int, roles: Sequence[Role]) -> tuple[tuple[int, int], ...]:

@@ -90,6 +90,7 @@ class Rules:
     context: int
     inner_steps: Callable[[RoundNumber], int]
     exchange: Callable[[Sequence[Role]], Exchange]  # of a group of members in these roles
+    round_seconds_min: Callable[[int], float]  # with so many members: what they upload is capped
     round_seconds_max: float
     gather_seconds: float
     attempt_seconds_min: float
@@ -558,7 +559,7 @@ def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
         return (_with_nothing(state, rules), ()) if brought else (state, ())
     if state.wanted_since is None and others and others + 1 >= signed.roster.quorum:
         state = replace(state, wanted_since=now)
-    if not _round_is_over(state, now, rules):
+    if not _round_is_over(state, len(signed.roster.members), now, rules):
         return state, ()
     if state.steps == 0 and state.carried is None:
         return _with_nothing(state, rules), ()
@@ -569,12 +570,14 @@ def _with_nothing(state: Rounds, rules: Rules) -> Rounds:
     return replace(state, contribution=Contribution(rules.me, 0, ()))
 
 
-def _round_is_over(state: Rounds, now: float, rules: Rules) -> bool:
+def _round_is_over(state: Rounds, members: int, now: float, rules: Rules) -> bool:
     """Enough steps, or enough time, or a majority that waits only for this node: with a step to bring, or in vain."""
-    if state.steps >= rules.inner_steps(state.head.round):
+    lasted = now - state.round_started
+    paced = lasted >= rules.round_seconds_min(members)
+    if paced and state.steps >= rules.inner_steps(state.head.round):
         return True
     brings = state.steps > 0 or state.carried is not None
-    if brings and (state.finishing or now - state.round_started >= rules.round_seconds_max):
+    if brings and (state.finishing or (paced and lasted >= rules.round_seconds_max)):
         return True
     if state.wanted_since is None:
         return False

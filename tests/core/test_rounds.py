@@ -54,6 +54,7 @@ def rules(me=A):
         context=CONTEXT,
         inner_steps=lambda _: STEPS,
         exchange=lambda roles: Exchange.ALL_REDUCE,
+        round_seconds_min=lambda members: 0.0,
         round_seconds_max=100.0,
         gather_seconds=1.0,
         attempt_seconds_min=5.0,
@@ -143,6 +144,14 @@ def test_a_slow_node_ends_its_round_when_the_time_is_up():
     node = Node(A, B).see(rounds.Progressed(1))
     assert not node.see(rounds.Ticked(), at=99.0).effects
     assert node.see(rounds.Ticked(), at=100.0).did(rounds.TakeSnapshot)
+
+
+def test_a_round_lasts_as_long_as_the_cap_on_uploads_wants():
+    node = Node(A, B, C)
+    node.rules = replace(node.rules, round_seconds_min=lambda members: 40.0 * members)
+    node.see(rounds.Progressed(STEPS), at=119.0)  # enough steps, and more than round_seconds_max
+    assert not node.did(rounds.TakeSnapshot)
+    assert node.see(rounds.Ticked(), at=120.0).did(rounds.TakeSnapshot)
 
 
 def test_a_node_that_saw_a_majority_ready_stops_training():

@@ -330,6 +330,18 @@ def test_a_round_of_a_butterfly_costs_less_than_twice_the_update():
     assert plan(endless, parameters=1, vocabulary=257, sequences=1).tokens_planned is None
 
 
+def test_check_shows_what_each_codec_sends_and_what_a_cap_on_uploads_costs(ready, capsys):
+    ready.run_file.write_text(RUN.replace("[rounds]", "[rounds]\nupload_megabytes_per_hour = 0.01"))
+    assert call("check", "--json", "--run", ready.path) == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    assert found["round_seconds_min"] == pytest.approx(found["round_bytes"] * 3600 / 10_000)
+    assert found["uploads"]["int4"]["2"] == found["round_bytes"] and found["exchange"] == "all-reduce"
+    assert found["uploads"]["sparse2"]["8"] == 7 * codec("sparse2").encoded_bytes(found["parameters"])
+    assert call("check", "--run", ready.path) == 0
+    said = capsys.readouterr().out
+    assert "sparse2: " in said and "for the cap on uploads" in said
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 3, 4, 100])
 def test_steps_are_summed_as_they_are_taken(rounds):
     section = runspec.parse(RUN).rounds

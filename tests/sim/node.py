@@ -66,11 +66,13 @@ class Swarm:
     load_seconds: float = 2.0  # from a node's start to its first step, at most
     save_seconds: float | None = None  # between two saves of local progress
     exchange: Exchange = Exchange.ALL_REDUCE
+    pace_seconds: float = 0.0  # of a round for each member: what they upload is capped
 
     @classmethod
     def of(cls, luck: Random, *, seed: int) -> Swarm:
         return cls(
             exchange=Exchange.ALL_GATHER if seed % 3 == 2 else Exchange.ALL_REDUCE,
+            pace_seconds=0.7 if seed % 5 == 4 else 0.0,
             nodes=luck.randint(2, 7),
             ahead_rounds=luck.choice((2, 4, 40)),
             stale_rounds=luck.choice((1, 3, 8)),
@@ -126,6 +128,7 @@ class SimNode(Process):
             context=CONTEXT,
             inner_steps=lambda _round: steps,
             exchange=lambda _roles: swarm.exchange,
+            round_seconds_min=lambda members: swarm.pace_seconds * members,
             round_seconds_max=swarm.round_seconds_max,
             gather_seconds=swarm.gather_seconds,
             attempt_seconds_min=2.0,
