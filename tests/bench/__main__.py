@@ -16,6 +16,7 @@ PARTS = (
     "exactness",
     "wire",
     "quality",
+    "round_scale",
     "memory",
     "trainer",
     "progress",
