@@ -6,40 +6,36 @@ Only `check`, `start` and `export` load the model; every other word answers at o
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import json
 import math
 import os
 import secrets
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from coordinator.accounts import SHORT_ID, ledger_facts, ledger_text, rollback_facts, rollback_text, verdict_text
+from coordinator.check import corpus_facts, corpus_rows, examine, plan_rows
+from coordinator.output import loss_text, rows_text, table_text, to_json, when_text
+from coordinator.reach import listening, reachable
+from coordinator.serving import configure_log, serve
 from protocol import console
 from protocol.errors import Code, Exit, Refused
 
 if TYPE_CHECKING:
-    from coordinator.core.ledger import Books
     from coordinator.folder import RunFolder
-    from coordinator.ingest import Corpus, Progress
-    from coordinator.ledger import Verdict
-    from coordinator.store import Evaluation, Order, Store
+    from coordinator.ingest import Progress
+    from coordinator.store import Order, Store
     from coordinator.tokenizer import Tokenizer
-    from protocol.address import Address
     from protocol.runspec import RunSpec
 
 RUNS_DEPTH: Final = 3  # folders below the one that `runs` is asked about
-SHORT_ID: Final = 8  # characters that tell nodes apart on a screen
-PASSES_MANY: Final = 4  # repeating text more often teaches little (arXiv 2305.16264)
 ANSWER_SECONDS: Final = 30.0  # a coordinator that runs looks for orders twice a second
 ASK_SECONDS: Final = 0.2
-_VIRTUAL: Final = ("docker", "br-", "veth", "virbr", "podman", "cni")  # interfaces that lead to this machine only
 
 _SHORT_HELP: Final = """\
 barnraise-coordinator: have volunteers train a language model together.
@@ -128,7 +124,7 @@ def data_add(
     from coordinator import ingest
     from protocol import canonical
 
-    with _store(folder) as store:
+    with closing(folder.open_store()) as store:
         _refuse_published(store)
         with folder.lock():
             _refuse_published(store)  # whoever had the lock may have started the run
@@ -155,28 +151,28 @@ def data_add(
             for digest in blobs.digests():
                 if digest not in kept:
                     blobs.delete(digest)
-    print(_rows(_corpus_rows(corpus)))
+    print(rows_text(corpus_rows(corpus)))
 
 
 @data_app.command("show")
 def data_show(run: RunOption = None, as_json: JsonOption = False) -> None:
     """What was added."""
     folder, _ = _run(run)
-    with _store(folder) as store:
+    with closing(folder.open_store()) as store:
         corpus = folder.corpus(store)
-    print(_json(_corpus_facts(corpus)) if as_json else _rows(_corpus_rows(corpus)))
+    print(to_json(corpus_facts(corpus)) if as_json else rows_text(corpus_rows(corpus)))
 
 
 @app.command(rich_help_panel="Prepare")
 def check(run: RunOption = None, as_json: JsonOption = False) -> int:
     """Read run file, data and model, and say what the run will take."""
     folder, spec = _run(run)
-    facts, problems, notes = _checked(folder, spec)
+    facts, problems, notes = examine(folder, spec)
     if as_json:
         listed = [{"code": p.reason.code, "what": p.what, "fix": p.fix} for p in problems]
-        print(_json({**facts, "problems": listed, "notes": notes}))
+        print(to_json({**facts, "problems": listed, "notes": notes}))
     else:
-        print(_rows(_plan_rows(facts)))
+        print(rows_text(plan_rows(facts)))
         for note in notes:
             print(f"! {note}")
         for problem in problems:
@@ -194,11 +190,11 @@ def start(
 ) -> int:
     """Serve the run until Ctrl-C; started again, it goes on where it was."""
     folder, spec = _run(run)
-    _log(as_json=json_log)
-    with _store(folder) as store:
+    configure_log(as_json=json_log)
+    with closing(folder.open_store()) as store:
         folder.corpus(store)  # what is missing is said before seconds go into loading
     with console.crash_log(folder.logs / "crash.log"):
-        return asyncio.run(_serve(folder, spec, as_json=as_json, named=run))
+        return asyncio.run(serve(folder, spec, as_json=as_json, named=run))
 
 
 @invite_app.command("create")
@@ -221,13 +217,13 @@ def invite_create(
     folder, spec = _run(run)
     from protocol import invite
 
-    with _store(folder) as store:
-        reached = tuple(addresses or ()) or spec.coordinator.addresses or (_listening(spec, store),)
+    with closing(folder.open_store()) as store:
+        reached = tuple(addresses or ()) or spec.coordinator.addresses or (listening(spec, store),)
         expires_ms = time.time_ns() // 1_000_000 + int(seconds * 1000)
         token = secrets.token_bytes(16)
         issued = invite.issue(
             folder.key(),
-            addresses=_reachable(reached),
+            addresses=reachable(reached),
             fingerprint=folder.fingerprint(),
             name=spec.run.name,
             token=token,
@@ -237,7 +233,7 @@ def invite_create(
         store.add_invite(token.hex(), uses=uses, expires_ms=expires_ms, note=note)
     nodes = "one node" if uses == 1 else f"{uses:,} nodes"
     console.complain(
-        f"Good for {nodes} until {_when(expires_ms)}; it leads to {', '.join(issued.addresses)}.\n"
+        f"Good for {nodes} until {when_text(expires_ms)}; it leads to {', '.join(issued.addresses)}.\n"
         f"They run: barnraise join INVITE"
     )
     print(invite.encode(issued))
@@ -247,10 +243,10 @@ def invite_create(
 def invite_list(run: RunOption = None, as_json: JsonOption = False) -> None:
     """The invites that were made."""
     folder, _ = _run(run)
-    with _store(folder) as store:
+    with closing(folder.open_store()) as store:
         found = store.invites()
     if as_json:
-        print(_json([dict(vars(each)) for each in found]))
+        print(to_json([dict(vars(each)) for each in found]))
         return
     now_ms = time.time_ns() // 1_000_000
     rows = []
@@ -258,8 +254,8 @@ def invite_list(run: RunOption = None, as_json: JsonOption = False) -> None:
         state = "revoked" if each.revoked else "expired" if each.expires_ms <= now_ms else "open"
         state = "used up" if state == "open" and each.used >= each.uses else state
         used = f"{each.used:,} of {each.uses:,}"
-        rows.append((each.token_id[:SHORT_ID], state, used, _when(each.expires_ms), console.printable(each.note)))
-    print(_table(("ID", "STATE", "USED", "EXPIRES", "NOTE"), rows) if rows else "No invites yet.")
+        rows.append((each.token_id[:SHORT_ID], state, used, when_text(each.expires_ms), console.printable(each.note)))
+    print(table_text(("ID", "STATE", "USED", "EXPIRES", "NOTE"), rows) if rows else "No invites yet.")
 
 
 @invite_app.command("revoke")
@@ -274,7 +270,7 @@ def invite_revoke(
         from protocol import invite
 
         token = invite.decode(which).token
-    with _store(folder) as store:
+    with closing(folder.open_store()) as store:
         fitting = [each.token_id for each in store.invites() if each.token_id.startswith(token)]
         if len(fitting) != 1:
             what = f"{len(fitting) or 'no'} invites begin with {console.printable(token[:40])}"
@@ -296,7 +292,7 @@ def runs(
         raise Refused(Code.RUN_MISSING, f"{above} cannot be read: {error.strerror}", fix="Name a folder.") from None
     found = [_run_facts(folder) for folder in _run_folders(above, RUNS_DEPTH)]
     if as_json:
-        print(_json(found))
+        print(to_json(found))
         return
     rows = [
         (
@@ -304,35 +300,35 @@ def runs(
             console.printable(each["state"]),
             f"{each['round']:,}" + (f" of {each['rounds']:,}" if each["rounds"] else ""),
             f"{each['nodes']:,}",
-            _loss(each["heldout_loss"]),
+            loss_text(each["heldout_loss"]),
             console.printable(os.path.relpath(each["path"])),
         )
         for each in found
     ]
-    print(_table(("NAME", "STATE", "ROUND", "NODES", "LOSS", "FOLDER"), rows) if rows else "No runs here.")
+    print(table_text(("NAME", "STATE", "ROUND", "NODES", "LOSS", "FOLDER"), rows) if rows else "No runs here.")
 
 
 @app.command(rich_help_panel="Watch")
 def peers(run: RunOption = None, as_json: JsonOption = False) -> None:
     """The nodes that were admitted, and what they are credited with."""
     folder, _ = _run(run)
-    with _store(folder) as store:
+    with closing(folder.open_store()) as store:
         found = store.nodes()
     if as_json:
         keys = ("name", "node", "peer", "credit_tokens", "admitted_ms", "banned")
-        print(_json([{key: getattr(each, key) for key in keys} for each in found]))
+        print(to_json([{key: getattr(each, key) for key in keys} for each in found]))
         return
     rows = [
         (
             console.printable(each.name),
             each.node[:SHORT_ID],
             console.number_text(each.credit_tokens),
-            _when(each.admitted_ms),
+            when_text(each.admitted_ms),
             "yes" if each.banned else "",
         )
         for each in found
     ]
-    print(_table(("NAME", "NODE", "TOKENS", "ADMITTED", "BANNED"), rows) if rows else "No nodes yet.")
+    print(table_text(("NAME", "NODE", "TOKENS", "ADMITTED", "BANNED"), rows) if rows else "No nodes yet.")
 
 
 @ledger_app.callback()
@@ -350,9 +346,9 @@ def ledger(context: typer.Context, run: RunOption = None, as_json: JsonOption = 
     except Wrong as wrong:
         raise Refused(Code.LEDGER, str(wrong)) from None
     if as_json:
-        print(_json(_ledger_facts(books)))
+        print(to_json(ledger_facts(books)))
     else:
-        print(_ledger_text(books))
+        print(ledger_text(books))
 
 
 @ledger_app.command("verify")
@@ -369,11 +365,11 @@ def ledger_verify(
     verdict = verify(folder, deep=deep)
     if as_json:
         finding = None if verdict.finding is None else dict(vars(verdict.finding))
-        print(_json({"ok": finding is None, **vars(verdict), "finding": finding}))
+        print(to_json({"ok": finding is None, **vars(verdict), "finding": finding}))
         return Exit.OK.value if finding is None else Exit.INTEGRITY.value
     if verdict.finding is not None:
         raise Refused(Code.LEDGER, str(verdict.finding))
-    print(_verdict_text(verdict))
+    print(verdict_text(verdict))
     return Exit.OK.value
 
 
@@ -402,9 +398,9 @@ def rollback(
     if len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
         raise Refused(Code.USAGE, f"--reason is one line of at most {REASON_CHARACTERS_MAX} characters")
     folder, _ = _run(folder_named or run)
-    with _store(folder) as store:
-        facts = _rollback_facts(folder, store, to)
-        console.complain(_rollback_text(facts))
+    with closing(folder.open_store()) as store:
+        facts = rollback_facts(folder, store, to)
+        console.complain(rollback_text(facts))
         if not yes and not _agreed("Go back?" if facts["undone_rounds"] else "Begin a new roster?"):
             console.complain("Nothing was changed.")
             return Exit.INTERRUPTED.value
@@ -412,7 +408,7 @@ def rollback(
     facts |= {"order": order.order_id, "state": order.state, "answer": order.answer}
     refusal = _unanswered(folder, order)
     if as_json:
-        print(_json(facts))
+        print(to_json(facts))
         return Exit.OK.value if refusal is None else refusal.reason.exit.value
     if refusal is not None:
         raise refusal
@@ -434,7 +430,7 @@ def export(
     Example: barnraise-coordinator export ./model
     """
     folder, spec = _run(run)
-    with _store(folder) as store:
+    with closing(folder.open_store()) as store:
         done, digest = _export(folder, spec, store, to.absolute(), round_number)
     where = console.printable(str(to))
     print(f"Wrote {where}: the model after {done:,} rounds, state {digest[:16]}.")
@@ -455,15 +451,6 @@ def _run(given: Path | None) -> tuple[RunFolder, RunSpec]:
 
     folder = RunFolder.find(given)
     return folder, folder.spec()
-
-
-@contextmanager
-def _store(folder: RunFolder) -> Iterator[Store]:
-    store = folder.open_store()
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 # data
@@ -516,273 +503,6 @@ def _progress() -> Iterator[Callable[[Progress], None] | None]:
         yield show
 
 
-def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    return {
-        "documents": corpus.documents,
-        "tokens": corpus.tokens,
-        "sequences": corpus.sequences,
-        "shards": len(corpus.shards),
-        "heldout_documents": corpus.heldout_documents,
-        "heldout_tokens": corpus.heldout.tokens,
-        "skipped": dict(vars(corpus.skipped)),
-        "tokenizer": "bytes" if corpus.tokenizer is None else corpus.tokenizer.digest,
-        "vocabulary": corpus.vocabulary,
-        "context": corpus.context,
-    }
-
-
-def _corpus_rows(corpus: Corpus) -> list[tuple[str, str]]:
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in vars(corpus.skipped).items() if count)
-    kind = "bytes" if corpus.tokenizer is None else f"tokenizer {corpus.tokenizer.digest[:12]}"
-    return [
-        ("documents", f"{corpus.documents:,}"),
-        ("tokens", f"{corpus.tokens:,} to train on: {corpus.sequences:,} sequences of {corpus.context}"),
-        ("held out", f"{corpus.heldout_documents:,} documents, {corpus.heldout.tokens:,} tokens"),
-        ("left out", left_out or "nothing"),
-        ("shards", f"{len(corpus.shards):,}"),
-        ("vocabulary", f"{corpus.vocabulary:,} ({kind})"),
-    ]
-
-
-# check
-
-
-def _checked(folder: RunFolder, spec: RunSpec) -> tuple[dict[str, Any], list[Refused], list[str]]:
-    """What is known of the run, everything that keeps it from starting, and what a person may want to change."""
-    from coordinator import folder as parts
-    from protocol.runspec import RunSpec
-
-    facts: dict[str, Any] = {"name": spec.run.name, "architecture": spec.model.architecture, "codec": spec.update.codec}
-    problems: list[Refused] = []
-    notes: list[str] = []
-    corpus: Corpus | None = None
-    with _store(folder) as store, _collecting(problems):
-        signed = folder.manifest(store)
-        facts["started"] = signed is not None
-        if signed is not None:
-            with _collecting(problems):
-                parts.check_unchanged(spec, RunSpec.from_json(signed.manifest.spec))
-        corpus = folder.corpus(store)
-        facts["data"] = _corpus_facts(corpus)
-        parts.check_data(spec, corpus, folder.open_blobs())
-    with _collecting(problems):
-        if corpus is not None:
-            vocabulary, sequences = corpus.vocabulary, corpus.sequences
-        else:
-            vocabulary, sequences = 257, 0  # bytes, until there is data
-        from coordinator.plan import plan
-        from protocol import model
-
-        config = model.model_config(
-            spec.model.architecture, spec.model.config, vocabulary=vocabulary, context=spec.data.context
-        )
-        parameters = model.measure(config).parameters
-        planned = plan(spec, parameters=parameters, vocabulary=vocabulary, sequences=sequences)
-        facts["plan"] = dict(vars(planned))
-        if planned.passes is not None and planned.passes > PASSES_MANY:
-            notes.append(f"The run reads its data {planned.passes:.1f} times; more text would teach it more.")
-    return facts, problems, notes
-
-
-@contextmanager
-def _collecting(problems: list[Refused]) -> Iterator[None]:
-    try:
-        yield
-    except Refused as refused:
-        problems.append(refused)
-
-
-def _plan_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [("run", str(facts["name"]))]
-    size = console.size_text
-    if (plan := facts.get("plan")) is not None:
-        rows += [
-            ("model", f"{facts['architecture']}, {plan['parameters']:,} parameters"),
-            (
-                "one round",
-                f"a node sends {size(plan['round_bytes'])} and receives as much ({facts['codec']}, {plan['exchange']} of"
-                f" {plan['nodes']} nodes; never over {size(plan['round_bytes_many'])})",
-            ),
-            *_codec_rows(plan, size),
-            (
-                "",
-                f"a node trains on {plan['sequences_first']:,} sequences at first, {plan['sequences_last']:,} at last",
-            ),
-            (
-                "memory",
-                f"a node's trainer takes {size(plan['memory_trainer_bytes'])} and its activations,"
-                f" its other processes {size(plan['memory_helpers_bytes'])}",
-            ),
-        ]
-    if (data := facts.get("data")) is not None:
-        rows.append(("data", f"{data['tokens']:,} tokens in {data['sequences']:,} sequences of {data['context']}"))
-        rows.append(("held out", f"{data['heldout_tokens']:,} tokens"))
-    if plan is not None:
-        planned = plan["tokens_planned"]
-        passes = f", {plan['passes']:.2f} times the data" if plan["passes"] is not None else ""
-        rows.append(("planned", "without end" if planned is None else f"{planned:,} tokens{passes}"))
-    return rows
-
-
-def _codec_rows(plan: Mapping[str, Any], size: Callable[[float], str]) -> list[tuple[str, str]]:
-    """What each codec would send, so that the trade can be seen before the run begins."""
-    rows: list[tuple[str, str]] = []
-    for codec, sent in plan["uploads"].items():
-        text = ", ".join(f"{size(each)} with {nodes} nodes" for nodes, each in sent.items())
-        rows.append(("with" if not rows else "", f"{codec}: {text}"))
-    if plan["round_seconds_min"]:
-        text = f"at least {plan['round_seconds_min']:,.0f} s a round with {plan['nodes']} nodes, for the cap on uploads"
-        rows.append(("pace", text))
-    return rows
-
-
-# start
-
-
-class Stopper:
-    """Set once when the researcher asks to stop. Asked again, the process ends at once."""
-
-    def __init__(self) -> None:
-        self.polite = asyncio.Event()
-
-    def ask(self) -> None:
-        if self.polite.is_set():
-            os._exit(Exit.INTERRUPTED.value)  # the kernel ends our children with us
-        self.polite.set()
-        import structlog
-
-        structlog.get_logger().info("Stopping; Ctrl-C again stops now")
-
-
-async def _serve(folder: RunFolder, spec: RunSpec, *, as_json: bool, named: Path | None) -> int:
-    stopper = Stopper()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stopper.ask)
-    from coordinator.engine import run
-
-    def ready(ports: Mapping[str, int]) -> None:
-        print(_json({"run": spec.run.name, **ports}) if as_json else _rows(_ready_rows(spec, ports, named)), flush=True)
-
-    return await run(folder, stopper=stopper, on_ready=ready)
-
-
-def _ready_rows(spec: RunSpec, ports: Mapping[str, int], named: Path | None) -> list[tuple[str, str]]:
-    from protocol import address
-
-    def at(text: str, port: int) -> Address:
-        found = address.parse(text)
-        assert found is not None
-        return address.Address(found.host, port)
-
-    page = at(spec.coordinator.http, ports["http"])
-    host = page.host if _spelled(page.host) not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104
-    elsewhere = f" --run {console.printable(str(named))}" if named is not None else ""
-    return [
-        ("run", f"{spec.run.name} is up; Ctrl-C stops it"),
-        ("nodes", f"{at(spec.coordinator.listen, ports['grpc'])} and {at(spec.coordinator.p2p, ports['p2p'])}"),
-        ("dashboard", f"http://{address.Address(host, page.port)}"),
-        ("invite", f"barnraise-coordinator invite create --uses 50 --expires 7d{elsewhere}"),
-    ]
-
-
-def _spelled(host: str) -> str:
-    """The address in one spelling; a name as it is."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return host
-
-
-def _log(*, as_json: bool) -> None:
-    """Sentences on stderr, each with its time; or JSON for a machine."""
-    import structlog
-
-    if as_json:
-        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-        form: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    else:
-        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
-        form = [structlog.processors.format_exc_info, _sentence]
-    structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, stamp, *form],
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
-    )
-
-
-def _sentence(_logger: object, level: str, event: dict[str, Any]) -> str:
-    trace = event.pop("exception", None)
-    words = [event.pop("timestamp"), "" if level == "info" else f"{level}:", str(event.pop("event"))]
-    event.pop("level", None)
-    line = console.printable(" ".join(filter(None, [*words, *(f"{key}={value}" for key, value in event.items())])))
-    return line if trace is None else f"{line}\n{trace}"
-
-
-# invites
-
-
-def _listening(spec: RunSpec, store: Store) -> str:
-    """Where this machine can be reached, as far as it knows by itself."""
-    from protocol import address
-
-    listen = address.parse(spec.coordinator.listen)
-    assert listen is not None
-    port = listen.port
-    if port == 0:
-        port = json.loads(store.get("ports") or b"{}").get("grpc", 0)
-    if port == 0:
-        what = "[coordinator] listen has port 0, so the port is known once the coordinator runs"
-        raise Refused(Code.SPEC_VALUE, what, fix="Run barnraise-coordinator start first, or give --address HOST:PORT.")
-    host = listen.host
-    if _spelled(host) in ("0.0.0.0", "::"):  # noqa: S104
-        own = _own_address()
-        if own is None:
-            _warn("This machine has no address but its own loopback: only nodes on it can use this invite.")
-        elif not ipaddress.ip_address(own).is_global:
-            _warn(f"{own} is an address inside your own network; for others, name a public one with --address.")
-        host = own or "127.0.0.1"
-    elif _spelled(host).startswith("127.") or _spelled(host) == "::1":
-        _warn("The coordinator listens on loopback: only nodes on this machine can use this invite.")
-    return str(address.Address(host, port))
-
-
-def _warn(text: str) -> None:
-    console.complain(f"Warning: {text}")
-
-
-def _own_address() -> str | None:
-    """The address that others most likely reach: public before private, real interfaces before bridges."""
-    import socket
-
-    import psutil
-
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found = []
-    for name, entries in psutil.net_if_addrs().items():
-        for entry in entries:
-            if name not in up or entry.family not in (socket.AF_INET, socket.AF_INET6) or "%" in entry.address:
-                continue
-            own = ipaddress.ip_address(entry.address)
-            if not (own.is_loopback or own.is_link_local or own.is_multicast or own.is_unspecified):
-                found.append((name.startswith(_VIRTUAL), not own.is_global, own.version, name, str(own)))
-    return min(found)[-1] if found else None
-
-
-def _reachable(addresses: Iterable[str]) -> tuple[str, ...]:
-    from protocol import address
-    from protocol.limits import ADDRESSES_MAX
-
-    checked = []
-    for text in addresses:
-        found = address.parse(text)
-        if found is None or found.unspecified:
-            what = f"{console.printable(text[:80])} is not an address that others can connect to"
-            raise Refused(Code.USAGE, what, fix="Write host:port, as in --address train.example.org:49300")
-        checked.append(str(found))
-    if len(checked) > ADDRESSES_MAX:
-        raise Refused(Code.USAGE, f"an invite names at most {ADDRESSES_MAX} addresses, not {len(checked)}")
-    return tuple(checked)
-
-
 # runs
 
 
@@ -813,7 +533,7 @@ def _run_facts(folder: RunFolder) -> dict[str, Any]:
         facts |= {"name": spec.run.name, "rounds": spec.run.rounds}
         if not folder.database.exists():
             return facts
-        with _store(folder) as store:
+        with closing(folder.open_store()) as store:
             measured = store.history()
             heldout = [row.heldout for row in measured if row.heldout is not None and math.isfinite(row.heldout)]
             facts["round"] = store.entry_count
@@ -837,116 +557,7 @@ def _run_state(folder: RunFolder, spec: RunSpec, store: Store) -> str:
     return "finished" if 0 < spec.run.rounds <= store.entry_count else "stopped"
 
 
-# ledger
-
-
-def _ledger_facts(books: Books) -> dict[str, Any]:
-    from coordinator import view
-    from coordinator.core.ledger import balances
-
-    nodes = [dict(vars(each)) for each in balances(books)]
-    gone = [each.rollback for _, each in sorted(books.rollbacks.items())]
-    return {
-        "nodes": nodes,
-        "tokens": sum(each["tokens"] for each in nodes),
-        "undone_tokens": sum(each["undone_tokens"] for each in nodes),
-        "records": len(books.entries),
-        "undone_records": sum(1 for row in books.entries if row.undone_by is not None),
-        "rollbacks": [view.rollback(each) for each in gone],
-    }
-
-
-def _ledger_text(books: Books) -> str:
-    facts = _ledger_facts(books)
-    rows = [
-        (
-            console.printable(each["name"]),
-            console.printable(each["node"][:SHORT_ID]),
-            f"{each['tokens']:,}",
-            f"{each['undone_tokens']:,}" if each["undone_tokens"] else "",
-            f"{each['rounds']:,}",
-        )
-        for each in facts["nodes"]
-    ]
-    if not rows:
-        return "No nodes yet."
-    total = f"{facts['tokens']:,} tokens of {_counted(len(rows), 'node')} in {_counted(facts['records'], 'record')}"
-    if facts["undone_records"]:
-        undone = f"{_counted(facts['undone_records'], 'record')} and {facts['undone_tokens']:,} tokens"
-        total += f"; {_counted(len(facts['rollbacks']), 'rollback')} undid {undone} of them, credited all the same"
-    return f"{_table(('NAME', 'NODE', 'TOKENS', 'UNDONE', 'ROUNDS'), rows)}\n{total}."
-
-
-def _verdict_text(verdict: Verdict) -> str:
-    records = _counted(verdict.records, "record")
-    if verdict.rollbacks:
-        records += f" and {verdict.undone:,} that {_counted(verdict.rollbacks, 'rollback')} undid"
-    said = (
-        f"✓ Every row is what the log says: {records}, {_counted(verdict.tokens, 'token')} in"
-        f" {_counted(verdict.sequences, 'sequence')} of data that each count once, {_counted(verdict.nodes, 'node')},"
-        f" {_counted(verdict.rosters, 'roster')}, {_counted(verdict.signatures, 'signature')},"
-        f" {_counted(verdict.bases, 'base checkpoint')}, {_counted(verdict.evaluations, 'evaluation')}."
-    )
-    if verdict.folded is not None:
-        said += f"\n✓ The archive folds to the same states: {_counted(verdict.folded, 'record')}"
-        said += f"; {_counted(verdict.waiting, 'record')} wait for parts." if verdict.waiting else "."
-    return said
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 # rollback
-
-
-def _rollback_facts(folder: RunFolder, store: Store, to: int) -> dict[str, Any]:
-    """What going back to this round means, as the database has it now."""
-    if store.get("manifest") is None:
-        what = f"the run in {folder.path} was never started, so it has no log"
-        raise Refused(Code.RUN_MISSING, what, fix="Run: barnraise-coordinator start")
-    head = store.entry_count
-    if to > head:
-        raise Refused(Code.RUN_MISSING, f"round {to}, the log has 0 to {head}", fix="Choose one of them.")
-    undone = [contribution for entry in store.entries(to) for contribution in entry.record.contributions]
-    measured = [row for row in store.history() if row.heldout is not None and math.isfinite(row.heldout)]
-    return {
-        "to": to,
-        "head": head,
-        "undone_rounds": head - to,
-        "undone_tokens": sum(each.tokens for each in undone),
-        "heldout": _measured(measured, to),
-        "heldout_now": _measured(measured, head),
-    }
-
-
-def _measured(rows: Sequence[Evaluation], to: int) -> dict[str, Any] | None:
-    """The held-out loss at this round, or the nearest before it."""
-    found = next((row for row in reversed(rows) if row.round <= to), None)
-    return None if found is None else {"round": found.round, "loss": found.heldout}
-
-
-def _rollback_text(facts: Mapping[str, Any]) -> str:
-    to, head = facts["to"], facts["head"]
-    if to == head:
-        return (
-            f"Round {to:,} is the newest: nothing is undone. The run gets a new roster of the nodes that are here,\n"
-            "and goes on with their majority; what others may have certified meanwhile no longer counts."
-        )
-    lines = [
-        f"Going back to round {to:,} of {head:,} undoes {_counted(facts['undone_rounds'], 'round')} and"
-        f" {facts['undone_tokens']:,} tokens of training."
-    ]
-    then, now = facts["heldout"], facts["heldout_now"]
-    if then is not None:
-        line = f"Held-out loss was {then['loss']:.4f} after {_counted(then['round'], 'round')}"
-        later = now is not None and now["round"] > then["round"]
-        lines.append(f"{line}; it is {now['loss']:.4f} after {now['round']:,}." if later else f"{line}.")
-    lines.append(
-        "Volunteers' nodes follow by themselves: they take the earlier state, drop what they trained since, and go on.\n"
-        "Their credit stays; the data of the undone rounds is trained on again."
-    )
-    return "\n".join(lines)
 
 
 def _agreed(question: str) -> bool:
@@ -1022,30 +633,6 @@ def _export(folder: RunFolder, spec: RunSpec, store: Store, to: Path, round_numb
         ),
     )
     return state.round, digest
-
-
-# output
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _rows(rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"{title:<11}{text}" for title, text in rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows))
-
-
-def _when(ms: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ms / 1000))
-
-
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 if __name__ == "__main__":
