@@ -175,20 +175,25 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             raise Refused(Code.FIELD, f"a group of {members} peers, wanted at most {MEMBERS_MAX} different ones and us")
         if len(plan.weights) != members or len(plan.spans) != members or min(plan.weights) < 0:
             raise Refused(Code.FIELD, f"{len(plan.weights)} weights and {len(plan.spans)} spans for {members} peers")
+        self._check_spans(plan)
+        expected = self._packing.up.encoded_bytes(self._parameters)
+        if plan.weights[plan.peers.index(self._p2p.peer_id)] and len(payload) != expected:
+            raise Refused(Code.UPDATE_BAD, f"an encoded vector of {len(payload)} bytes, wanted {expected}")
+
+    def _check_spans(self, plan: Plan) -> None:
+        if plan.exchange is Exchange.ALL_GATHER:
+            if set(plan.spans) - {(0, 0), (0, self._parameters)}:
+                raise Refused(Code.FIELD, f"an all-gather of slices, wanted all {self._parameters} values of each")
+            return
         at = 0
         for start, stop in plan.spans:
             if start == stop:
                 continue
-            if plan.exchange is Exchange.ALL_GATHER:
-                at = 0
             if start != at or stop < start or start % CHUNK_VALUES:
                 raise Refused(Code.FIELD, f"a span from {start} to {stop}, wanted one from {at} at a chunk's boundary")
             at = stop
         if at != self._parameters:
             raise Refused(Code.FIELD, f"spans of {at} values, wanted {self._parameters}")
-        expected = self._packing.up.encoded_bytes(self._parameters)
-        if plan.weights[plan.peers.index(self._p2p.peer_id)] and len(payload) != expected:
-            raise Refused(Code.UPDATE_BAD, f"an encoded vector of {len(payload)} bytes, wanted {expected}")
 
 
 class Directory:

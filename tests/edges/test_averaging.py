@@ -486,6 +486,7 @@ async def test_nothing_is_sent_for_a_job_that_is_wrong(swarm):
             (alone, encoded[:-1], Code.UPDATE_BAD),
             (replace(alone, spans=((0, VALUES - 1),)), encoded, Code.FIELD),
             (replace(alone, weights=(1, 2)), encoded, Code.FIELD),
+            (replace(alone, exchange=Exchange.ALL_GATHER, spans=((0, CHUNK_VALUES),)), encoded, Code.FIELD),
             (
                 job_of("12D3KooWDC1Kfp31q8noa7BTRA8oKCXm3ZKYQYfZGKFgL7rpwGSg", weights=(1,), spans=((0, VALUES),)),
                 encoded,
