@@ -7,7 +7,7 @@ from typing import Final
 
 from protocol.codec import NAMES
 from protocol.exchange import packing_of, round_seconds
-from protocol.runspec import RoundsSection, RunSpec
+from protocol.runspec import RunSpec
 from protocol.types import Role
 
 TRAINER_BYTES: Final = 16  # of a parameter: weights, gradients, and the optimizer's two moments, in float32
@@ -45,7 +45,7 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
     kinds = {name: packing_of(spec.update.model_copy(update={"codec": name, "mean": "auto"})) for name in NAMES}
     uploads = {name: {many: kind.sent_bytes(parameters, many) for many in GROUPS} for name, kind in kinds.items()}
     if spec.run.rounds:
-        planned = steps_in(spec.rounds, spec.run.rounds) * batch * context * spec.run.min_nodes
+        planned = spec.rounds.steps_before(spec.run.rounds) * batch * context * spec.run.min_nodes
     return Plan(
         parameters=parameters,
         nodes=nodes,
@@ -63,13 +63,3 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
         memory_trainer_bytes=TRAINER_BYTES * parameters + LOGIT_BYTES * vocabulary * context,
         memory_helpers_bytes=HELPER_BYTES * parameters + HELPERS_BYTES,
     )
-
-
-def steps_in(section: RoundsSection, rounds: int) -> int:
-    """Inner steps of one node in the first so many rounds."""
-    total = 0
-    for count, steps in section.inner_steps:
-        taken = min(count, rounds)
-        total += taken * steps
-        rounds -= taken
-    return total + rounds * section.inner_steps[-1][1]

@@ -161,6 +161,7 @@ class Learner:
         self._parameters = [each for each in self._module.parameters() if each.requires_grad]
         bf16 = any(each.name == self.device and each.bf16 for each in devices)
         self.precision = "bf16" if bf16 and self.rules.precision != "fp32" else "fp32"
+        self.rate_share = 1.0  # of the learning rates: a run's plan, round by round
         self._step = 0
         self.micro_batch = 1
         self.load()
@@ -215,10 +216,10 @@ class Learner:
             self._zero_gradients()
             return math.nan
         self._step += 1
-        warm = min(1.0, self._step / max(1, self.rules.warmup_steps))
+        share = self.rate_share * min(1.0, self._step / max(1, self.rules.warmup_steps))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["full_lr"] * warm
+                group["lr"] = group["full_lr"] * share
             optimizer.step()
         self._zero_gradients()
         return float(loss_value)
@@ -416,6 +417,7 @@ class Loop:
                 reply["dropped"] = [plain(each) for each in dropped]
             case "goal":
                 self._goal = order["steps"]
+                self._learner.rate_share = order["rate_share"]
                 self._report_goal()
             case "snapshot":
                 reply |= self._snapshot()

@@ -207,9 +207,11 @@ class Trainer:
         """Returns when no step is under way; one that was under way is undone and its data kept."""
         await self._ask("pause")
 
-    async def goal(self, steps: int) -> None:
-        """Have a Stepped sent at once when so many steps have been made since the last snapshot."""
-        await self._ask("goal", steps=steps)
+    async def goal(self, steps: int, *, rate_share: float = 1.0) -> None:
+        """Have a Stepped sent at once when so many steps have been made since the last snapshot.
+
+        `rate_share`: from here on the learning rates are so much of what the run file says."""
+        await self._ask("goal", steps=steps, rate_share=rate_share)
 
     async def snapshot(self) -> Snapshot:
         """Copy the local parameters into `vectors.snapshot`; training goes on right after."""

@@ -208,7 +208,9 @@ class Workbench:
         """Have the trainer speak up when the round is over for it."""
         if self.trainer is not None:
             with suppress(Refused):
-                await self.trainer.goal(self._decider.rules.inner_steps(self._decider.rounds.head.round))
+                number = self._decider.rounds.head.round
+                share = self._spec.rate_share(number)
+                await self.trainer.goal(self._decider.rules.inner_steps(number), rate_share=share)
 
     def _trainer_spec(self) -> TrainerSpec:
         manifest, settings = self._manifest, self._settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -124,6 +125,7 @@ class TrainSection(_Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    decay_to: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the learning rates when the last round ends
     clip: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     batch_sequences: BatchSize = 16
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -156,6 +158,15 @@ class RoundsSection(_Section):
                 return steps
             round_number -= rounds
         return self.inner_steps[-1][1]
+
+    def steps_before(self, round_number: int) -> int:
+        """Inner steps of one node in all rounds before this one."""
+        total = 0
+        for count, steps in self.inner_steps:
+            taken = min(count, round_number)
+            total += taken * steps
+            round_number -= taken
+        return total + round_number * self.inner_steps[-1][1]
 
 
 class UpdateSection(_Section):
@@ -259,6 +270,8 @@ class RunSpec(_Section):
             text = f"seconds must be at least {_HEARTBEATS_IN_A_LEASE_MIN} times [coordinator] heartbeat_seconds"
             raise _rule(text, "leases", "seconds")
         longest = max(steps for _, steps in self.rounds.inner_steps) * self.train.batch_sequences
+        if self.train.decay_to < 1 and not self.run.rounds:
+            raise _rule("decay_to needs an end: set [run] rounds", "train", "decay_to")
         if 2 * longest > self.leases.sequences * RANGES_MAX:  # twice: training goes on while a round is decided
             wanted = -(-2 * longest // RANGES_MAX)
             text = (
@@ -266,6 +279,13 @@ class RunSpec(_Section):
             )
             raise _rule(text, "leases", "sequences")
         return self
+
+    def rate_share(self, round_number: int) -> float:
+        """What learning rates are multiplied with in this round: a half cosine over the run's inner steps."""
+        if not self.run.rounds:
+            return 1.0
+        done = self.rounds.steps_before(min(round_number, self.run.rounds)) / self.rounds.steps_before(self.run.rounds)
+        return cosine_share(done, self.train.decay_to)
 
     def to_json(self) -> str:
         """The manifest's form: every value, sorted, one spelling."""
@@ -281,6 +301,11 @@ class RunSpec(_Section):
             return cls.model_validate_json(text)
         except (ValidationError, RecursionError) as error:
             raise _refusal(error, "the run's spec", "") from None
+
+
+def cosine_share(done: float, end: float) -> float:
+    """From 1 to `end` while `done` goes from 0 to 1 (Loshchilov and Hutter, arXiv 1608.03983, equation 5)."""
+    return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def load(path: Path) -> RunSpec:
@@ -493,6 +518,7 @@ muon_momentum = 0.95
 betas = [0.9, 0.95]        # of AdamW
 weight_decay = 0.01
 warmup_steps = 20          # inner steps until the learning rate is whole
+decay_to = 1.0             # rates fall to this share by the last round, on a half cosine; 1.0 = they stay
 clip = 1.0                 # largest norm of a gradient
 batch_sequences = 16       # sequences in one optimizer step, on any machine
 precision = "auto"         # auto (bf16 where the machine has it), fp32 or bf16

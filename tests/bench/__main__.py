@@ -17,6 +17,7 @@ PARTS = (
     "wire",
     "quality",
     "round_scale",
+    "slow_network",
     "memory",
     "trainer",
     "progress",

@@ -33,7 +33,7 @@ from protocol.blobs import digest_of
 from protocol.codec import Codec, Floats, Octets, codec
 from protocol.exchange import Packing
 from protocol.fold import Outer, OuterKind, fold
-from protocol.runspec import RoundsSection
+from protocol.runspec import RoundsSection, cosine_share
 from protocol.state import State, initial_state
 from protocol.types import Contribution, DataRange, Digest, Exchange, NodeId, Part, Record
 from tests.bench.table import Row, show
@@ -113,6 +113,7 @@ class Setting:
     seed: int
     device: str
     threads: int
+    decay_to: float
 
     @property
     def size(self) -> model.Size:
@@ -211,6 +212,7 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
         if recipe.packing is None:
             alone = worker(setting.workers * setting.batch)
             for number in range(setting.steps):
+                alone.learner.rate_share = cosine_share(number / setting.steps, setting.decay_to)
                 alone.step(text, number, None)
             alone.learner.save()
             loss = held_out(setting, alone.vectors.snapshot, text)
@@ -218,6 +220,8 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
         workers = [worker(setting.batch) for _ in range(setting.workers)]
         done = rounds = 0
         for steps in _rounds(recipe.schedule, setting.steps):
+            for each in workers:
+                each.learner.rate_share = cosine_share(done / setting.steps, setting.decay_to)
             for number in range(done, done + steps):
                 for index, each in enumerate(workers):
                     each.step(text, number, index)
@@ -301,10 +305,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences of each worker's step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--decay-to", type=float, default=0.1, help="share of the learning rates at the end")
     parser.add_argument("--only", nargs="*", default=[""], help="words of the recipes to run")
     given = parser.parse_args()
     config = config_of(given.hidden, given.layers, given.context)
-    base = Setting(config, given.context, given.batch, given.steps, 0, 0, given.device, given.threads)
+    base = Setting(config, given.context, given.batch, given.steps, 0, 0, given.device, given.threads, given.decay_to)
     chosen = [recipe for recipe in RECIPES if any(word in recipe.name for word in given.only)]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="barnraise-bench-") as folder:
@@ -314,7 +319,8 @@ def main() -> None:
     show(
         "quality",
         rows,
-        f"{base.size.parameters:,} parameters, {tokens:,} tokens for each worker, {given.seeds} seeds; held-out loss of",
+        f"{base.size.parameters:,} parameters, {tokens:,} tokens for each worker, {given.seeds} seeds, learning rates that"
+        f" fall to {given.decay_to:g} of themselves; held-out loss of",
         "the shared parameters, in nats for each byte. Bytes are what one worker uploads for each parameter, in all.",
     )
 

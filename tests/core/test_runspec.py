@@ -1,6 +1,7 @@
 """The run file: what is written is what is meant, or it is refused by name, place and range."""
 
 import json
+import math
 import random
 
 import pytest
@@ -245,3 +246,18 @@ def test_a_torn_run_file_raises_nothing_but_a_refusal(seed):
         assert isinstance(runspec.parse("".join(text)), RunSpec)
     except Refused as caught:
         assert len(caught.what) < 600
+
+
+def test_learning_rates_fall_on_a_half_cosine_over_the_runs_inner_steps():
+    spec = runspec.parse(RUN + "rounds = 4\n[rounds]\ninner_steps = [[2, 1], [1, 3]]\n[train]\ndecay_to = 0.2\n")
+    assert [spec.rounds.steps_before(number) for number in range(6)] == [0, 1, 2, 5, 8, 11]
+    shares = [spec.rate_share(number) for number in (0, 1, 2, 3, 4, 9)]
+    assert shares[0] == 1.0 and shares == sorted(shares, reverse=True)
+    assert shares[2] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert shares[4] == shares[5] == pytest.approx(0.2)
+
+
+def test_learning_rates_stay_in_a_run_that_never_ends():
+    spec = runspec.parse(RUN + "rounds = 0\n")
+    assert spec.rate_share(10**6) == 1.0
+    assert "decay_to needs an end" in refused(RUN + "rounds = 0\n[train]\ndecay_to = 0.5\n").what

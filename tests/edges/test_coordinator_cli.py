@@ -25,7 +25,7 @@ from coordinator.core import leases as data
 from coordinator.core.leases import Leases
 from coordinator.folder import RunFolder
 from coordinator.orders import RollbackOrder
-from coordinator.plan import plan, steps_in
+from coordinator.plan import plan
 from coordinator.store import Evaluation, StoredNode
 from protocol import address, console, identity, invite, runspec
 from protocol.codec import codec
@@ -345,7 +345,7 @@ def test_check_shows_what_each_codec_sends_and_what_a_cap_on_uploads_costs(ready
 @pytest.mark.parametrize("rounds", [1, 2, 3, 4, 100])
 def test_steps_are_summed_as_they_are_taken(rounds):
     section = runspec.parse(RUN).rounds
-    assert steps_in(section, rounds) == sum(section.steps(number) for number in range(rounds))
+    assert section.steps_before(rounds) == sum(section.steps(number) for number in range(rounds))
 
 
 # what nodes are promised

@@ -106,6 +106,27 @@ async def test_a_round_of_training_is_accounted_exactly(started, vectors, tmp_pa
     assert (await trainer.snapshot()).loss is None
 
 
+async def test_a_share_of_the_learning_rates_makes_smaller_steps(started, vectors, tmp_path):
+    trainer, events, heard = started
+    path = shard(tmp_path, sequences=200)
+
+    async def moved(share, first):
+        await trainer.snapshot()
+        before = vectors.snapshot.copy()
+        events.clear()
+        await trainer.goal(1, rate_share=share)
+        await trainer.add_data([(piece(first, first + 8), path)])
+        await trainer.run()
+        await heard(OutOfData)
+        await trainer.snapshot()
+        return float(np.abs(vectors.snapshot - before).max())
+
+    for number in range(12):  # beyond the warm-up
+        whole = await moved(1.0, 8 * number)
+    tiny = await moved(0.001, 96)
+    assert 0 < tiny < 0.01 * whole
+
+
 async def test_a_merge_keeps_the_steps_made_since_the_snapshot(started, vectors, tmp_path):
     trainer, events, heard = started
     await trainer.snapshot()
