@@ -683,6 +683,8 @@ def _gather(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
         again = Send(tuple(n for n in roster.nodes if n in deaf), _own_ready(state, state.ballot, rules))
         return replace(state, resend_at=now + RESEND_SECONDS, asking=frozenset()), (again,) if deaf else ()
     if state.majority_since is None:
+        if _has_trained_since(state, len(roster.members), now, rules):
+            return _next_attempt(state, now, rules, "there was no majority, and now there is something to bring")
         return state, ()
     waited = now - state.majority_since
     if leader(roster, state.ballot, state.head.round) == rules.me:
@@ -692,6 +694,15 @@ def _gather(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
     if waited >= rules.gather_seconds + _attempt_seconds(state, rules):
         return _next_attempt(state, now, rules, "the leader did not begin")
     return state, ()
+
+
+def _has_trained_since(state: Rounds, members: int, now: float, rules: Rules) -> bool:
+    """Whether a promise was made with nothing to bring, and a round's worth has been trained while nobody came.
+
+    Those who only vote wait for somebody who brings something."""
+    assert state.contribution is not None
+    brings = state.steps > 0 or state.carried is not None
+    return not state.contribution.tokens and state.trains and brings and _round_is_over(state, members, now, rules)
 
 
 def _attempt_seconds(state: Rounds, rules: Rules) -> float:

@@ -191,6 +191,18 @@ def test_a_paused_member_votes_for_those_who_have_trained_and_keeps_its_own_work
     assert node.state.carried == brings(A, data(4, 6))
 
 
+def test_a_node_that_promised_with_nothing_and_then_trained_brings_that_if_nobody_came():
+    """Seed 48 of the simulation, with three nodes whose disks were put back: one trained, and all waited for ever."""
+    node = Node(A, B, C, D, E, me=B, trains=False)
+    node.see(ready(A, brings(A, data(0, 4))))
+    assert node.sent(Ready)[0].contribution.tokens == 0
+    node.see(rounds.ActivityChanged(active=True, trains=True), rounds.Progressed(STEPS - 1))
+    assert not node.did(rounds.TakeSnapshot)
+    assert node.see(rounds.Progressed(STEPS)).did(rounds.TakeSnapshot)
+    (promise,) = node.see(rounds.SnapshotTaken((data(8, 12),))).sent(Ready)
+    assert promise.contribution == brings(B, data(8, 12)) and promise.ballot == Ballot(0, 1)
+
+
 def test_members_that_bring_nothing_reduce_nothing():
     node = Node(A, B, C).see(ready(B), ready(C, brings(C, data(4, 8)))).trained(data(0, 4))
     assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, C]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator import archive, cli
+from coordinator import archive, cli, reach
 from coordinator.core import leases as data
 from coordinator.core.leases import Leases
 from coordinator.folder import RunFolder
@@ -490,7 +490,7 @@ def test_an_invite_leads_where_the_run_file_says_or_where_the_coordinator_listen
 
 
 def test_a_machine_without_any_address_of_its_own_invites_to_loopback_with_a_warning(folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_own_address", lambda: None)
+    monkeypatch.setattr(reach, "_own_address", lambda: None)
     folder.run_file.write_text(RUN.replace('listen = "127.0.0.1:0"', 'listen = "[::]:49300"'))
     assert call("invite", "create", "--run", folder.path) == 0
     output = capsys.readouterr()

@@ -92,6 +92,7 @@ class Trouble:
         self.world = world
         self.luck = world.luck
         self.over = False
+        self._doomed: set[NodeId] = set()  # their disks are put back when they next vote
         self._old: set[NodeId] = set()  # with a disk from a backup, and a roster that may count on what they forgot
 
     def begin(self) -> None:
@@ -192,10 +193,22 @@ class Trouble:
         self._until(self._long(2, 90), node.thaw)
 
     def _put_back(self) -> None:
+        """At once, or where it hurts most: right after the node has voted."""
+        node = self._any()
+        if self.luck.random() < 0.5:
+            self._doomed.add(node.me)
+        else:
+            self._forget(node)
+
+    def voted(self, node: SimNode) -> None:
+        if node.me in self._doomed:
+            self._doomed.discard(node.me)
+            self._forget(node)
+
+    def _forget(self, node: SimNode) -> None:
         """A crash, and then a disk as it was at some earlier start or fold; never of a majority at a time.
 
         What a majority has forgotten nobody can know again: no protocol survives it, and none of ours says so."""
-        node = self._any()
         state = self.world.coordinator.state
         open_rosters = [signed.roster for signed in state.rosters]
         oldest = min((roster.epoch for roster in open_rosters), default=-1)

@@ -15,7 +15,7 @@ from node.progress import Carry, Drop, Offer, Progress, Settle, resume
 from protocol.canonical import digest
 from protocol.exchange import layout
 from protocol.log import head_after, next_head, ranges_of, record_hash
-from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message
+from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message, Vote
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -471,6 +471,8 @@ class SimNode(Process):
                 self.world.at(self.world.trouble.restart_seconds(), self.start)
                 return
             self._do(effect)
+            if isinstance(effect, rounds.Send) and isinstance(effect.message, Vote):
+                self.world.trouble.voted(self)
             if not self.alive:
                 return
 
