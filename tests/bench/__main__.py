@@ -29,9 +29,12 @@ PARTS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    given, words = parser.parse_known_args()
+    if words and len(given.part) != 1:
+        parser.error(f"{' '.join(words)}: only one part at a time takes options of its own")
     broken = []
-    for part in parser.parse_args().part:
-        if subprocess.run([sys.executable, "-m", f"tests.bench.{part}"], check=False).returncode:
+    for part in given.part:
+        if subprocess.run([sys.executable, "-m", f"tests.bench.{part}", *words], check=False).returncode:
             broken.append(part)
             print(f"\n{part}: it ended with an error and measured nothing", flush=True)
     return 1 if broken else 0

@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--codec", default="int4")
     given = parser.parse_args()
     if not ethernet.possible():
-        raise SystemExit("Lines of their own need root and iproute2.")
+        print("slow_network: not measured; lines of their own need root and iproute2.")
+        return
     ends_when_told()
     rows, parameters = [], 0
     for rate in given.rates:
