@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from protocol.errors import Code, Refused
 
-DEVICES_SECONDS_MAX = 120  # a first import of torch from a cold disk takes a minute
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes about 2^63 for "no limit"
@@ -69,29 +64,8 @@ def usable_threads(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int
     return max(1, min([count, *(math.ceil(quota) for quota in _quotas(cgroups, own))]))
 
 
-async def find_devices() -> tuple[Device, ...]:
-    """Ask torch in a child, so that no accelerator is ever opened in this process; none if torch cannot say."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "node.hardware",
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        output, _ = await asyncio.wait_for(process.communicate(), DEVICES_SECONDS_MAX)
-        return tuple(Device(**fields) for fields in json.loads(output.splitlines()[-1]))
-    except (TimeoutError, ValueError, IndexError, TypeError):
-        return ()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
 def torch_devices() -> tuple[Device, ...]:
-    """The same, in a process that uses torch anyway."""
+    """What torch can use; only for a process that may open accelerators."""
     import torch
 
     found = []
@@ -175,7 +149,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps([asdict(device) for device in torch_devices()]))

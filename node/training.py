@@ -148,7 +148,6 @@ class Trainer:
     _waiting: dict[int, asyncio.Future[Mapping[str, Any]]] = field(default_factory=dict)
     _asked: int = 0
     _busy: _Busy = field(default_factory=_Busy)
-    _last_heard: float = field(default_factory=time.monotonic)
     _stopping: bool = False
     steps: int = 0  # since the last snapshot, as far as has been heard
     _snapshot_pending: bool = False
@@ -190,11 +189,6 @@ class Trainer:
         if self._busy.since is None:
             return 0.0
         return self._busy.seconds / max(self._busy.until - self._busy.since, 1e-9)
-
-    @property
-    def silent_seconds(self) -> float:
-        """How long nothing has been heard: for a watchdog, while the trainer runs."""
-        return time.monotonic() - self._last_heard
 
     async def add_data(self, ranges: Sequence[tuple[DataRange, Path]]) -> None:
         """Queue leased ranges, each with the file of its shard."""
@@ -282,7 +276,6 @@ class Trainer:
             self._on_event(Exited(self._child.returncode or 0))
 
     def _take(self, body: Mapping[str, Any]) -> None:
-        self._last_heard = time.monotonic()
         match body:
             case {"reply": int(number)}:
                 if number == self._snapshot_asked:

@@ -204,13 +204,6 @@ class BlobStore:
             path.unlink()
             self.bytes_used -= size
 
-    def drop_partial(self) -> None:
-        """Give up all downloads that nobody is writing at the moment."""
-        for path in self._partial.iterdir():
-            if path.name not in self._writing:
-                self.bytes_used -= path.lstat().st_size
-                path.unlink()
-
     def writer(self, digest: Digest, size: int, leaves: bytes | None = None) -> Writer:
         """Receive a blob whose address and size are known; goes on where an earlier writer stopped."""
         check_digest(digest)

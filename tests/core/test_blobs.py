@@ -197,18 +197,6 @@ def test_a_free_floor_is_left_to_other_programs(store, monkeypatch):
     assert used_on_disk(store) == 0
 
 
-def test_abandoned_downloads_can_be_given_up(store):
-    whole = noise(2 * CHUNK)
-    with store.writer(digest_of(whole), len(whole)) as writer:
-        writer.write(whole[:CHUNK])
-    assert store.bytes_used == CHUNK
-    open_one = store.writer(digest_of(b"x"), 1)
-    store.drop_partial()
-    assert store.bytes_used == 1
-    open_one.write(b"x")
-    open_one.finish()
-
-
 def test_a_link_planted_in_the_store_is_refused(store, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
