@@ -217,11 +217,9 @@ class Daemon:
 
     def _seal(self) -> Seal | None:
         """Our last promise, durable before anybody hears of it. Nothing of ours signs any more."""
-        sealed = rounds.seal(self._decider.rounds) if self._decider.begun else None
-        if sealed is None:
-            return None
-        seal, vote = sealed
-        self._carry_out(vote)
+        seal = rounds.seal(self._decider.rounds) if self._decider.begun else None
+        if seal is not None:
+            self._journal.save_seal(seal.epoch)
         return seal
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -318,9 +316,11 @@ class Daemon:
         self._liaison.silence(opened.silent_epoch)
         if not await self._workbench.open_own() or (online and self._whole_model_is_less(opened.base)):
             await self._liaison.retrying(lambda: self._load_base(opened.base))
-        self._decider.begin(self._begin(online=online))
+        self._decider.begin(self._begin())
         if opened.roster is not None:
             self._liaison.learn_roster(opened.roster)
+        if online:
+            self._liaison.unseal()
         state = self._decider.rounds
         log.info("state loaded", round=state.head.round, state=state.digest[:12], online=online)
         self._decider.post(session.LinkOpened() if online else session.LinkLost("it did not answer at the start"))
@@ -334,14 +334,11 @@ class Daemon:
         self._spawn(self._liaison.heartbeat())
         self._spawn(self._workbench.keep_progress())
 
-    def _begin(self, *, online: bool) -> Rounds:
+    def _begin(self) -> Rounds:
         """Where the journal says that this node stands."""
         replica, journal = self._workbench.replica, self._journal
         assert replica.head is not None
         promise = journal.promise(replica.head)
-        ballot = promise.ballot if promise is not None else Ballot(Epoch(-1), 0)
-        if online:  # only the coordinator can lift a seal: others rely on it
-            ballot = rounds.lifted(ballot)
         return Rounds(
             head=replica.head,
             digest=replica.digest,
@@ -350,8 +347,9 @@ class Daemon:
             branch=replica.branch,
             rollbacks=journal.rollbacks(),
             silent=journal.silence(),
+            sealed=journal.sealed(),
             last=replica.last,
-            ballot=ballot,
+            ballot=promise.ballot if promise is not None else Ballot(Epoch(-1), 0),
             accepted=promise.accepted if promise is not None else None,
         )
 

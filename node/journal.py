@@ -32,7 +32,7 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class _Silence:
+class _UpTo:
     epoch: Epoch
 
 
@@ -58,10 +58,22 @@ class Journal:
     def silence(self) -> Epoch:
         """The newest roster under which this node signs nothing, because it forgot what it had signed; -1 for none."""
         path = self.folder / "silence.json"
-        return canonical.from_bytes(_Silence, path.read_bytes()).epoch if path.exists() else Epoch(-1)
+        return canonical.from_bytes(_UpTo, path.read_bytes()).epoch if path.exists() else Epoch(-1)
 
     def save_silence(self, epoch: Epoch) -> None:
-        atomic_write(self.folder / "silence.json", canonical.to_bytes(_Silence(epoch)))
+        atomic_write(self.folder / "silence.json", canonical.to_bytes(_UpTo(epoch)))
+
+    def sealed(self) -> Epoch:
+        """The newest roster under which this node signs nothing, because it has left; -1 for none."""
+        path = self.folder / "seal.json"
+        return canonical.from_bytes(_UpTo, path.read_bytes()).epoch if path.exists() else Epoch(-1)
+
+    def save_seal(self, epoch: Epoch) -> None:
+        atomic_write(self.folder / "seal.json", canonical.to_bytes(_UpTo(epoch)))
+
+    def lift_seal(self) -> None:
+        """A crash may bring it back; the next session lifts it again."""
+        (self.folder / "seal.json").unlink(missing_ok=True)
 
     def append(self, entry: LogEntry) -> None:
         atomic_write(self._log(entry.record.round), canonical.to_bytes(entry))

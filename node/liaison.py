@@ -104,6 +104,11 @@ class Liaison:
         self._journal.save_silence(epoch)
         self._decider.step(rounds.Silenced(epoch))
 
+    def unseal(self) -> None:
+        """Once a session is open and its roster learned: only the coordinator can lift a seal, as others rely on it."""
+        self._journal.lift_seal()
+        self._decider.step(rounds.Unsealed())
+
     # the log
 
     async def read_log(self, start: int) -> Page:
@@ -198,6 +203,7 @@ class Liaison:
         self.learn_rollbacks(opened.rollbacks)
         if opened.roster is not None:
             self.learn_roster(opened.roster)
+        self.unseal()
 
     async def beat(self) -> None:
         """Once: say what we do, and act on the answer."""

@@ -66,7 +66,6 @@ from protocol.types import (
 ROSTERS_KEPT = 64  # rosters that late certificates may still name
 ATTEMPT_JUMP_MAX = 16  # how far ahead of ours a peer's attempt may pull us
 RESEND_SECONDS = 2.0  # a lost promise costs a round this much, not a timeout
-SEALED = 1 << 40  # an attempt that no round reaches: what is promised there forbids all others of its epoch
 MISSED_SECONDS = 30.0  # a majority that is awaited for longer is worth a word
 LOG_ASK_SECONDS = 1.0  # between two questions for records that we miss
 
@@ -112,6 +111,7 @@ class Rounds:
     branch: int = 0  # the number of the newest rollback that this log has followed
     rollbacks: tuple[SignedRollback, ...] = ()  # all that are known, from the first on
     silent: Epoch = Epoch(-1)  # nothing is signed under rosters up to it: what was promised there is forgotten
+    sealed: Epoch = Epoch(-1)  # nor up to this one, until it is unsealed: a former life has left, and said so
     last: LogEntry | None = None
     phase: Phase = Phase.TRAINING
     ballot: Ballot = Ballot(Epoch(-1), 0)  # nothing below it is signed any more
@@ -156,8 +156,8 @@ class Rounds:
         return next((epoch for epoch in downwards if self.acts_under(self.rosters[epoch].roster)), None)
 
     def acts_under(self, roster: Roster) -> bool:
-        """It decides on this log's branch, and nothing that was promised under it is forgotten."""
-        return roster.branch == self.branch and roster.epoch > self.silent
+        """It decides on this log's branch, and nothing that was promised under it is forgotten or sealed."""
+        return roster.branch == self.branch and roster.epoch > max(self.silent, self.sealed)
 
     @property
     def signed_roster(self) -> SignedRoster | None:
@@ -278,6 +278,12 @@ class Silenced:
 
 
 @dataclass(frozen=True)
+class Unsealed:
+    """The coordinator has opened a new session: it has forgotten the seal, and whatever roster it issued in reliance
+    on it is known here by now; durable."""
+
+
+@dataclass(frozen=True)
 class ActivityChanged:
     """Whether this node can be reached and has the state that rounds start from; and whether it trains, too."""
 
@@ -309,6 +315,7 @@ Event = (
     | RollbacksArrived
     | Rewound
     | Silenced
+    | Unsealed
     | ActivityChanged
     | Finishing
     | Ticked
@@ -417,21 +424,13 @@ def holds(record: Record, contribution: Contribution) -> bool:
     return taken and contribution in record.contributions
 
 
-def seal(state: Rounds) -> tuple[Seal, SaveVote] | None:
-    """For a node that leaves: its promise, to be made durable, to sign nothing more under the rosters it knows.
+def seal(state: Rounds) -> Seal | None:
+    """For a node that leaves: its word, to be made durable, to sign nothing more under the rosters it knows.
 
     None if it has voted in the open round: those who stay may need that vote, and must keep reckoning with it."""
     if state.accepted is not None or state.committed is not None or not state.rosters:
         return None
-    ballot = max(state.ballot, Ballot(max(state.rosters), 0))
-    sealed = Ballot(ballot.epoch, SEALED + lifted(ballot).attempt)
-    return Seal(state.head.round, ballot.epoch), SaveVote(state.head.round, sealed, None, state.head.hash)
-
-
-def lifted(ballot: Ballot) -> Ballot:
-    """What was promised before a seal. It may be lifted once the coordinator has opened a new session: it has forgotten
-    the seal then, and whatever roster it issued in reliance on it came with the session."""
-    return Ballot(ballot.epoch, ballot.attempt - SEALED) if ballot.attempt >= SEALED else ballot
+    return Seal(state.head.round, max(state.ballot.epoch, *state.rosters))
 
 
 def majority_awaited(state: Rounds, now: float) -> tuple[int, int] | None:
@@ -483,6 +482,8 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
             return _rewound(state, event, now), ()
         case Silenced(epoch):
             return _silenced(state, epoch, now)
+        case Unsealed():
+            return replace(state, sealed=Epoch(-1)), ()
         case ActivityChanged(active, trains):
             return replace(state, active=active, trains=trains, round_started=now), ()
         case Finishing():
@@ -546,7 +547,7 @@ def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
         return state, ()
     if not state.active or signed.roster.member(rules.me) is None:
         return state, ()
-    if signed.roster.floor > state.head.round or ballot.attempt >= SEALED:
+    if signed.roster.floor > state.head.round:
         return state, ()
     if state.contribution is not None:
         return _promise(state, signed.roster, ballot, now, rules)
@@ -992,7 +993,7 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
         return state, ()
     if proposal.sender != leader(roster, proposal.ballot, proposal.round) or roster.member(rules.me) is None:
         return state, ()
-    if roster.floor > state.head.round or proposal.ballot.attempt >= SEALED:
+    if roster.floor > state.head.round:
         return state, ()
     if state.proposal is not None and state.proposal.ballot == proposal.ballot:
         return state, ()
@@ -1165,6 +1166,7 @@ def _anew(state: Rounds, head: Head, now: float) -> Rounds:
         branch=state.branch,
         rollbacks=state.rollbacks,
         silent=state.silent,
+        sealed=state.sealed,
         last=state.last,
         active=state.active,
         trains=state.trains,

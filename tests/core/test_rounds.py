@@ -26,6 +26,7 @@ from protocol.types import (
     PeerId,
     Record,
     Roster,
+    Seal,
     Signature,
     SignedRoster,
     VoteBody,
@@ -281,16 +282,32 @@ def test_a_restarted_node_signs_for_no_roster_older_than_the_newest_that_it_know
 
 def test_a_node_that_leaves_signs_nothing_more_until_it_is_opened_again():
     node = Node(A, B, me=B).trained(data(8, 9))
-    seal, vote = rounds.seal(node.state)
-    assert (seal.round, seal.epoch) == (0, 0) and vote.ballot > Ballot(0, 10**9)
+    assert rounds.seal(node.state) == Seal(0, 0)
     record = record_of(brings(A, data(0, 4)))
     have = frozenset(part.digest for part in record.parts)
     proposal = Received(Propose(RUN, 0, Ballot(0, 2), A, record))
-    sealed = Node(A, B, me=B, ballot=vote.ballot, have=have)
+    sealed = Node(A, B, me=B, sealed=0, ballot=Ballot(0, 0), have=have)
     assert not sealed.see(proposal).sent(Vote)
     assert not sealed.trained(data(8, 9)).sent(Ready)
-    assert rounds.lifted(vote.ballot) == Ballot(0, 0) == node.state.ballot
-    assert Node(A, B, me=B, ballot=rounds.lifted(vote.ballot), have=have).see(proposal).sent(Vote)
+    sealed.see(rounds.Unsealed())
+    assert sealed.see(proposal).sent(Vote)
+
+
+def test_a_seal_outlives_the_round_that_it_was_made_in():
+    """Seed 8494 of the simulation: it left, came back without the coordinator, read the log, and voted where its seal
+    had been relied on. Two majorities signed two records."""
+    record = record_of(brings(A, data(0, 4)))
+    node = Node(A, B, C, me=B, sealed=0)
+    node.see(rounds.LogArrived((entry_of(record, (A, C)),)), rounds.PartsArrived({p.digest for p in record.parts}))
+    node.see(rounds.Folded(0, STATE))
+    assert node.state.head.round == 1
+    later = record_of(brings(A, data(4, 8)), round_number=1, previous=node.state.head.hash)
+    node.see(rounds.PartsArrived({p.digest for p in later.parts}))
+    proposal = Received(Propose(RUN, 1, Ballot(0, 0), B, later))
+    assert not node.see(proposal).sent(Vote)
+    assert not node.see(rounds.Progressed(STEPS)).did(rounds.TakeSnapshot)
+    node.see(rounds.Unsealed())
+    assert node.see(proposal).sent(Vote)
 
 
 def test_a_node_that_has_voted_in_the_open_round_leaves_without_a_seal():

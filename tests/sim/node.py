@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,6 @@ from protocol.types import (
     NodeId,
     Part,
     Roster,
-    Seal,
     SignedRollback,
     SignedRoster,
     VoteBody,
@@ -90,6 +89,7 @@ class Disk:
     rollbacks: tuple[SignedRollback, ...] = ()
     rosters: dict[Epoch, SignedRoster] = field(default_factory=dict)
     silent: Epoch = Epoch(-1)
+    sealed: Epoch = Epoch(-1)
     promise: tuple[Digest, Ballot, Accepted | None] | None = None
     parts: set[Digest] = field(default_factory=set)
     leases: dict[str, Lease] = field(default_factory=dict)
@@ -146,10 +146,9 @@ class SimNode(Process):
         """A polite end: a last promise on disk, a word to the coordinator that may be lost, and nothing more."""
         if not self.awake:
             return
-        seal: Seal | None = None
-        if (sealed := rounds.seal(self.rounds)) is not None:
-            seal, vote = sealed
-            self._do(vote)
+        seal = rounds.seal(self.rounds)
+        if seal is not None:
+            self.disk.sealed = seal.epoch
         life, coordinator = self.life, self.world.coordinator
         self.kill()
         self.world.deliver(
@@ -187,6 +186,7 @@ class SimNode(Process):
             branch=disk.branch,
             rollbacks=disk.rollbacks,
             silent=disk.silent,
+            sealed=disk.sealed,
             last=disk.log[-1] if disk.log else None,
             ballot=promise[1] if promise else Ballot(Epoch(-1), 0),
             accepted=promise[2] if promise else None,
@@ -250,12 +250,12 @@ class SimNode(Process):
         """Open a session and read the coordinator's log."""
 
         def answer(life: int, silent: Epoch, page: Page) -> None:
-            if not self.session.synced:
-                self.rounds = replace(self.rounds, ballot=rounds.lifted(self.rounds.ballot))
             self.disk.life = max(self.disk.life, life)
             self._silence(silent)
             self.session_event(session.LinkOpened())
             self._log(page)
+            self.disk.sealed = Epoch(-1)
+            self.rounds_event(rounds.Unsealed())
             self._begin()
 
         process, life, head = self.life, self.disk.life, self.rounds.head.round
@@ -493,7 +493,7 @@ class SimNode(Process):
                 self.later(world.luck.uniform(0.01, 0.4), lambda: self._snapshot(rewinds))
             case rounds.SaveVote(_, ballot, accepted, previous):
                 kept = self.disk.promise
-                if kept is not None and kept[0] == previous and ballot < rounds.lifted(kept[1]):
+                if kept is not None and kept[0] == previous and ballot < kept[1]:
                     raise AssertionError(f"{self.me} took back a promise")
                 self.disk.promise = (previous, ballot, accepted)
             case rounds.Send(to, message):
