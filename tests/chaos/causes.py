@@ -115,7 +115,8 @@ def _part_killed(which):
     def cause(swarm, luck):
         victim = luck.choice(swarm.members)
         time.sleep(luck.uniform(0, 3))
-        part = victim.p2pd() if which == "p2pd" else victim.part(which)
+        find = victim.p2pd if which == "p2pd" else lambda: victim.part(which)
+        part = until(find, f"{victim.name} has a {which}")  # the fault before may have been in it
         tree = [part, *part.children(recursive=True)]
         part.kill()
         at = time.time()
