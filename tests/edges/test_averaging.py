@@ -383,7 +383,8 @@ async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm
                 await begun.wait()
                 await asyncio.sleep(1.0)  # for the first message to arrive
                 try:
-                    return await replies(member, engine, whole(job.group))
+                    only = whole(job.group)[:1]  # with more to send, the refusal may be lost with the stream
+                    return await replies(member, engine, only)
                 finally:
                     answered.set()
 
