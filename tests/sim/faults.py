@@ -93,7 +93,7 @@ class Trouble:
         self.luck = world.luck
         self.over = False
         self._doomed: set[NodeId] = set()  # their disks are put back when they next vote
-        self._old: set[NodeId] = set()  # with a disk from a backup, and a roster that may count on what they forgot
+        self._old: dict[NodeId, int] = {}  # with a disk from a backup: the newest roster that they may have voted under
 
     def begin(self) -> None:
         weather, nodes = self.world.weather, len(self.world.nodes)
@@ -212,11 +212,11 @@ class Trouble:
         state = self.world.coordinator.state
         open_rosters = [signed.roster for signed in state.rosters]
         oldest = min((roster.epoch for roster in open_rosters), default=-1)
-        self._old = {n for n in self._old if state.silent.get(n, oldest) >= oldest} | {node.me}
+        self._old = {n: epoch for n, epoch in self._old.items() if epoch >= oldest}
         spare = min((len(roster.members) - roster.quorum for roster in open_rosters), default=0)
-        if len(self._old) > spare:
-            self._old.discard(node.me)
+        if len(self._old.keys() | {node.me}) > spare:
             return
+        self._old[node.me] = state.next_epoch - 1
         node.kill()
         if node.put_back(self.luck):
             self.world.struck("disk put back", node.name)
