@@ -216,11 +216,10 @@ class Daemon:
         return int(code.value)
 
     def _seal(self) -> Seal | None:
-        """Our last promise, durable before anybody hears of it. Nothing of ours signs any more.
-
-        None if the coordinator is away: nobody would rely on it, and we may be back before the coordinator is."""
-        linked = self._decider.begun and self._decider.session.linked
-        seal = rounds.seal(self._decider.rounds) if linked else None
+        """Our last promise, durable before anybody hears of it. Nothing of ours signs any more."""
+        if not self._decider.begun:
+            return None
+        seal = rounds.seal(self._decider.rounds, linked=self._decider.session.linked)
         if seal is not None:
             self._journal.save_seal(seal.epoch)
         return seal

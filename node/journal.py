@@ -57,16 +57,14 @@ class Journal:
 
     def silence(self) -> Epoch:
         """The newest roster under which this node signs nothing, because it forgot what it had signed; -1 for none."""
-        path = self.folder / "silence.json"
-        return canonical.from_bytes(_UpTo, path.read_bytes()).epoch if path.exists() else Epoch(-1)
+        return self._up_to("silence.json")
 
     def save_silence(self, epoch: Epoch) -> None:
         atomic_write(self.folder / "silence.json", canonical.to_bytes(_UpTo(epoch)))
 
     def sealed(self) -> Epoch:
         """The newest roster under which this node signs nothing, because it has left; -1 for none."""
-        path = self.folder / "seal.json"
-        return canonical.from_bytes(_UpTo, path.read_bytes()).epoch if path.exists() else Epoch(-1)
+        return self._up_to("seal.json")
 
     def save_seal(self, epoch: Epoch) -> None:
         atomic_write(self.folder / "seal.json", canonical.to_bytes(_UpTo(epoch)))
@@ -74,6 +72,10 @@ class Journal:
     def lift_seal(self) -> None:
         """A crash may bring it back; the next session lifts it again."""
         (self.folder / "seal.json").unlink(missing_ok=True)
+
+    def _up_to(self, name: str) -> Epoch:
+        path = self.folder / name
+        return canonical.from_bytes(_UpTo, path.read_bytes()).epoch if path.exists() else Epoch(-1)
 
     def append(self, entry: LogEntry) -> None:
         atomic_write(self._log(entry.record.round), canonical.to_bytes(entry))

@@ -29,14 +29,12 @@ from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
 from protocol.types import Exchange
 
-CODES: Final = {
-    "fp16": 101,
-    "int8": 102,
-    "int4": 103,
-    "sparse2": 104,
-}  # Tensor.compression; hivemind's own codecs end below 100
+# Tensor.compression; hivemind's own codecs end below 100
+CODES: Final = {"fp16": 101, "int8": 102, "int4": 103, "sparse2": 104}
 GATHER_SHARE: Final = 0.5  # of the deadline: sending the means takes as long as gathering did
-PIECE_BYTES: Final = 1 << 15  # of an encoded vector in one message, or a single chunk: a message costs 100 bytes more
+PIECE_BYTES: Final = (
+    1 << 15
+)  # of an encoded vector in one message, or a single chunk: what carries it should weigh little
 
 
 @dataclass(frozen=True)

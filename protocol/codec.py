@@ -314,18 +314,14 @@ class Sparse2(Codec):
         return peak
 
     def _chunk_bytes(self, values: int) -> int:
-        blocks, rest = divmod(values, SPARSE_VALUES)
-        return blocks * _sparse_bytes(SPARSE_VALUES // SPARSE_SHARE) + (_sparse_bytes(_kept(rest)) if rest else 0)
+        return max((end for *_, end in _sparse_tables(values)), default=0)
 
     def _encode_chunk(self, values: Floats, out: Octets, room: _Room) -> None:
-        begin = 0
-        for start, stop, width in _sparse_tables(values.size):
+        for start, stop, rows, width, begin, end in _sparse_tables(values.size):
             table = values[start:stop]
-            if (stop - start) % width:
-                table = np.concatenate([table, np.zeros(width - table.size, np.float32)])
-            end = begin + -(-(stop - start) // width) * _sparse_bytes(width // SPARSE_SHARE)
-            _sparse_encode(table.reshape(-1, width), out[begin:end], room)
-            begin = end
+            if missing := rows * width - table.size:
+                table = np.concatenate([table, np.zeros(missing, np.float32)])
+            _sparse_encode(table.reshape(rows, width), out[begin:end], room)
 
     def _check_chunk(self, octets: Octets, values: int, room: _Room) -> None:
         for _ in self._blocks_of(octets, values):
@@ -338,16 +334,12 @@ class Sparse2(Codec):
 
     def _blocks_of(self, octets: Octets, values: int) -> Iterator[tuple[int, npt.NDArray[np.int64], Floats]]:
         """For the whole blocks, then for a shorter last one: where they begin, which positions are kept, as what."""
-        begin = 0
-        for start, stop, width in _sparse_tables(values):
-            rows = -(-(stop - start) // width)
-            end = begin + rows * _sparse_bytes(width // SPARSE_SHARE)
+        for start, stop, rows, width, begin, end in _sparse_tables(values):
             positions, kept = _sparse_decode(octets[begin:end], rows, width)
             if positions[-1, -1] >= stop - start - (rows - 1) * width:
                 raise Refused(Code.UPDATE_BAD, "sparse2 update holds a value after its last")
             positions += np.arange(0, rows * width, width)[:, None]
             yield start, positions.reshape(-1), kept.reshape(-1)
-            begin = end
 
 
 _CODECS: Final[dict[str, Codec]] = {each.name: each for each in (Half(), Int8(), Int4(), Sparse2())}
@@ -391,28 +383,28 @@ def _sparse_bytes(kept: int) -> int:
     return 4 + 5 * -(-kept // 4)  # four values share a byte of highs, three of lows, and one of codes
 
 
-def _sparse_tables(values: int) -> Iterator[tuple[int, int, int]]:
-    """The values [start, stop) that are encoded together, and how many of them, rounded up to 64, are one block."""
-    whole = values - values % SPARSE_VALUES
-    if whole:
-        yield 0, whole, SPARSE_VALUES
-    if whole < values:
-        yield whole, values, _kept(values - whole) * SPARSE_SHARE
+def _sparse_tables(values: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """What is encoded together: values [start, stop), as so many blocks of so many, in the bytes [begin, end)."""
+    rows, rest = divmod(values, SPARSE_VALUES)
+    whole, end = rows * SPARSE_VALUES, rows * _sparse_bytes(_kept(SPARSE_VALUES))
+    if rows:
+        yield 0, whole, rows, SPARSE_VALUES, 0, end
+    if rest:
+        yield whole, values, 1, _kept(rest) * SPARSE_SHARE, end, end + _sparse_bytes(_kept(rest))
 
 
 def _sparse_encode(table: Floats, out: Octets, room: _Room) -> None:
     """Each row is a block; of its 64 k values it keeps k."""
     rows, width = table.shape
     kept = width // SPARSE_SHARE
-    positions, values = _largest(table, kept, room)
-    magnitudes = np.minimum(np.abs(values), _HALF_MAX)
-    big, levels = _two_levels(magnitudes)
-    while (vanished := (levels[:, :1] == 0) & ~big & (values != 0)).any():  # too small for fp16: they are zeros, then
-        table = table.copy()
-        table[np.nonzero(vanished)[0], positions[vanished]] = 0
+    while True:
         positions, values = _largest(table, kept, room)
-        magnitudes = np.minimum(np.abs(values), _HALF_MAX)
-        big, levels = _two_levels(magnitudes)
+        big, levels = _two_levels(np.minimum(np.abs(values), _HALF_MAX))
+        vanished = (levels[:, :1] == 0) & ~big & (values != 0)
+        if not vanished.any():
+            break
+        table = table.copy()
+        table[np.nonzero(vanished)[0], positions[vanished]] = 0  # too small for fp16: they are zeros, then
     fours = -(-kept // 4)
     highs = np.zeros((rows, 8 * fours), np.bool_)
     np.put_along_axis(highs, (positions >> 6) + np.arange(kept), True, axis=1)

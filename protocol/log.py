@@ -145,20 +145,14 @@ def check_record_shape(record: Record, parameters: int) -> None:
         check_contribution(contribution)
     if not 0 < len(record.parts) <= MEMBERS_MAX:
         raise Refused(Code.RECORD_BAD, f"{len(record.parts)} parts, expected 1 to {MEMBERS_MAX}")
-    index, stop = -1, 0
+    index, stop, gathered = -1, 0, record.exchange is Exchange.ALL_GATHER
     for part in record.parts:
         _check_part(part, parameters, set(members))
-        if record.exchange is Exchange.ALL_GATHER:
-            _check_gathered(part, parameters)
-            stop = 0
-        if part.index <= index or part.start < stop:
+        if part.index <= index or (part.start < stop and not gathered):
             raise Refused(Code.RECORD_BAD, f"part {part.index} from {part.start} after part {index} up to {stop}")
         index, stop = part.index, part.stop
-    if record.exchange is Exchange.ALL_GATHER:
-        tokens = {contribution.node: contribution.tokens for contribution in record.contributions}
-        if sorted(part.reducer for part in record.parts) != sorted(tokens) or not all(tokens.values()):
-            what = f"{len(record.parts)} parts of {len(members)} contributions, expected one of each that has tokens"
-            raise Refused(Code.RECORD_BAD, what)
+    if gathered:
+        _check_gathered(record, parameters)
 
 
 def check_members(record: Record, roster: Roster) -> None:
@@ -221,9 +215,16 @@ def _check_range(span: DataRange) -> None:
         raise Refused(Code.RECORD_BAD, what)
 
 
-def _check_gathered(part: Part, parameters: int) -> None:
-    if part.included != (part.reducer,) or (part.start, part.stop) != (0, parameters):
-        what = f"part {part.index} of [{part.start}, {part.stop}) by {len(part.included)} members, expected all by one"
+def _check_gathered(record: Record, parameters: int) -> None:
+    """Each part is one contribution, all of it, and each contribution is a part that weighs something."""
+    for part in record.parts:
+        if part.included != (part.reducer,) or (part.start, part.stop) != (0, parameters):
+            members = len(part.included)
+            what = f"part {part.index} of [{part.start}, {part.stop}) by {members} members, expected all by one"
+            raise Refused(Code.RECORD_BAD, what)
+    tokens = {contribution.node: contribution.tokens for contribution in record.contributions}
+    if sorted(part.reducer for part in record.parts) != sorted(tokens) or not all(tokens.values()):
+        what = f"{len(record.parts)} parts of {len(tokens)} contributions, expected one of each that has tokens"
         raise Refused(Code.RECORD_BAD, what)
 
 

@@ -527,7 +527,7 @@ precision = "auto"         # auto (bf16 where the machine has it), fp32 or bf16
 # Nodes exchange what they learned once per round. Early rounds are short, late ones long:
 # 25 rounds of 2 inner steps, 20 of 5, 15 of 10, then 25 for ever.
 inner_steps = [[25, 2], [20, 5], [15, 10], [12, 25]]
-upload_megabytes_per_hour = 0  # of one node: rounds last longer where they would need more; 0: no cap
+upload_megabytes_per_hour = 0  # of one node, to its peers: rounds last longer if they need more; 0: no cap
 seconds_max = 1800         # a slow node ends its round after so long, with the steps it has
 gather_seconds = 15        # how long a majority waits for the others
 deadline_seconds = 300     # an exchange that takes longer is tried again; more than gather_seconds

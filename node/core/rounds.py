@@ -177,7 +177,12 @@ class Rounds:
     def pending(self) -> bool:
         """Whether trained work still waits for a round."""
         brought = self.contribution is not None and self.contribution.tokens > 0
-        return brought or self.snapshot_asked or self.steps > 0 or self.carried is not None
+        return brought or self.snapshot_asked or self.could_bring
+
+    @property
+    def could_bring(self) -> bool:
+        """Whether a snapshot made now would bring something."""
+        return self.steps > 0 or self.carried is not None
 
 
 # events
@@ -424,11 +429,12 @@ def holds(record: Record, contribution: Contribution) -> bool:
     return taken and contribution in record.contributions
 
 
-def seal(state: Rounds) -> Seal | None:
+def seal(state: Rounds, *, linked: bool) -> Seal | None:
     """For a node that leaves: its word, to be made durable, to sign nothing more under the rosters it knows.
 
-    None if it has voted in the open round: those who stay may need that vote, and must keep reckoning with it."""
-    if state.accepted is not None or state.committed is not None or not state.rosters:
+    None if it has voted in the open round: those who stay may need that vote, and must keep reckoning with it. Nor if it
+    is not linked to the coordinator: nobody would rely on its word, and it may be back before the coordinator is."""
+    if not linked or state.accepted is not None or state.committed is not None or not state.rosters:
         return None
     return Seal(state.head.round, max(state.ballot.epoch, *state.rosters))
 
@@ -562,7 +568,7 @@ def _train(state: Rounds, now: float, rules: Rules) -> Outcome:
         state = replace(state, wanted_since=now)
     if not _round_is_over(state, len(signed.roster.members), now, rules):
         return state, ()
-    if state.steps == 0 and state.carried is None:
+    if not state.could_bring:
         return _with_nothing(state, rules), ()
     return replace(state, snapshot_asked=True), (TakeSnapshot(state.head.round),)
 
@@ -577,12 +583,11 @@ def _round_is_over(state: Rounds, members: int, now: float, rules: Rules) -> boo
     paced = lasted >= rules.round_seconds_min(members)
     if paced and state.steps >= rules.inner_steps(state.head.round):
         return True
-    brings = state.steps > 0 or state.carried is not None
-    if brings and (state.finishing or (paced and lasted >= rules.round_seconds_max)):
+    if state.could_bring and (state.finishing or (paced and lasted >= rules.round_seconds_max)):
         return True
     if state.wanted_since is None:
         return False
-    return brings or now - state.wanted_since >= rules.gather_seconds
+    return state.could_bring or now - state.wanted_since >= rules.gather_seconds
 
 
 def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:
@@ -702,8 +707,8 @@ def _has_trained_since(state: Rounds, members: int, now: float, rules: Rules) ->
 
     Those who only vote wait for somebody who brings something."""
     assert state.contribution is not None
-    brings = state.steps > 0 or state.carried is not None
-    return not state.contribution.tokens and state.trains and brings and _round_is_over(state, members, now, rules)
+    in_vain = not state.contribution.tokens and state.trains and state.could_bring
+    return in_vain and _round_is_over(state, members, now, rules)
 
 
 def _attempt_seconds(state: Rounds, rules: Rules) -> float:

@@ -35,7 +35,7 @@ from protocol.exchange import Packing
 from protocol.fold import Outer, OuterKind, fold
 from protocol.runspec import RoundsSection, cosine_share
 from protocol.state import State, initial_state
-from protocol.types import Contribution, DataRange, Digest, Exchange, NodeId, Part, Record
+from protocol.types import Contribution, DataRange, Digest, Epoch, Exchange, NodeId, Part, Record, Role, RunId
 from tests.bench.table import Row, show
 
 VOCABULARY = 256
@@ -239,13 +239,12 @@ def exchange(state: State, workers: Sequence[Worker], recipe: Recipe) -> None:
     payloads = [worker.bring() for worker in workers]
     nodes = [NodeId(f"n{index}") for index in range(len(workers))]
     parts: dict[int, bytes] = {}
-    if packing.up is packing.down:
-        how = Exchange.ALL_REDUCE
+    how = packing.exchange([Role.PEER] * len(workers))
+    if how is Exchange.ALL_REDUCE:
         mean = sum(packing.up.decode(payload, size) for payload in payloads) / np.float32(len(payloads))
         parts[0] = packing.down.encode(np.ascontiguousarray(mean, np.float32))
         listed = (Part(0, 0, size, digest_of(parts[0]), len(parts[0]), nodes[0], tuple(nodes)),)
     else:
-        how = Exchange.ALL_GATHER
         parts = dict(enumerate(payloads))
         listed = tuple(
             Part(i, 0, size, digest_of(parts[i]), len(parts[i]), node, (node,)) for i, node in enumerate(nodes)
@@ -253,14 +252,10 @@ def exchange(state: State, workers: Sequence[Worker], recipe: Recipe) -> None:
     used = tuple(
         Contribution(node, 1, (DataRange(int(state.round), SHARD, 2 * i, 2 * i + 1),)) for i, node in enumerate(nodes)
     )
-    record = Record(_RUN, state.round, NOBODY, _EPOCH, nodes[0], used, listed, NOBODY, how)
+    record = Record(RunId("run"), state.round, NOBODY, Epoch(0), nodes[0], used, listed, NOBODY, how)
     fold(state, record, parts, packing, recipe.outer)
     for index, worker in enumerate(workers):
         worker.take(state, [part for part in listed if nodes[index] in part.included])
-
-
-_RUN: Any = "run"
-_EPOCH: Any = 0
 
 
 def _rounds(schedule: Sequence[tuple[int, int]], steps: int) -> Iterator[int]:

@@ -338,6 +338,8 @@ class Swarm:
         for folder in self.disks:
             subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
         shutil.rmtree(self.arena.folder, ignore_errors=True)  # --keep has another
+        with suppress(OSError):  # the folder around it was made for us; with --keep it holds the other
+            self.arena.folder.parent.rmdir()
 
 
 def ends_when_told():

@@ -282,7 +282,7 @@ def test_a_restarted_node_signs_for_no_roster_older_than_the_newest_that_it_know
 
 def test_a_node_that_leaves_signs_nothing_more_until_it_is_opened_again():
     node = Node(A, B, me=B).trained(data(8, 9))
-    assert rounds.seal(node.state) == Seal(0, 0)
+    assert rounds.seal(node.state, linked=True) == Seal(0, 0)
     record = record_of(brings(A, data(0, 4)))
     have = frozenset(part.digest for part in record.parts)
     proposal = Received(Propose(RUN, 0, Ballot(0, 2), A, record))
@@ -312,7 +312,7 @@ def test_a_seal_outlives_the_round_that_it_was_made_in():
 
 def test_a_node_that_has_voted_in_the_open_round_leaves_without_a_seal():
     accepted = Accepted(Ballot(0, 0), record_of(brings(B, data(0, 4))))
-    assert rounds.seal(Node(A, B, ballot=Ballot(0, 0), accepted=accepted).state) is None
+    assert rounds.seal(Node(A, B, ballot=Ballot(0, 0), accepted=accepted).state, linked=True) is None
 
 
 def test_a_roster_is_acted_under_from_its_floor_on():

@@ -146,7 +146,7 @@ class SimNode(Process):
         """A polite end: a last promise on disk, a word to the coordinator that may be lost, and nothing more."""
         if not self.awake:
             return
-        seal = rounds.seal(self.rounds) if self.session.linked else None
+        seal = rounds.seal(self.rounds, linked=self.session.linked)
         if seal is not None:
             self.disk.sealed = seal.epoch
         life, coordinator = self.life, self.world.coordinator

@@ -121,7 +121,7 @@ def any_roster_follows(monkeypatch):
 def whoever_leaves_is_sealed(monkeypatch):
     """A node that has voted in the open round leaves as if it had not."""
     seal = rounds.seal
-    monkeypatch.setattr(rounds, "seal", lambda state: seal(replace(state, accepted=None)))
+    monkeypatch.setattr(rounds, "seal", lambda state, **given: seal(replace(state, accepted=None), **given))
 
 
 def data_counts_twice(monkeypatch):
