@@ -529,7 +529,7 @@ class Daemon:
         tokens = next((c.tokens for c in record.contributions if c.node == self._me), 0)
         self._tally.settled(record.round, tokens=tokens, accepted=folded.mine)
         self._membership.renew()
-        await self._supply.settle(self._decider.rounds.consumed)
+        await self._supply.settle(record)
         await self._workbench.set_goal()
         if (record.round + 1) % self._spec.evaluate.base_every_rounds == 0:
             await self._save_base()

@@ -20,7 +20,7 @@ from protocol.blobs import BlobStore
 from protocol.errors import Exit, Refused
 from protocol.runspec import RunSpec
 from protocol.state import Consumed
-from protocol.types import DataRange, Digest, Lease, Shard
+from protocol.types import DataRange, Digest, Lease, Record, Shard
 
 ROUNDS_AHEAD: Final = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
 
@@ -110,21 +110,24 @@ class Supply:
         self._membership.keep(self._leases.values())
         log.warning("leases were lost", sequences=_sequences(lost))
         async with self._turn:
-            if self._trainer is not None:
-                with suppress(Refused):
-                    dropped = await self._trainer.drop(lost)
-                    self._given = _without(self._given, dropped)
-                    await self._top_up()  # some of it may have been leased to us again meanwhile
-        self._decider.post(session.DataUsed(0, self.wanted()))  # asks for more; the next step says how much is left
+            await self._forget(lost)
+            await self._top_up()  # some of it may have been leased to us again meanwhile
 
     def take_back(self, ranges: Iterable[DataRange]) -> None:
         """What was trained too long ago to be of use is data like any other; `settle` gives it again."""
         self._given = _without(self._given, ranges)
 
-    async def settle(self, consumed: Consumed) -> None:
-        """After a round: leases that are used up are leases no more; whatever is left is for the trainer."""
+    async def settle(self, record: Record) -> None:
+        """After a round: leases that are used up are leases no more; whatever is left is for the trainer.
+
+        What others brought while our lease was theirs is trained here in vain: who slept finds much of it."""
+        consumed, me = self._decider.rounds.consumed, self._decider.rules.me
         self._leases = {key: lease for key, lease in self._leases.items() if not consumed.covers(lease.range)}
+        theirs = [each for brought in record.contributions if brought.node != me for each in brought.ranges]
         async with self._turn:
+            if taken := [each for each in theirs if self._given.overlaps(each)]:
+                log.info("others have brought data of ours", sequences=_sequences(taken))
+                await self._forget(taken)
             if again := await self._top_up():
                 log.info("work that no round took is done again", sequences=again)
 
@@ -138,6 +141,13 @@ class Supply:
         leased = {lease.range.shard for lease in self._leases.values()}
         for digest in self._shards.keys() - leased:
             self._blobs.delete(digest)
+
+    async def _forget(self, ranges: list[DataRange]) -> None:
+        """Take what is queued of these ranges from the trainer. What it has trained on stays trained."""
+        if self._trainer is not None:
+            with suppress(Refused):  # it has ended; the next one never gets it
+                self._given = _without(self._given, await self._trainer.drop(ranges))
+        self._decider.post(session.DataUsed(0, self.wanted()))  # asks for more; the next step says how much is left
 
     async def _top_up(self) -> int:
         """Give the trainer all that it lacks; how many sequences that were."""

@@ -11,14 +11,15 @@ from node.core import rounds
 from protocol.log import head_after, line_head, next_head, next_turn, on_line, record_hash, turned
 from protocol.messages import Accepted, Begin, Commit, LogRequest, Propose, Ready, Vote
 from protocol.state import Consumed
-from protocol.types import Ballot, Digest, Head, Member, Rollback, Roster, SignedRollback, SignedRoster
+from protocol.types import Ballot, Digest, Head, Member, NodeId, Rollback, Roster, SignedRollback, SignedRoster
 from tests.core.test_machine import ZERO as START
 from tests.core.test_machine import Coordinator
 from tests.core.test_machine import beat as beats
 from tests.core.test_machine import brings as contributes
-from tests.core.test_rounds import GENESIS, RUN, STATE, A, B, C, Node, brings, data, entry_of, ready, record_of
+from tests.core.test_rounds import GENESIS, RUN, STATE, A, B, C, D, E, Node, brings, data, entry_of, ready, record_of
 
 ZERO = Digest("0" * 64)
+F = NodeId("f")
 OLDER = Digest("7" * 64)  # the state that a rollback leaves
 
 
@@ -228,6 +229,68 @@ def test_a_forgetful_member_leaves_the_roster_and_comes_back_when_that_is_decide
     closed = rostered(A, B, epoch=1)
     members = next_members([closed], old.members, silent={C: 0})
     assert [member.node for member in members] == [A, B, C]
+
+
+def test_two_of_six_that_forgot_leave_together_where_one_alone_could_not():
+    old = rostered(A, B, C, D, E, F)
+    members = next_members([old], old.members, silent={E: 0, F: 0})
+    assert [member.node for member in members] == [A, B, C, D]
+
+
+def test_two_of_five_that_forgot_come_back_once_all_that_they_can_have_signed_is_decided():
+    old = rostered(A, B, C, D, E)
+    assert next_members([old], old.members, silent={D: 0, E: 0}) is None
+    assert next_members([old], old.members, silent={D: 0, E: 0}, settled={D}) is not None
+    members = next_members([old], old.members, silent={D: 0, E: 0}, settled={D, E})
+    assert [member.node for member in members] == [A, B, C, D, E]
+
+
+def forgetful_pair():
+    """A coordinator of five, two of which come back with old disks; data up to 32 was granted before."""
+    coordinator = Coordinator().join(A, B, C, D, E)
+    coordinator.see(machine.LeasesAsked(A, 16), machine.LeasesAsked(B, 16))
+    for start in (16, 17):  # the roster of all five, and then it alone
+        epoch = coordinator.state.roster.roster.epoch
+        certify(coordinator, epoch, contributes(B, start, start + 1))
+    coordinator.state = replace(coordinator.state, started=coordinator.now)  # it gives everyone the time to come back
+    for node in (D, E):
+        coordinator.see(machine.NodeOpened(node, node, node, (), forgot=True))
+    patience = machine.RESTART_PATIENCE * coordinator.rules.absent_seconds
+    for later in (coordinator.now + patience / 2, coordinator.now + patience):
+        coordinator.see(*(beats(node, head_round=1) for node in (A, B, C, D, E)), at=later)
+    assert coordinator.state.roster.roster.epoch == epoch, "nobody knows what the two have voted for"
+    return coordinator, epoch
+
+
+def certify(coordinator, epoch, *ranges):
+    entry = coordinator.entry(*ranges, signers=(A, B, C), epoch=epoch, state=coordinator.state.replica_digest)
+    coordinator.see(machine.EntryArrived(entry))
+
+
+def test_votes_that_a_majority_can_lack_are_forgotten_until_a_record_holds_data_granted_since():
+    coordinator, epoch = forgetful_pair()
+    certify(coordinator, epoch, contributes(A, 0, 16))
+    assert coordinator.state.roster.roster.epoch == epoch, "this round may be older than what they have voted for"
+    coordinator.see(machine.LeasesAsked(A, 16))
+    certify(coordinator, epoch, contributes(A, 24, 40))
+    assert coordinator.state.roster.roster.epoch > epoch
+    assert set(coordinator.rostered) == {A, B, C, D, E}
+
+
+def test_who_forgets_again_is_waited_for_again():
+    coordinator, epoch = forgetful_pair()
+    coordinator.see(machine.LeasesAsked(C, 16))
+    coordinator.see(machine.NodeOpened(E, E, E, (), forgot=True), beats(E))
+    certify(coordinator, epoch, contributes(C, 32, 48))
+    assert coordinator.state.settled == {D}, "what D may have voted for is decided"
+    coordinator.see(machine.LeasesAsked(C, 16))
+    certify(coordinator, coordinator.state.roster.roster.epoch, contributes(C, 48, 50))
+    assert coordinator.state.settled == {D, E}
+
+
+def test_the_seal_of_a_member_that_forgot_says_nothing_of_what_it_forgot():
+    old = rostered(A, B, C, D, E)
+    assert next_members([old], old.members, seals={D: 0, E: 0}, silent={D: 0, E: 0}) is None
 
 
 def test_a_lone_member_that_forgot_can_not_be_its_own_witness():

@@ -30,6 +30,10 @@ def lease(name, start, stop):
     return Lease(name, ME, span(start, stop), 0)
 
 
+def record(*contributions):
+    return SimpleNamespace(contributions=contributions)
+
+
 def positions(ranges):
     return {at for each in ranges for at in range(each.start, each.stop)}
 
@@ -71,7 +75,7 @@ class Stand:
         self.fetching = asyncio.Event()
         self.fetching.set()
         fields = {"head": Head(0, Digest("0" * 64)), "digest": Digest("1" * 64), "consumed": Consumed()}
-        rules = SimpleNamespace(context=16)
+        rules = SimpleNamespace(context=16, me=ME)
         self.decider = Decider(rules, lambda effect: None)
         self.decider.begin(Rounds(**fields | state))
         self.membership = SimpleNamespace(
@@ -168,12 +172,28 @@ async def test_work_that_no_round_took_is_given_again_once_and_only_where_it_is_
     await stand.supply.lose(["2"])
     stand.supply.take_back(dropped)
     new = Trainer()  # after a crash at the same time
-    await asyncio.gather(stand.supply.supply(new), stand.supply.settle(Consumed()))
-    await stand.supply.settle(Consumed())
+    await asyncio.gather(stand.supply.supply(new), stand.supply.settle(record()))
+    await stand.supply.settle(record())
     assert new.given == Counter(range(10))
     stand.supply.take_back([span(0, 10)])
-    await stand.supply.settle(Consumed().with_ranges([span(0, 10)]))
+    stand.know(consumed=Consumed().with_ranges([span(0, 10)]))
+    await stand.supply.settle(record(Contribution(ME, 160, (span(0, 10),))))
     assert new.given == Counter(range(10)), "a record has it after all"
+
+
+async def test_what_others_brought_while_this_node_slept_is_not_trained_in_vain():
+    stand = Stand(lease("1", 0, 10), lease("2", 10, 20))
+    trainer = Trainer()
+    await stand.supply.supply(trainer)
+    trained = trainer.train(2)
+    theirs = (Contribution(NodeId("other"), 128, (span(0, 8),)), Contribution(NodeId("third"), 64, (span(8, 12),)))
+    stand.know(
+        contribution=Contribution(ME, 32, trained),
+        consumed=Consumed().with_ranges(each for brought in theirs for each in brought.ranges),
+    )
+    await stand.supply.settle(record(*theirs))
+    assert trainer.queue == list(range(12, 20))
+    assert stand.supply.lease_ids == ("2",)
 
 
 async def test_only_what_was_given_counts_as_data_in_hand():
@@ -193,6 +213,7 @@ actions = st.one_of(
     st.tuples(st.just("snapshot"), st.just(0)),
     st.tuples(st.just("take"), st.just(0)),
     st.tuples(st.just("drop"), st.just(0)),
+    st.tuples(st.just("theirs"), st.integers(0, 8)),
     st.tuples(st.just("die"), st.just(0)),
     st.tuples(st.just("yield"), st.integers(1, 4)),
 )
@@ -203,7 +224,7 @@ actions = st.one_of(
 async def test_in_any_order_no_trainer_ever_holds_a_sequence_twice(story):
     """Held: queued, trained since the snapshot, waiting for a round, or in a record."""
     stand = Stand()
-    trainer, fresh, tasks, count = Trainer(), (), [], 0
+    trainer, fresh, tasks, count, lost = Trainer(), (), [], 0, set()
     tasks.append(asyncio.create_task(stand.supply.supply(trainer)))
     for do, number in story:
         state, held = stand.decider.rounds, stand.decider.rounds.carried
@@ -222,11 +243,16 @@ async def test_in_any_order_no_trainer_ever_holds_a_sequence_twice(story):
                 fresh = ()
             case "take" if held is not None:
                 stand.know(carried=None, consumed=state.consumed.with_ranges(held.ranges))
-                tasks.append(asyncio.create_task(stand.supply.settle(stand.decider.rounds.consumed)))
+                tasks.append(asyncio.create_task(stand.supply.settle(record(held))))
+            case "theirs" if not state.consumed.overlaps(taken := span(number * 10, number * 10 + 5)):
+                stand.know(consumed=state.consumed.with_ranges([taken]))
+                lost |= positions([taken])
+                theirs = record(Contribution(NodeId("other"), 80, (taken,)))
+                tasks.append(asyncio.create_task(stand.supply.settle(theirs)))
             case "drop" if held is not None:
                 stand.know(carried=None)
                 stand.supply.take_back(held.ranges)
-                tasks.append(asyncio.create_task(stand.supply.settle(state.consumed)))
+                tasks.append(asyncio.create_task(stand.supply.settle(record())))
             case "die":
                 trainer.dead, fresh = True, ()
                 trainer = Trainer()
@@ -238,11 +264,12 @@ async def test_in_any_order_no_trainer_ever_holds_a_sequence_twice(story):
         carried = state.carried.ranges if state.carried is not None else ()
         everything = [*trainer.queue, *(at for each in (*fresh, *carried) for at in range(each.start, each.stop))]
         assert len(everything) == len(set(everything)), do
-        assert not any(state.consumed.overlaps(span(at, at + 1)) for at in everything), do
+        assert not any(state.consumed.overlaps(span(at, at + 1)) for at in everything if at not in lost), do
     await asyncio.gather(*tasks)
     leased = {at for each in stand.supply._leases.values() for at in range(each.range.start, each.range.stop)}
     consumed = {at for at in leased if stand.decider.rounds.consumed.overlaps(span(at, at + 1))}
-    await stand.supply.settle(stand.decider.rounds.consumed)
+    assert lost.isdisjoint(trainer.queue), "what others brought is not trained in vain"
+    await stand.supply.settle(record())
     carried = stand.decider.rounds.carried
     waiting = positions(carried.ranges) if carried is not None else set()
     assert leased - consumed - waiting <= set(trainer.queue) | positions(fresh), "nothing leased is forgotten"

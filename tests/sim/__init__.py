@@ -1,1 +1,1 @@
-"""The next simulator: rollbacks, freezes, one-way partitions, clock jumps, old disks. Not part of `make test` yet: some seeds do not settle."""
+"""A simulated swarm: the real machines of nodes and coordinator, under seeded faults, checked after every step."""

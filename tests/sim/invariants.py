@@ -78,6 +78,7 @@ class Truth:
         self.attempts: set[tuple[int, Ballot]] = set()
         self.certified = 0
         self.newest = self.heads[GENESIS.hash]  # the record certified last
+        self.bringers: set[NodeId] = set()  # whose work certified records took, since somebody last cleared this
         self._after: dict[Digest, Digest] = {}  # the record that follows a head
         self._promises: dict[tuple[NodeId, int, int], Ballot] = {}
         self._votes: dict[tuple[NodeId, int, Ballot], Digest] = {}
@@ -135,6 +136,7 @@ class Truth:
         self.newest = Known(head, before.branch, state_after(before.state, record), consumed, record)
         self.heads[hashed] = self.newest
         self.certified += 1
+        self.bringers |= {contribution.node for contribution in record.contributions}
         return True
 
     # what single-decree Paxos rests on, checked as it leaves a node

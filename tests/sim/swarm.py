@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.types import Head
@@ -13,6 +14,7 @@ from tests.sim.world import World, swiftly
 ROUND_SECONDS = 10.0  # a round time: what a round without faults takes in these swarms, when it takes long
 CALM_ROUNDS = 8  # round times from the end of all faults to the next certified round, at most
 SETTLED_ROUNDS = 12  # and to the moment when every node and the archive are there as well
+BRINGING_ROUNDS = 20  # and until a record has taken work of everyone who trains
 WEATHER_SECONDS_MAX = 3600.0  # however bad it is: then the rounds that are missing are certified in the calm
 
 
@@ -24,6 +26,7 @@ class Report:
     attempts: int
     to_certify: float  # round times from the end of the faults to the next certified round
     to_settle: float  # and until everyone was there
+    to_bring: float  # and until everyone had brought something
 
 
 def simulate(
@@ -50,13 +53,13 @@ def play(world: World, rounds: int) -> None:
     world.run(WEATHER_SECONDS_MAX, goal=lambda: truth.certified >= rounds)
     world.trouble.end()
     world.calm_since = world.now
+    truth.bringers.clear()
     target = _next_round(world, "after the faults ended")
     world.calm_certified = world.now
-    while (lacking := _lacking(world, target)) and world.now < world.calm_since + SETTLED_ROUNDS * ROUND_SECONDS:
-        world.run(world.now + 0.5)
-    if lacking:
-        raise world.broken(f"{SETTLED_ROUNDS} round times after the faults ended, {lacking}")
+    _wait_while(world, lambda: _lacking(world, target), SETTLED_ROUNDS)
     world.calm_settled = world.now
+    _wait_while(world, lambda: _brings_nothing(world), BRINGING_ROUNDS)
+    world.calm_brought = world.now
     truth.nothing_is_lost(world.coordinator.store.line)
     while truth.certified < rounds:
         _next_round(world, "in the calm")
@@ -73,6 +76,13 @@ def _next_round(world: World, when: str) -> Known:
     if not found():
         raise world.broken(f"no round was certified within {CALM_ROUNDS} round times {when}")
     return truth.newest
+
+
+def _wait_while(world: World, lacking: Callable[[], str], rounds: int) -> None:
+    while (what := lacking()) and world.now < world.calm_since + rounds * ROUND_SECONDS:
+        world.run(world.now + 0.5)
+    if what:
+        raise world.broken(f"{rounds} round times after the faults ended, {what}")
 
 
 def _lacking(world: World, target: Known) -> str:
@@ -94,10 +104,17 @@ def _lacking(world: World, target: Known) -> str:
     return ""
 
 
+def _brings_nothing(world: World) -> str:
+    """Who trains, and no record since the faults ended has taken any of it."""
+    idle = (n for n in world.nodes.values() if n.session.trains and n.me not in world.truth.bringers)
+    return next((f"no record has taken work of {node.name}" for node in idle), "")
+
+
 def report(world: World) -> Report:
     return Report(
         rounds=world.truth.certified,
         attempts=len(world.truth.attempts),
         to_certify=(world.calm_certified - world.calm_since) / ROUND_SECONDS,
         to_settle=(world.calm_settled - world.calm_since) / ROUND_SECONDS,
+        to_bring=(world.calm_brought - world.calm_since) / ROUND_SECONDS,
     )

@@ -56,6 +56,7 @@ def summed_up(reports: list[Report], failures: list[str], took_seconds: float) -
         for what, waits in (
             ("the next certified round", [each.to_certify for each in reports]),
             ("everybody there", [each.to_settle for each in reports]),
+            ("work of everybody who trains in a record", [each.to_bring for each in reports]),
         ):
             mean, most = fmean(waits), max(waits)
             lines.append(f"from the end of the faults to {what}: {mean:.2f} round times, at most {most:.2f}")

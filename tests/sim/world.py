@@ -39,7 +39,7 @@ class World:
         self.counts: Counter[str] = Counter()
         self.effects = 0  # carried out by anybody
         self.crash_at: int | None = None  # before this effect its process ends
-        self.calm_since = self.calm_certified = self.calm_settled = 0.0
+        self.calm_since = self.calm_certified = self.calm_settled = self.calm_brought = 0.0
         self._queue: list[tuple[float, int, Action]] = []
         self._serial = 0
         self.swarm = swarm if swarm is not None else Swarm.of(self.luck, seed=seed)
