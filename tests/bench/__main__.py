@@ -16,6 +16,7 @@ PARTS = (
     "exactness",
     "wire",
     "quality",
+    "alternatives",
     "round_scale",
     "slow_network",
     "memory",

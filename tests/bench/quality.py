@@ -101,6 +101,25 @@ RECIPES = (
 )
 
 
+def defaults() -> tuple[Recipe, ...]:
+    """What the defaults were chosen from: outer step, rounds and residual decay, for each codec."""
+    base = Recipe("Muon, fp32, growing rounds", MUON, Packing(FP32, FP32))
+    codecs = (("int4", Packing(INT4, INT4), 1.0, (0.95,)), ("sparse2", Packing(SPARSE2, INT4), 0.95, (1.0, 0.8)))
+    outers = (
+        ("average", AVERAGE),
+        ("average times 0.8", Outer(OuterKind.AVERAGE, 0.8)),
+        ("Nesterov 0.7, 0.9", DILOCO),
+        ("Nesterov 0.9, 0.5", Outer(OuterKind.NESTEROV, 0.9, 0.5)),
+    )
+    rows = [base]
+    for name, packing, decay, others in codecs:
+        usual = replace(base, packing=packing, residual_decay=decay)
+        rows += [replace(usual, name=f"{name}, outer {what}", outer=outer) for what, outer in outers]
+        rows += [replace(usual, name=f"{name}, rounds of {steps}", schedule=((1, steps),)) for steps in (10, 50)]
+        rows += [replace(usual, name=f"{name}, residual times {kept}", residual_decay=kept) for kept in others]
+    return tuple(rows)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all rows of a table share."""
@@ -301,18 +320,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decay-to", type=float, default=0.1, help="share of the learning rates at the end")
+    parser.add_argument("--defaults", action="store_true", help="the rows that the defaults were chosen from, instead")
     parser.add_argument("--only", nargs="*", default=[""], help="words of the recipes to run")
     given = parser.parse_args()
     config = config_of(given.hidden, given.layers, given.context)
     base = Setting(config, given.context, given.batch, given.steps, 0, 0, given.device, given.threads, given.decay_to)
-    chosen = [recipe for recipe in RECIPES if any(word in recipe.name for word in given.only)]
+    chosen = [
+        recipe
+        for recipe in (defaults() if given.defaults else RECIPES)
+        if any(word in recipe.name for word in given.only)
+    ]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="barnraise-bench-") as folder:
         for workers in given.workers:
             rows += _table(replace(base, workers=workers), chosen, range(given.seeds), Path(folder))
     tokens = given.steps * given.batch * given.context
     show(
-        "quality",
+        "defaults" if given.defaults else "quality",
         rows,
         f"{base.size.parameters:,} parameters, {tokens:,} tokens for each worker, {given.seeds} seeds, learning rates that"
         f" fall to {given.decay_to:g} of themselves; held-out loss of",

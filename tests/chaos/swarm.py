@@ -221,8 +221,8 @@ class Swarm:
         self.homes.append(found.home)
         return found
 
-    def start(self):
-        self.coordinator.add(*TEXT)
+    def start(self, texts=TEXT):
+        self.coordinator.add(*texts)
         self.coordinator.start()
         self.invite = self.coordinator.invite("--uses", "1000")
         self.watch.start()

@@ -1,0 +1,49 @@
+"""OpenDiLoCo's optimizer on hivemind: pseudo-gradients in fp16, Nesterov outside. Not on PyPI: `open_diloco` must be importable."""
+
+import time
+from functools import partial
+
+import hivemind
+import torch
+from hivemind.compression import Float16Compression
+from open_diloco.hivemind_diloco import AllReduceStrategy, DiLoCoOptimizer
+from task import WEIGHT_DECAY, begin
+
+MATCHMAKING_SECONDS = 3.0
+
+
+def main():
+    task = begin()
+    if task.index is None:
+        dht = hivemind.DHT(host_maddrs=[f"/ip4/{task.hub}/tcp/0"], nat_port_map=False, start=True)
+        task.say(next(str(each) for each in dht.get_visible_maddrs() if task.hub in str(each)))
+        time.sleep(86400)
+    dht = hivemind.DHT(
+        initial_peers=[task.meeting],
+        host_maddrs=[f"/ip4/{task.addresses[task.index]}/tcp/0"],
+        nat_port_map=False,
+        start=True,
+    )
+    model = task.model()
+    optimizer = DiLoCoOptimizer(
+        dht=dht,
+        run_id="bench",
+        batch_size=task.batch,
+        num_inner_steps=task.inner_steps,
+        params=list(model.parameters()),
+        inner_optimizer=partial(torch.optim.AdamW, lr=task.learning_rate, weight_decay=WEIGHT_DECAY),
+        outer_optimizer=partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+        matchmaking_time=MATCHMAKING_SECONDS,
+        all_reduce_strategy=AllReduceStrategy.WAIT_FOR_ALL,
+        grad_compression=Float16Compression(),
+    )
+    task.ready()
+    for step in range(task.steps):
+        task.warm_up(optimizer.state_averager.inner_optimizer, step)
+        optimizer.zero_grad()
+        task.backward(model, step)
+        optimizer.step()
+    task.done(model)
+
+
+main()
