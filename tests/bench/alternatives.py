@@ -34,7 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from protocol import model
-from tests.bench import ethernet
+from tests.bench import ethernet, llama
 from tests.bench.table import Row, show
 from tests.chaos import audit, network
 from tests.chaos.swarm import SETTINGS, Swarm, ends_when_told, until
@@ -92,9 +92,7 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
         self.given, self.folder = given, folder
-        sizes = {"hidden_size": given.hidden, "intermediate_size": given.hidden * 8 // 3 // 8 * 8}
-        self.sizes = {**sizes, "num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True}
-        self.config = model.model_config("llama", self.sizes, vocabulary=VOCABULARY, context=given.context)
+        self.config = llama.config(given.hidden, vocabulary=VOCABULARY, context=given.context)
         self.parameters = model.measure(self.config).parameters
         files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
         text = np.frombuffer(b"\n".join(path.read_bytes() for path in files), np.uint8)
@@ -245,7 +243,7 @@ class Bench:
         return {
             **SETTINGS,
             "run": {"rounds": rounds, "min_nodes": given.workers, "seed": given.seed},
-            "model": {"config": self.sizes},
+            "model": {"config": llama.sizes(given.hidden)},
             "data": {"context": given.context, "heldout": 0.01},
             "train": {
                 **train,

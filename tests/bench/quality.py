@@ -36,6 +36,7 @@ from protocol.fold import Outer, OuterKind, fold
 from protocol.runspec import RoundsSection, cosine_share
 from protocol.state import State, initial_state
 from protocol.types import Contribution, DataRange, Digest, Epoch, Exchange, NodeId, Part, Record, Role, RunId
+from tests.bench import llama
 from tests.bench.table import Row, show
 
 VOCABULARY = 256
@@ -302,12 +303,6 @@ def _since(began: float) -> float:
     return time.perf_counter() - began
 
 
-def config_of(hidden: int, layers: int, context: int) -> str:
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 8 * 8, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": max(2, hidden // 64), "tie_word_embeddings": True}
-    return model.model_config("llama", sizes | heads, vocabulary=VOCABULARY, context=context)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[4])
@@ -323,7 +318,7 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="the rows that the defaults were chosen from, instead")
     parser.add_argument("--only", nargs="*", default=[""], help="words of the recipes to run")
     given = parser.parse_args()
-    config = config_of(given.hidden, given.layers, given.context)
+    config = llama.config(given.hidden, given.layers, vocabulary=VOCABULARY, context=given.context)
     base = Setting(config, given.context, given.batch, given.steps, 0, 0, given.device, given.threads, given.decay_to)
     chosen = [
         recipe

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tests.bench import ethernet
+from tests.bench import ethernet, llama
 from tests.bench.table import Row, show
 from tests.chaos.swarm import SETTINGS, Swarm, ends_when_told
 
@@ -63,11 +63,10 @@ def measure(rate: str, given: argparse.Namespace) -> tuple[Measured, int]:
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    sizes = {"hidden_size": given.hidden, "intermediate_size": given.hidden * 8 // 3 // 8 * 8}
     return {
         **SETTINGS,
         "run": {**SETTINGS["run"], "min_nodes": given.nodes},
-        "model": {"config": {**sizes, "num_hidden_layers": 4, "num_attention_heads": 4}},
+        "model": {"config": llama.sizes(given.hidden)},
         "rounds": {"inner_steps": [[1, given.steps]], "gather_seconds": 5.0, "deadline_seconds": 120.0},
         "leases": {"sequences": 4096, "seconds": 300.0},
         "update": {"codec": given.codec},

@@ -23,6 +23,7 @@ import psutil
 
 from node.training import Stepped, Trainer, TrainerSpec, Vectors
 from protocol.types import DataRange, Digest
+from tests.bench import llama
 from tests.bench.table import Row, show
 
 CONTEXT = 128
@@ -36,14 +37,6 @@ def text(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     joined = b"\n".join(path.read_bytes() for path in files)
     return np.frombuffer((joined * (size // len(joined) + 1))[:size], np.uint8)
-
-
-def config(hidden: int) -> str:
-    from protocol import model
-
-    values = {"num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True}
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 16 * 16}
-    return model.model_config("llama", values | sizes, vocabulary=VOCABULARY, context=CONTEXT)
 
 
 def bare_loop(path: Path, steps: int, model_config: str, threads: int) -> tuple[float, float]:
@@ -83,7 +76,7 @@ async def ours(path: Path, steps: int, hidden: int, threads: int, folder: Path) 
     """Tokens per second by the clock and by processor time, from goal to goal, and the seconds to start."""
     from protocol import model
 
-    made = config(hidden)
+    made = llama.config(hidden, vocabulary=VOCABULARY, context=CONTEXT)
     size = model.measure(made)
     vectors = Vectors.create(size.parameters, runtime_dir=folder)
     vectors.shared[:] = model.initial_vector(made, 0)
@@ -124,7 +117,14 @@ def main() -> None:
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.bare is not None:
-        print(*bare_loop(given.bare, given.steps, config(given.hidden), given.threads))
+        print(
+            *bare_loop(
+                given.bare,
+                given.steps,
+                llama.config(given.hidden, vocabulary=VOCABULARY, context=CONTEXT),
+                given.threads,
+            )
+        )
         return
     pairs, starts = [], []
     with tempfile.TemporaryDirectory() as folder:
