@@ -18,6 +18,7 @@ from node.status import Tally
 from node.training import Trainer
 from protocol.blobs import BlobStore
 from protocol.errors import Exit, Refused
+from protocol.log import ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed
 from protocol.types import DataRange, Digest, Lease, Record, Shard
@@ -120,14 +121,11 @@ class Supply:
     async def settle(self, record: Record) -> None:
         """After a round: leases that are used up are leases no more; whatever is left is for the trainer.
 
-        What others brought while our lease was theirs is trained here in vain: who slept finds much of it."""
-        consumed, me = self._decider.rounds.consumed, self._decider.rules.me
+        What others brought while our lease was theirs would be trained here in vain: who slept finds much of it."""
+        consumed = self._decider.rounds.consumed
         self._leases = {key: lease for key, lease in self._leases.items() if not consumed.covers(lease.range)}
-        theirs = [each for brought in record.contributions if brought.node != me for each in brought.ranges]
         async with self._turn:
-            if taken := [each for each in theirs if self._given.overlaps(each)]:
-                log.info("others have brought data of ours", sequences=_sequences(taken))
-                await self._forget(taken)
+            await self._forget([each for each in ranges_of(record) if self._given.overlaps(each)])
             if again := await self._top_up():
                 log.info("work that no round took is done again", sequences=again)
 
@@ -144,10 +142,14 @@ class Supply:
 
     async def _forget(self, ranges: list[DataRange]) -> None:
         """Take what is queued of these ranges from the trainer. What it has trained on stays trained."""
-        if self._trainer is not None:
-            with suppress(Refused):  # it has ended; the next one never gets it
-                self._given = _without(self._given, await self._trainer.drop(ranges))
-        self._decider.post(session.DataUsed(0, self.wanted()))  # asks for more; the next step says how much is left
+        if self._trainer is None or not ranges:
+            return
+        with suppress(Refused):  # it has ended; the next one never gets it
+            dropped = await self._trainer.drop(ranges)
+            if dropped:
+                self._given = _without(self._given, dropped)
+                left = self._decider.session.sequences_left - _sequences(dropped)
+                self._decider.post(session.DataUsed(max(0, left), self.wanted()))  # perhaps asks for more
 
     async def _top_up(self) -> int:
         """Give the trainer all that it lacks; how many sequences that were."""

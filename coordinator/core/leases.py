@@ -130,12 +130,6 @@ def undo(leases: Leases, ranges: Iterable[DataRange]) -> Leases:
     return replace(leases, returned=tuple(joined), held={})
 
 
-def reaches(leases: Leases, data: DataRange, cursor: Cursor) -> bool:
-    """Whether some of this data was never granted when the cursor stood there."""
-    index = next((i for i, shard in enumerate(leases.shards) if shard.digest == data.shard), -1)
-    return index >= 0 and (data.pass_number, index, data.stop) > (cursor.pass_number, cursor.shard, cursor.start)
-
-
 def _below_cursor(leases: Leases, data: DataRange, index: int) -> DataRange | None:
     """What of this range was granted once."""
     cursor, stop = leases.cursor, leases.shards[index].sequences

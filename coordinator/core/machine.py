@@ -5,7 +5,7 @@ It follows the log and never leads it: rounds are decided by the members alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import leases as data
@@ -16,7 +16,6 @@ from protocol.limits import ROLLBACKS_MAX
 from protocol.log import check_ranges, check_record_shape, next_head, next_turn, ranges_of
 from protocol.state import Consumed
 from protocol.types import (
-    DataRange,
     Digest,
     Epoch,
     Head,
@@ -105,8 +104,6 @@ class State:
     folding: bool = False
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
-    untouched: Mapping[NodeId, data.Cursor] = field(default_factory=dict)  # data granted since they are silent
-    settled: frozenset[NodeId] = frozenset()  # of the silent, those whose every forgotten vote is for a round decided
     started: float = -1e9  # when this process began
     tokens: int = 0
     events: tuple[tuple[float, str], ...] = ()
@@ -366,12 +363,7 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             state = replace(state, seals={other: seal for other, seal in state.seals.items() if other != node})
             if forgot:
                 fresh = replace(fresh, activity="joining")
-                state = replace(
-                    state,
-                    silent={**state.silent, node: Epoch(state.next_epoch - 1)},
-                    untouched={**state.untouched, node: state.leases.cursor},
-                    settled=state.settled - {node},
-                )
+                state = replace(state, silent={**state.silent, node: Epoch(state.next_epoch - 1)})
                 state = _say(state, now, f"{name} has come back with an older disk: it starts as a new member would")
             return _say(_with_node(state, fresh), now, f"{name} connected"), (Announce(),)
         case HeartbeatArrived():
@@ -505,7 +497,6 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
             known = nodes[contribution.node]
             nodes[contribution.node] = replace(known, credit_tokens=known.credit_tokens + contribution.tokens)
     tokens = sum(contribution.tokens for contribution in record.contributions)
-    state = _settle_the_silent(state, ranges)
     state = replace(
         state,
         head=next_head(record),
@@ -527,15 +518,6 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
         return state, effects
     state, more = _entry(state, following, now, rules)
     return state, effects + more
-
-
-def _settle_the_silent(state: State, ranges: Iterable[DataRange]) -> State:
-    """A record with data that was first granted after a node had forgotten is of no earlier round than any of its
-    forgotten votes: for a vote, a majority must have gone on to its round, and before it a record is decided once."""
-    ranges = tuple(ranges)
-    marks = {node: state.untouched.get(node, state.leases.cursor) for node in state.silent}
-    decided = {node for node, mark in marks.items() if any(data.reaches(state.leases, each, mark) for each in ranges)}
-    return replace(state, untouched=marks, settled=state.settled | decided)
 
 
 def _folded(state: State, round_number: RoundNumber, digest: Digest, now: float, rules: Rules) -> Outcome:
@@ -688,8 +670,7 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     if not state.history and len(desired) < rules.min_nodes:
         return state, ()
     seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}
-    rosters = [signed.roster for signed in state.rosters]
-    members = next_members(rosters, desired, seals, state.silent, state.settled)
+    members = next_members([signed.roster for signed in state.rosters], desired, seals, state.silent)
     if members is None:
         return state, ()
     issued_ms = int(now * 1000)

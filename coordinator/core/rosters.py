@@ -34,14 +34,12 @@ def next_members(
     desired: Sequence[Member],
     seals: Mapping[NodeId, Epoch] | None = None,
     silent: Mapping[NodeId, Epoch] | None = None,
-    settled: Iterable[NodeId] = (),
 ) -> tuple[Member, ...] | None:
     """The members of the next roster: `desired`, or the longest safe step towards it; None to leave it as it is.
 
     `open_rosters` are all those under which a record may still be decided, the newest last; `seals` names those who
     have voted for nothing and sign nothing more under the rosters up to an epoch. Those who are `silent` sign nothing
-    more either, but they have forgotten what they voted for: to the rosters up to that epoch they are strangers, and
-    those of the same name have perhaps voted; not in any open round, if they are `settled`."""
+    more either, but they have forgotten what they voted for: to the rosters up to that epoch they are strangers."""
     desired = tuple(desired)[:MEMBERS_MAX]
     if not open_rosters:
         return desired or None
@@ -50,15 +48,14 @@ def next_members(
     if not desired or (_same(current, desired) and not forgetful):
         return None
     wished = {member.node: member for member in desired}
-    gone = [_before(node) for node in settled]
 
     def voters(roster: Roster) -> list[NodeId]:
         """Its nodes, where one that has forgotten is another than the one of the same name."""
-        return [_before(n) if (silent or {}).get(n, -1) >= roster.epoch else n for n in roster.nodes]
+        return [NodeId(f"{n} before") if (silent or {}).get(n, -1) >= roster.epoch else n for n in roster.nodes]
 
     def safe(nodes: Sequence[NodeId]) -> bool:
         return all(
-            may_follow(voters(roster), nodes, [*gone, *(n for n, e in (seals or {}).items() if e >= roster.epoch)])
+            may_follow(voters(roster), nodes, [n for n, epoch in (seals or {}).items() if epoch >= roster.epoch])
             for roster in open_rosters
         )
 
@@ -74,10 +71,6 @@ def next_members(
     chosen = tuple(known[node] for node in kept)
     changed = not _same(current, chosen) or not forgetful.isdisjoint(kept)
     return chosen if changed and safe(kept) else None
-
-
-def _before(node: NodeId) -> NodeId:
-    return NodeId(f"{node} before")
 
 
 def _same(left: Sequence[Member], right: Sequence[Member]) -> bool:

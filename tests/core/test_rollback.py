@@ -237,55 +237,10 @@ def test_two_of_six_that_forgot_leave_together_where_one_alone_could_not():
     assert [member.node for member in members] == [A, B, C, D]
 
 
-def test_two_of_five_that_forgot_come_back_once_all_that_they_can_have_signed_is_decided():
+def test_two_of_five_that_forgot_have_to_wait_for_others():
+    """The three that are left could be a majority that misses the old one of those two and one of them."""
     old = rostered(A, B, C, D, E)
     assert next_members([old], old.members, silent={D: 0, E: 0}) is None
-    assert next_members([old], old.members, silent={D: 0, E: 0}, settled={D}) is not None
-    members = next_members([old], old.members, silent={D: 0, E: 0}, settled={D, E})
-    assert [member.node for member in members] == [A, B, C, D, E]
-
-
-def forgetful_pair():
-    """A coordinator of five, two of which come back with old disks; data up to 32 was granted before."""
-    coordinator = Coordinator().join(A, B, C, D, E)
-    coordinator.see(machine.LeasesAsked(A, 16), machine.LeasesAsked(B, 16))
-    for start in (16, 17):  # the roster of all five, and then it alone
-        epoch = coordinator.state.roster.roster.epoch
-        certify(coordinator, epoch, contributes(B, start, start + 1))
-    coordinator.state = replace(coordinator.state, started=coordinator.now)  # it gives everyone the time to come back
-    for node in (D, E):
-        coordinator.see(machine.NodeOpened(node, node, node, (), forgot=True))
-    patience = machine.RESTART_PATIENCE * coordinator.rules.absent_seconds
-    for later in (coordinator.now + patience / 2, coordinator.now + patience):
-        coordinator.see(*(beats(node, head_round=1) for node in (A, B, C, D, E)), at=later)
-    assert coordinator.state.roster.roster.epoch == epoch, "nobody knows what the two have voted for"
-    return coordinator, epoch
-
-
-def certify(coordinator, epoch, *ranges):
-    entry = coordinator.entry(*ranges, signers=(A, B, C), epoch=epoch, state=coordinator.state.replica_digest)
-    coordinator.see(machine.EntryArrived(entry))
-
-
-def test_votes_that_a_majority_can_lack_are_forgotten_until_a_record_holds_data_granted_since():
-    coordinator, epoch = forgetful_pair()
-    certify(coordinator, epoch, contributes(A, 0, 16))
-    assert coordinator.state.roster.roster.epoch == epoch, "this round may be older than what they have voted for"
-    coordinator.see(machine.LeasesAsked(A, 16))
-    certify(coordinator, epoch, contributes(A, 24, 40))
-    assert coordinator.state.roster.roster.epoch > epoch
-    assert set(coordinator.rostered) == {A, B, C, D, E}
-
-
-def test_who_forgets_again_is_waited_for_again():
-    coordinator, epoch = forgetful_pair()
-    coordinator.see(machine.LeasesAsked(C, 16))
-    coordinator.see(machine.NodeOpened(E, E, E, (), forgot=True), beats(E))
-    certify(coordinator, epoch, contributes(C, 32, 48))
-    assert coordinator.state.settled == {D}, "what D may have voted for is decided"
-    coordinator.see(machine.LeasesAsked(C, 16))
-    certify(coordinator, coordinator.state.roster.roster.epoch, contributes(C, 48, 50))
-    assert coordinator.state.settled == {D, E}
 
 
 def test_the_seal_of_a_member_that_forgot_says_nothing_of_what_it_forgot():

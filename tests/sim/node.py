@@ -644,9 +644,9 @@ class SimNode(Process):
         if self.session.trainer_ready:
             self.queue += [common for a in again for b in leased if (common := a.common(b)) is not None]
         disk.leases = {i: lease for i, lease in disk.leases.items() if not consumed.covers(lease.range)}
-        theirs = Consumed().with_ranges(r for c in entry.record.contributions if c.node != self.me for r in c.ranges)
-        if any(theirs.overlaps(each) for each in self.queue):
-            self.queue = [rest for each in self.queue for rest in theirs.rests(each)]
+        taken = Consumed().with_ranges(ranges_of(entry.record))
+        if any(taken.overlaps(each) for each in self.queue):
+            self.queue = [rest for each in self.queue for rest in taken.rests(each)]
             self.session_event(session.DataUsed(_sequences(self.queue), self._wanted()))
         self._push(entry)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.types import Head
+from coordinator.core.rosters import may_follow
+from protocol.types import Epoch, Head, NodeId
 from tests.sim.faults import Weather
 from tests.sim.invariants import Known
 from tests.sim.node import Swarm
@@ -106,8 +107,19 @@ def _lacking(world: World, target: Known) -> str:
 
 def _brings_nothing(world: World) -> str:
     """Who trains, and no record since the faults ended has taken any of it."""
-    idle = (n for n in world.nodes.values() if n.session.trains and n.me not in world.truth.bringers)
+    able = (n for n in world.nodes.values() if n.session.trains and not _is_kept_out(world, n.me))
+    idle = (n for n in able if n.me not in world.truth.bringers)
     return next((f"no record has taken work of {node.name}" for node in idle), "")
+
+
+def _is_kept_out(world: World, node: NodeId) -> bool:
+    """It has forgotten its promises at once with so many others that nobody can do without what they have signed."""
+    roster, silent = world.coordinator.state.roster, world.coordinator.state.silent
+    if roster is None or silent.get(node, Epoch(-1)) < roster.roster.epoch:
+        return False
+    nodes = roster.roster.nodes
+    rest = [each for each in nodes if silent.get(each, Epoch(-1)) < roster.roster.epoch]
+    return not may_follow(nodes, rest)
 
 
 def report(world: World) -> Report:
