@@ -325,6 +325,8 @@ class Coordinator:
                     self.store.save_roster(each)
             case machine.SignRollback(rollback):
                 self.submit(machine.Recalled((), (sign_rollback(self.key, rollback),)))
+            case machine.BranchOff(reason):
+                self.submit(machine.RollbackAsked(self._record_head(self.state.head.round), reason))
             case machine.TurnLog(turn):
                 self._turn(turn)
             case machine.SaveLeases():

@@ -5,7 +5,7 @@ It follows the log and never leads it: rounds are decided by the members alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import leases as data
@@ -104,6 +104,7 @@ class State:
     folding: bool = False
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
+    held_since: float | None = None  # since when forgotten promises keep the roster from changing
     started: float = -1e9  # when this process began
     tokens: int = 0
     events: tuple[tuple[float, str], ...] = ()
@@ -272,6 +273,13 @@ class SignRollback:
 
 
 @dataclass(frozen=True)
+class BranchOff:
+    """Undo nothing, and go on from the newest record on a branch of its own: answer with RollbackAsked to that head."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class TurnLog:
     """Make durable, in one transaction: the rollback, what it undoes, and the leases. Ends as RolledBack."""
 
@@ -328,6 +336,7 @@ Effect = (
     SignRoster
     | SaveRosters
     | SignRollback
+    | BranchOff
     | TurnLog
     | Rewind
     | GrantLeases
@@ -672,8 +681,24 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}
     members = next_members([signed.roster for signed in state.rosters], desired, seals, state.silent)
     if members is None:
-        return state, ()
+        return _held(state, {member.node for member in desired}, now, rules)
     issued_ms = int(now * 1000)
     roster = Roster(rules.run, state.next_epoch, members, issued_ms, floor=state.head.round, branch=state.branch)
-    state = replace(state, next_epoch=Epoch(state.next_epoch + 1), issuing=roster.epoch)
+    state = replace(state, next_epoch=Epoch(state.next_epoch + 1), issuing=roster.epoch, held_since=None)
     return state, (SignRoster(roster),)
+
+
+def _held(state: State, here: Collection[NodeId], now: float, rules: Rules) -> Outcome:
+    """So many members have forgotten what they signed that no other roster can be issued: nobody can come or leave.
+
+    On another branch no promise of theirs matters. It begins once every member is here and no log is ahead of ours."""
+    roster = state.roster.roster if state.roster is not None else None
+    forgetful = [node for node in roster.nodes if state.silent.get(node, -1) >= roster.epoch] if roster else []
+    if roster is None or not forgetful or not here >= set(roster.nodes):
+        return replace(state, held_since=None), ()
+    since = now if state.held_since is None else state.held_since
+    ahead = any(state.nodes[node].head_round > state.head.round for node in roster.nodes)
+    if ahead or now - since < RESTART_PATIENCE * rules.absent_seconds:
+        return replace(state, held_since=since), ()
+    reason = f"{len(forgetful)} of {len(roster.nodes)} nodes are back with older disks and forgot what they had signed"
+    return replace(state, held_since=None), (BranchOff(reason),)

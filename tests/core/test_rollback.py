@@ -243,6 +243,46 @@ def test_two_of_five_that_forgot_have_to_wait_for_others():
     assert next_members([old], old.members, silent={D: 0, E: 0}) is None
 
 
+def forgetful_pair():
+    """A coordinator of five, two of which come back with old disks while it gives everyone the time to come back."""
+    coordinator = Coordinator().join(A, B, C, D, E)
+    for start in (16, 17):  # the roster of all five, and then it alone
+        epoch = coordinator.state.roster.roster.epoch
+        entry = coordinator.entry(contributes(B, start, start + 1), signers=(A, B, C), epoch=epoch)
+        coordinator.see(machine.EntryArrived(entry))
+    coordinator.state = replace(coordinator.state, started=coordinator.now)
+    for node in (D, E):
+        coordinator.see(machine.NodeOpened(node, node, node, (), forgot=True))
+    return coordinator
+
+
+def wait(coordinator, *nodes, head_round=2):
+    """Half a patience, with a word from these nodes."""
+    later = coordinator.now + machine.RESTART_PATIENCE * coordinator.rules.absent_seconds / 2
+    return coordinator.see(*(beats(node, head_round=head_round) for node in nodes), at=later)
+
+
+def branched(effects):
+    return [effect for effect in effects if isinstance(effect, machine.BranchOff)]
+
+
+def test_a_roster_that_forgotten_promises_hold_is_left_for_a_branch_without_them():
+    coordinator = forgetful_pair()
+    for _ in range(3):
+        assert not branched(wait(coordinator, A, B, C, D, E))
+    (effect,) = branched(wait(coordinator, A, B, C, D, E))
+    assert effect.reason.startswith("2 of 5 nodes")
+
+
+def test_nobody_branches_off_while_a_member_that_may_know_more_is_away_or_ahead():
+    coordinator = forgetful_pair()
+    for _ in range(6):
+        assert not branched(wait(coordinator, A, B, D, E))
+    for _ in range(6):
+        assert not branched(wait(coordinator, A, B, C, D, E, head_round=3)), "its record is on its way"
+    assert branched(wait(coordinator, A, B, C, D, E))
+
+
 def test_the_seal_of_a_member_that_forgot_says_nothing_of_what_it_forgot():
     old = rostered(A, B, C, D, E)
     assert next_members([old], old.members, seals={D: 0, E: 0}, silent={D: 0, E: 0}) is None

@@ -210,6 +210,8 @@ class SimCoordinator(Process):
                 store.rosters |= {signed.roster.epoch: signed for signed in rosters}
             case machine.SignRollback(rollback):
                 self._event(machine.Recalled((), (SignedRollback(rollback, "s"),)))
+            case machine.BranchOff(reason):
+                self._event(machine.RollbackAsked(_head(self.store.line), reason))
             case machine.TurnLog(turn):
                 self._turn(turn)
             case machine.SaveLeases():

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.core.rosters import may_follow
-from protocol.types import Epoch, Head, NodeId
+from protocol.types import Head
 from tests.sim.faults import Weather
 from tests.sim.invariants import Known
 from tests.sim.node import Swarm
@@ -90,7 +89,7 @@ def _lacking(world: World, target: Known) -> str:
     """Who has not yet gone on to this head."""
 
     def there(head: Head, branch: int) -> bool:
-        return branch == target.branch and head.round >= target.head.round
+        return branch > target.branch or (branch == target.branch and head.round >= target.head.round)
 
     for node in world.nodes.values():
         if not there(node.rounds.head, node.rounds.branch):
@@ -100,26 +99,15 @@ def _lacking(world: World, target: Known) -> str:
     state = world.coordinator.state
     if not there(state.head, state.branch):
         return f"the coordinator's log ends at round {state.head.round} of branch {state.branch}"
-    if state.replica.round < target.head.round:
+    if state.branch == target.branch and state.replica.round < target.head.round:
         return f"the archive ends at round {state.replica.round}, {len(state.wanted)} parts are wanted"
     return ""
 
 
 def _brings_nothing(world: World) -> str:
     """Who trains, and no record since the faults ended has taken any of it."""
-    able = (n for n in world.nodes.values() if n.session.trains and not _is_kept_out(world, n.me))
-    idle = (n for n in able if n.me not in world.truth.bringers)
+    idle = (n for n in world.nodes.values() if n.session.trains and n.me not in world.truth.bringers)
     return next((f"no record has taken work of {node.name}" for node in idle), "")
-
-
-def _is_kept_out(world: World, node: NodeId) -> bool:
-    """It has forgotten its promises at once with so many others that nobody can do without what they have signed."""
-    roster, silent = world.coordinator.state.roster, world.coordinator.state.silent
-    if roster is None or silent.get(node, Epoch(-1)) < roster.roster.epoch:
-        return False
-    nodes = roster.roster.nodes
-    rest = [each for each in nodes if silent.get(each, Epoch(-1)) < roster.roster.epoch]
-    return not may_follow(nodes, rest)
 
 
 def report(world: World) -> Report:
