@@ -98,22 +98,51 @@ def test_a_node_starts_again_while_the_coordinator_is_away(run, nodes):
     brings(run, birch, max(node.status()["round"] for node in nodes))
 
 
+def backed_up(node):
+    """A copy of its home as it is now; it goes on."""
+    backup = node.world.folder / f"{node.name}-backup"
+    shutil.rmtree(backup, ignore_errors=True)
+    node.stop()
+    shutil.copytree(node.home, backup, symlinks=True, ignore=shutil.ignore_patterns("runtime"))
+    node.start()
+    return backup
+
+
+def put_back(node, backup):
+    """It dies, and its disk is the one of then."""
+    gone(node.kill())
+    shutil.rmtree(node.home)
+    shutil.copytree(backup, node.home, symlinks=True)
+    (node.home / "runtime").mkdir(mode=0o700, exist_ok=True)
+
+
 def test_a_node_whose_disk_came_from_a_backup_begins_as_a_new_member_would(shared, run, nodes):
     ash, birch, cedar = nodes
-    backup = shared.folder / "backup"
-    cedar.stop()
-    shutil.copytree(cedar.home, backup, symlinks=True, ignore=shutil.ignore_patterns("runtime"))
-    cedar.start()
+    backup = backed_up(cedar)
     cedar.rostered()
     brings(run, cedar, cedar.status()["round"])
-    gone(cedar.kill())
-    shutil.rmtree(cedar.home)
-    shutil.copytree(backup, cedar.home, symlinks=True)
-    (cedar.home / "runtime").mkdir(mode=0o700, exist_ok=True)
+    put_back(cedar, backup)
     cedar.start()
     until(lambda: run.page("status") and "older disk" in str(run.page("status")["events"]), "the coordinator notices")
     until(lambda: list(Home(cedar.home).journal.glob("*/silence.json")), "it promises to sign under newer rosters only")
     brings(run, cedar, max(node.status()["round"] for node in (ash, birch)))
+    assert len(rollbacks(run)[0]) == 1
+
+
+def test_when_a_majority_has_older_disks_everybody_goes_on_on_another_branch(shared, run, nodes):
+    ash, *others = nodes
+    backups = [backed_up(node) for node in others]
+    for node in others:
+        node.rostered()
+        brings(run, node, node.status()["round"])
+    for node, backup in zip(others, backups, strict=True):
+        put_back(node, backup)
+    for node in others:
+        node.start()
+    until(lambda: len(rollbacks(run)[0]) == 2, "the coordinator begins another branch")
+    assert "forgot" in rollbacks(run)[0][1].rollback.reason
+    for node in nodes:
+        brings(run, node, ash.status()["round"])
 
 
 def test_nothing_is_left_of_all_this(shared, run, nodes):
