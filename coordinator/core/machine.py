@@ -5,7 +5,7 @@ It follows the log and never leads it: rounds are decided by the members alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import leases as data
@@ -688,13 +688,13 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     return state, (SignRoster(roster),)
 
 
-def _held(state: State, here: Collection[NodeId], now: float, rules: Rules) -> Outcome:
+def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:
     """So many members have forgotten what they signed that no other roster can be issued: nobody can come or leave.
 
     On another branch no promise of theirs matters. It begins once every member is here and no log is ahead of ours."""
     roster = state.roster.roster if state.roster is not None else None
     forgetful = [node for node in roster.nodes if state.silent.get(node, -1) >= roster.epoch] if roster else []
-    if roster is None or not forgetful or not here >= set(roster.nodes):
+    if roster is None or not forgetful or not here.issuperset(roster.nodes):
         return replace(state, held_since=None), ()
     since = now if state.held_since is None else state.held_since
     ahead = any(state.nodes[node].head_round > state.head.round for node in roster.nodes)
