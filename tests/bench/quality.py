@@ -109,6 +109,7 @@ def defaults() -> tuple[Recipe, ...]:
     outers = (
         ("average", AVERAGE),
         ("average times 0.8", Outer(OuterKind.AVERAGE, 0.8)),
+        ("average times 1.5", Outer(OuterKind.AVERAGE, 1.5)),
         ("Nesterov 0.7, 0.9", DILOCO),
         ("Nesterov 0.9, 0.5", Outer(OuterKind.NESTEROV, 0.9, 0.5)),
     )
@@ -118,6 +119,7 @@ def defaults() -> tuple[Recipe, ...]:
         rows += [replace(usual, name=f"{name}, outer {what}", outer=outer) for what, outer in outers]
         rows += [replace(usual, name=f"{name}, rounds of {steps}", schedule=((1, steps),)) for steps in (10, 50)]
         rows += [replace(usual, name=f"{name}, residual times {kept}", residual_decay=kept) for kept in others]
+        rows.append(replace(usual, name=f"{name}, AdamW inside", train=ADAMW))
     return tuple(rows)
 
 
