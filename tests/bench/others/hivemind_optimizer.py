@@ -1,8 +1,7 @@
 """hivemind.Optimizer with local updates: parameters are averaged in fp16 every so many steps of everyone together."""
 
-import time
-
 import hivemind
+from dht import meet
 from hivemind.compression import Float16Compression
 from task import begin
 
@@ -12,16 +11,7 @@ AVERAGING_SECONDS = 15.0  # documented: about twice what an all-reduce takes
 
 def main():
     task = begin()
-    if task.index is None:
-        dht = hivemind.DHT(host_maddrs=[f"/ip4/{task.hub}/tcp/0"], nat_port_map=False, start=True)
-        task.say(next(str(each) for each in dht.get_visible_maddrs() if task.hub in str(each)))
-        time.sleep(86400)
-    dht = hivemind.DHT(
-        initial_peers=[task.meeting],
-        host_maddrs=[f"/ip4/{task.addresses[task.index]}/tcp/0"],
-        nat_port_map=False,
-        start=True,
-    )
+    dht = meet(task)
     model = task.model()
     optimizer = hivemind.Optimizer(
         dht=dht,

@@ -1,10 +1,9 @@
 """OpenDiLoCo's optimizer on hivemind: pseudo-gradients in fp16, Nesterov outside. Not on PyPI: `open_diloco` must be importable."""
 
-import time
 from functools import partial
 
-import hivemind
 import torch
+from dht import meet
 from hivemind.compression import Float16Compression
 from open_diloco.hivemind_diloco import AllReduceStrategy, DiLoCoOptimizer
 from task import WEIGHT_DECAY, begin
@@ -14,16 +13,7 @@ MATCHMAKING_SECONDS = 3.0
 
 def main():
     task = begin()
-    if task.index is None:
-        dht = hivemind.DHT(host_maddrs=[f"/ip4/{task.hub}/tcp/0"], nat_port_map=False, start=True)
-        task.say(next(str(each) for each in dht.get_visible_maddrs() if task.hub in str(each)))
-        time.sleep(86400)
-    dht = hivemind.DHT(
-        initial_peers=[task.meeting],
-        host_maddrs=[f"/ip4/{task.addresses[task.index]}/tcp/0"],
-        nat_port_map=False,
-        start=True,
-    )
+    dht = meet(task)
     model = task.model()
     optimizer = DiLoCoOptimizer(
         dht=dht,
