@@ -32,9 +32,8 @@ from protocol.types import Exchange
 # Tensor.compression; hivemind's own codecs end below 100
 CODES: Final = {"fp16": 101, "int8": 102, "int4": 103, "sparse2": 104}
 GATHER_SHARE: Final = 0.5  # of the deadline: sending the means takes as long as gathering did
-PIECE_BYTES: Final = (
-    1 << 15
-)  # of an encoded vector in one message, or a single chunk: what carries it should weigh little
+# Of an encoded vector in one message, or a single chunk: what carries it should weigh little.
+PIECE_BYTES: Final = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ WEIGHT_DECAY, WARMUP_STEPS = 0.01, 20  # as in others/task.py
 
 
 class Failed(Exception):
-    """A system that did not do the task; the log of its processes was shown."""
+    """A system that could not be had, or did not do the task; what it said was shown."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ OURS = (
 class Outcome:
     loss: float
     seconds: float
-    tokens: int
+    tokens: int  # in these seconds
+    trained: int  # tokens in the model whose loss it is
     sent: float  # bytes of one worker, as its interface counts them
-    same: bool  # whether every worker ended with the same bits
+    same: bool | None  # whether every worker ended with the same bits; none: there is one model, where they meet
 
 
 class Bench:
@@ -156,7 +157,8 @@ class Bench:
         losses = [self.loss(final) for final in finals]
         hashes = {_hash(final) for final in finals}
         tokens = sum(steps) * given.batch * given.context
-        return Outcome(fmean(losses), seconds, tokens, sent / given.workers, len(hashes) == 1)
+        same = len(hashes) == 1 if other.keeps else None
+        return Outcome(fmean(losses), seconds, tokens, tokens, sent / given.workers, same)
 
     @contextmanager
     def _started(
@@ -184,34 +186,36 @@ class Bench:
         path.write_text(json.dumps(task))
         device = "hub" if index is None else f"node{index}"
         paths = [str(given.opendiloco)] if given.opendiloco else []
+        log = folder / f"{name}.log"
         lan.enter(index)
         try:
-            process = subprocess.Popen(
-                [python, PROGRAMS / f"{other.program}.py", path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(folder / f"{name}.log").open("wb"),
-                text=True,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "GLOO_SOCKET_IFNAME": device,
-                    "PYTHONPATH": os.pathsep.join(paths),
-                    "TMPDIR": str(self.folder),
-                },
-                start_new_session=True,
-            )
+            with log.open("wb") as errors:
+                process = subprocess.Popen(
+                    [python, PROGRAMS / f"{other.program}.py", path],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env={
+                        **os.environ,
+                        "OMP_NUM_THREADS": "1",
+                        "GLOO_SOCKET_IFNAME": device,
+                        "PYTHONPATH": os.pathsep.join(paths),
+                        "TMPDIR": str(self.folder),
+                    },
+                    start_new_session=True,
+                )
         finally:
             lan.enter(None)
-        try:
-            yield process
-        except BaseException:
-            print((folder / f"{name}.log").read_text(errors="replace")[-1500:], file=sys.stderr)
-            raise
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with process:  # at its end, its pipes are closed
+            try:
+                yield process
+            except BaseException:
+                print(log.read_text(errors="replace")[-1500:], file=sys.stderr)
+                raise
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     # ours
 
@@ -234,7 +238,8 @@ class Bench:
             exported = self.folder / "ours" / "exported"
             swarm.arena.call("barnraise-coordinator", "export", exported, "--run", swarm.coordinator.folder)
             state = AutoModelForCausalLM.from_pretrained(exported).state_dict()
-            return Outcome(self.loss(state), last.at - first.at, tokens, sent / given.workers, same)
+            trained = sum(sum(each.tokens.values()) for each in swarm.watch.in_order())
+            return Outcome(self.loss(state), last.at - first.at, tokens, trained, sent / given.workers, same)
         finally:
             swarm.close()
 
@@ -270,7 +275,8 @@ def environment(other: Other, folder: Path) -> Path:
         venv.create(home, with_pip=True, clear=True)
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         (home / "lib" / version / "site-packages" / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-qq", *other.packages], check=True, stderr=subprocess.DEVNULL)
+        if subprocess.run([python, "-m", "pip", "install", "-qq", *other.packages], check=False).returncode:
+            raise Failed(f"pip could not install {' '.join(other.packages)}; remove it with --only, or try again")
         (home / "complete").touch()
     return python
 
@@ -333,7 +339,12 @@ def main() -> None:
     if given.opendiloco is None and any(other.program == "opendiloco" for other in others):
         print("  OpenDiLoCo: skipped, no --opendiloco FOLDER")
         others = [other for other in others if other.program != "opendiloco"]
-    pythons = [(other, environment(other, given.environments)) for other in others]  # while there is a network
+    pythons = []
+    for other in others:  # while there is a network
+        try:
+            pythons.append((other, environment(other, given.environments)))
+        except Failed as failed:
+            print(f"  {other.name}: not measured, {failed}", flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="barnraise-bench-") as folder:
         bench = Bench(given, Path(folder))
@@ -342,7 +353,8 @@ def main() -> None:
         def note(name: str, outcome: Outcome) -> None:
             sent = outcome.sent / bench.parameters * goal / outcome.tokens
             what = f"{outcome.tokens / outcome.seconds:,.0f} tokens/s; a worker sent {sent:.2f} bytes per parameter"
-            words = f"{what}; replicas {'the same' if outcome.same else 'DIFFER'}"
+            replicas = {None: "one model", True: "replicas the same", False: "replicas DIFFER"}[outcome.same]
+            words = f"{what}; {outcome.trained:,} tokens trained; {replicas}"
             rows.append(Row(name, outcome.loss, digits=4, note=words))
             print(f"  {name}: loss {outcome.loss:.4f}, {words} ({outcome.seconds:.0f} s)", flush=True)
 
@@ -360,7 +372,7 @@ def main() -> None:
         f"{given.workers} workers with one thread each on {os.cpu_count()} cores, {bench.parameters:,} parameters,"
         f" {given.steps} steps of {given.batch * given.context:,} tokens for each, {given.inner_steps} between exchanges,"
         f" lines of {given.rate or 'the speed of this machine'};",
-        "held-out loss in nats for each byte. Flower's model is at its server alone.",
+        "held-out loss in nats for each byte. Whoever joins a swarm of ours first trains while the others start.",
     )
 
 

@@ -117,14 +117,8 @@ def main() -> None:
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.bare is not None:
-        print(
-            *bare_loop(
-                given.bare,
-                given.steps,
-                llama.config(given.hidden, vocabulary=VOCABULARY, context=CONTEXT),
-                given.threads,
-            )
-        )
+        made = llama.config(given.hidden, vocabulary=VOCABULARY, context=CONTEXT)
+        print(*bare_loop(given.bare, given.steps, made, given.threads))
         return
     pairs, starts = [], []
     with tempfile.TemporaryDirectory() as folder:

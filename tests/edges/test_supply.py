@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from node.core import session
@@ -221,6 +221,7 @@ actions = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(actions, max_size=40))
+@example([("lease", 0), ("yield", 4), ("yield", 4), ("theirs", 0)])  # chance seldom puts these in a row
 async def test_in_any_order_no_trainer_ever_holds_a_sequence_twice(story):
     """Held: queued, trained since the snapshot, waiting for a round, or in a record."""
     stand = Stand()

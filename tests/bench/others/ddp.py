@@ -15,10 +15,7 @@ def main():
     dist.barrier()
     task.ready()
     for step in range(task.steps):
-        task.warm_up(optimizer, step)
-        optimizer.zero_grad()
-        task.backward(parallel, step)
-        optimizer.step()
+        task.step(step, parallel, optimizer)
     task.done(model)
 
 

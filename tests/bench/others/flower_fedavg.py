@@ -31,10 +31,7 @@ class Worker(flwr.client.NumPyClient):
     def fit(self, parameters, config):
         put(self.model, parameters)
         for _ in range(self.task.inner_steps):
-            self.task.warm_up(self.optimizer, self.step)
-            self.optimizer.zero_grad()
-            self.task.backward(self.model, self.step)
-            self.optimizer.step()
+            self.task.step(self.step, self.model, self.optimizer)
             self.step += 1
         return arrays(self.model), self.task.inner_steps, {}
 

@@ -30,10 +30,7 @@ def main():
     task.ready()
     step = 0
     while optimizer.local_epoch < task.steps // task.inner_steps and step < 2 * task.steps:
-        task.warm_up(optimizer.opt, step)
-        optimizer.zero_grad()
-        task.backward(model, step)
-        optimizer.step()
+        task.step(step, model, optimizer, rates=optimizer.opt)
         step += 1
     task.done(model, step)
 

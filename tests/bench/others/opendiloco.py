@@ -29,10 +29,7 @@ def main():
     )
     task.ready()
     for step in range(task.steps):
-        task.warm_up(optimizer.state_averager.inner_optimizer, step)
-        optimizer.zero_grad()
-        task.backward(model, step)
-        optimizer.step()
+        task.step(step, model, optimizer, rates=optimizer.state_averager.inner_optimizer)
     task.done(model)
 
 

@@ -55,7 +55,13 @@ class Task:
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
-        return loss
+
+    def step(self, number, model, optimizer, *, rates=None):
+        """One step. `rates` is the optimizer that has the learning rates, where another is wrapped around it."""
+        self.warm_up(rates or optimizer, number)
+        optimizer.zero_grad()
+        self.backward(model, number)
+        optimizer.step()
 
     def say(self, what):
         print(f"bench: {what}", flush=True)

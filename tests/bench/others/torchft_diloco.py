@@ -48,10 +48,7 @@ def main():
     task.ready()
     with DiLoCo(manager, [model], inner, outer, sync_every=task.inner_steps):
         for step in range(task.steps):
-            task.warm_up(inner, step)
-            inner.zero_grad()
-            task.backward(model, step)
-            inner.step()
+            task.step(step, model, inner)
     task.done(model)
     os._exit(0)  # its threads would wait for each other
 
