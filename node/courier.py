@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from weakref import WeakValueDictionary
@@ -41,6 +42,7 @@ SENDER_SECONDS_MIN = 2.0  # without progress for less, a sender on a home line i
 ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
 PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
 PART_BYTES_PER_SECOND_MIN = 16 << 10  # slower than any line that can take part in a round
+REDUCED_KEPT = 4  # a round's record may hold the means of an earlier attempt
 PARTS_AT_ONCE = 8  # half of the calls that a peer answers at once
 
 log = structlog.get_logger()
@@ -71,6 +73,7 @@ class Courier:
         self._link = link
         self._decider = decider
         self._group = b""
+        self._reduced: deque[tuple[Digest, bytes]] = deque(maxlen=REDUCED_KEPT)  # our means, and their group
         self._store_turn = asyncio.Lock()  # one part at a time is put into the store
         self._fetching = asyncio.Semaphore(PARTS_AT_ONCE)
         self._on_their_way: WeakValueDictionary[Digest, asyncio.Lock] = WeakValueDictionary()
@@ -162,6 +165,7 @@ class Courier:
             spans=shares,
             deadline_seconds=seconds * ENGINE_SHARE,
             sender_seconds=max(SENDER_SECONDS_MIN, seconds / 3),
+            after=self._group_before(begin),
         )
         held: dict[int, Digest] = {}
         try:
@@ -183,7 +187,16 @@ class Courier:
         if index not in held or not included:
             return None, held
         start, stop = shares[index]
+        self._reduced.append((held[index], self._group))
         return Part(index, start, stop, held[index], len(outcome.parts[index]), self._me, included), held
+
+    def _group_before(self, begin: Begin) -> bytes:
+        """Of our means that the record before this round has taken, as far as they left anything out; else empty."""
+        before = self._journal.entry(begin.round - 1) if self._packing.down.sparse else None
+        if before is None:
+            return b""
+        ours = {part.digest for part in before.record.parts if part.reducer == self._me}
+        return next((group for digest, group in self._reduced if digest in ours), b"")
 
     async def stop_averaging(self) -> None:
         if self.engine is not None and self._group:

@@ -398,6 +398,7 @@ class Daemon:
                 listen=self._settings.listen_multiaddrs,
                 rendezvous=self._membership.opened.rendezvous,
                 packing=self._packing,
+                residual_decay=self._spec.update.residual_decay,
                 parameters=self._manifest.parameters,
                 blob_dir=self._blobs.folder,
                 on_message=self._hear,

@@ -38,6 +38,7 @@ class AveragingJob:
     spans: tuple[tuple[int, int], ...]  # values of each peer's part, at CHUNK_VALUES boundaries; empty for a client
     deadline_seconds: float  # for the whole
     sender_seconds: float  # a sender without progress for so long is left out
+    after: bytes = b""  # for us alone: the group whose means of ours are in the last record, if any are
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Engine:
         listen: Sequence[str],
         rendezvous: Sequence[str],
         packing: Packing,
+        residual_decay: float = 1.0,
         parameters: int,
         blob_dir: Path,
         on_message: Callable[[PeerId, bytes], None],
@@ -97,6 +99,7 @@ class Engine:
             "listen": list(listen),
             "rendezvous": list(rendezvous),
             "codecs": [packing.up.name, packing.down.name],
+            "residual_decay": residual_decay,
             "parameters": parameters,
             "blob_dir": str(blob_dir),
         }
@@ -125,7 +128,7 @@ class Engine:
 
     async def average(self, job: AveragingJob, payload: bytes) -> AveragingOutcome:
         """Average the encoded vector with the group. What fails is in the outcome; only a wrong job is refused."""
-        body = asdict(job) | {"group": job.group.hex(), "exchange": job.exchange.value}
+        body = asdict(job) | {"group": job.group.hex(), "after": job.after.hex(), "exchange": job.exchange.value}
         answer = await self._ask("average", body, payload, seconds=job.deadline_seconds)
         outcome, parts, at = answer.body, {}, 0
         for index, size in outcome["parts"]:

@@ -8,6 +8,7 @@ from the wire; nothing a sender does can touch a span other than by being left o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -23,7 +24,8 @@ from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import aiter_with_timeout
 
-from protocol.codec import Codec
+from node.leftover import Leftover, encode
+from protocol.codec import Codec, Floats
 from protocol.errors import Refused
 from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
@@ -47,6 +49,7 @@ class Plan:
     spans: tuple[tuple[int, int], ...]  # values of each peer's part; empty for a client
     deadline_seconds: float
     sender_seconds: float  # without progress
+    after: bytes  # the group whose leftover our means take up
 
 
 class Violation(AllreduceException):  # type: ignore[misc]
@@ -102,8 +105,22 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
 
     Without a codec for means, the one contribution that is awaited is passed on as it came."""
 
-    def __init__(self, part_values: Sequence[int], weights: Sequence[int], codec: Codec, down: Codec | None) -> None:
+    def __init__(
+        self,
+        part_values: Sequence[int],
+        weights: Sequence[int],
+        codec: Codec,
+        down: Codec | None,
+        *,
+        start: int = 0,
+        before: Leftover | None = None,
+        residual_decay: float = 1.0,
+    ) -> None:
         self.included: tuple[int, ...] = ()
+        self.leftover: Leftover | None = None  # of sparse means, when there are any
+        self._starts = tuple(itertools.accumulate(part_values, initial=start))
+        self._before = before
+        self._residual_decay = residual_decay
         self._weights = weights
         self._codec = codec
         self._down = down
@@ -166,18 +183,23 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             self._fail("no valid contribution arrived")
             return
         self.included = included
+        left: list[Floats] = []
         try:
             for part_index, mean in enumerate(self._means):
-                encoded = await asyncio.to_thread(self._mean_of, part_index)
+                encoded = await asyncio.to_thread(self._mean_of, part_index, left)
                 if not mean.done():
                     mean.set_result(encoded)
+            if left:
+                self.leftover = Leftover(self._starts[0], np.concatenate(left))
         except Refused as refused:
             self._fail(refused.what)
         self._received = [[] for _ in self._weights]
         self.finished.set()
 
-    def _mean_of(self, part_index: int) -> bytes:
-        """In float32, in the roster's order, so that anyone who repeats it gets the same bits."""
+    def _mean_of(self, part_index: int, left: list[Floats]) -> bytes:
+        """In float32, in the roster's order, so that anyone who repeats it gets the same bits.
+
+        What sparse means leave out is added to `left`."""
         if self._down is None:
             (only,) = self.included
             return self._received[only][part_index]
@@ -188,7 +210,11 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             mean += self._codec.decode(self._received[index][part_index], values) * np.float32(
                 self._weights[index] / total
             )
-        return self._down.encode(mean)
+        if not self._down.sparse:
+            return self._down.encode(mean)
+        encoded, rest = encode(mean, self._starts[part_index], self._down, self._before, self._residual_decay)
+        left.append(rest)
+        return encoded
 
     def _fail(self, reason: str) -> None:
         self.included = ()
@@ -203,7 +229,16 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
     """This peer's side of one group: a stream to each reducer, and a stream from each member to our own span."""
 
     def __init__(
-        self, *, p2p: P2P, servicer_type: type[ServicerBase], prefix: str, plan: Plan, payload: bytes, packing: Packing
+        self,
+        *,
+        p2p: P2P,
+        servicer_type: type[ServicerBase],
+        prefix: str,
+        plan: Plan,
+        payload: bytes,
+        packing: Packing,
+        before: Leftover | None,
+        residual_decay: float,
     ) -> None:
         super().__init__(
             p2p=p2p,
@@ -233,7 +268,13 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             receivers=mine if gathers else everyone,
         )
         self.tensor_part_reducer = SpanReducer(
-            pieces(plan.spans[self.index], self._step), self._weights, self._up, None if gathers else self._down
+            pieces(plan.spans[self.index], self._step),
+            self._weights,
+            self._up,
+            None if gathers else self._down,
+            start=plan.spans[self.index][0],
+            before=before,
+            residual_decay=residual_decay,
         )
 
     @property
@@ -243,6 +284,10 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
     @property
     def included(self) -> tuple[int, ...]:
         return self.tensor_part_reducer.included
+
+    @property
+    def leftover(self) -> Leftover | None:
+        return self.tensor_part_reducer.leftover
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext

@@ -25,6 +25,7 @@ from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, PeerID, Se
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import achain, as_aiter
 
+from node.leftover import Leftover
 from node.p2p import CONNECT_SECONDS, GuardedP2P
 from node.reduction import GroupRunner, Plan
 from protocol.codec import codec
@@ -51,6 +52,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         *,
         run: str,
         packing: Packing,
+        residual_decay: float,
         parameters: int,
         blob_dir: Path,
         deliver: Callable[[PeerID, bytes], Awaitable[None]],
@@ -58,10 +60,12 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         self._p2p = p2p
         self._run = run
         self._packing = packing
+        self._residual_decay = residual_decay
         self._parameters = parameters
         self._blob_dir = blob_dir
         self._deliver = deliver
         self._groups: dict[bytes, GroupRunner] = {}
+        self._leftovers: dict[bytes, Leftover] = {}  # of what may yet be taken by a record, and what was by the last
         self._averaging: dict[bytes, asyncio.Task[Any]] = {}
         self._registered = asyncio.Condition()
 
@@ -126,6 +130,8 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         """The outcome, and the bytes of the spans that it names."""
         self._check(plan, payload)
         loop, began = asyncio.get_running_loop(), time.monotonic()
+        before = self._leftovers.get(plan.after)
+        self._leftovers = {} if before is None else {plan.after: before}
         runner = GroupRunner(
             p2p=self._p2p,
             servicer_type=type(self),
@@ -133,6 +139,8 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             plan=plan,
             payload=payload,
             packing=self._packing,
+            before=before,
+            residual_decay=self._residual_decay,
         )
         self._groups[plan.group] = runner
         loop.call_later(plan.deadline_seconds, self._groups.pop, plan.group)  # late members may still want the means
@@ -149,6 +157,8 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         await asyncio.wait({collecting})
         del self._averaging[plan.group]
         reason = "given up" if collecting.cancelled() else f"unfinished: {collecting.exception()!r}"
+        if (left := runner.leftover) is not None:
+            self._leftovers[plan.group] = left
         failed = runner.failed
         for index, (start, stop) in enumerate(plan.spans):
             if start < stop and index not in parts:
@@ -304,6 +314,7 @@ class Desk:
             p2p,
             run=settings["run"],
             packing=Packing(*map(codec, settings["codecs"])),
+            residual_decay=settings["residual_decay"],
             parameters=settings["parameters"],
             blob_dir=Path(settings["blob_dir"]),
             deliver=self._deliver,
@@ -382,6 +393,7 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         spans=tuple((start, stop) for start, stop in body["spans"]),
         deadline_seconds=body["deadline_seconds"],
         sender_seconds=body["sender_seconds"],
+        after=bytes.fromhex(body["after"]),
     )
 
 

@@ -48,6 +48,7 @@ class Codec(ABC):
 
     name: ClassVar[str]
     bits: ClassVar[float]  # per value, in whole chunks
+    sparse: ClassVar[bool] = False  # leaves most values out: without feedback they would be lost
 
     def encoded_bytes(self, values: int) -> int:
         """Exact size of `values` encoded values; at a chunk boundary also the offset where the next chunk begins."""
@@ -309,6 +310,7 @@ class Sparse2(Codec):
 
     name = "sparse2"
     bits = 8 * 84 / SPARSE_VALUES
+    sparse = True
 
     def error_max(self, peak: float) -> float:
         return peak

@@ -3,7 +3,7 @@
 In an all-reduce each peer averages its slice of everybody's vector and sends the mean to all. In an all-gather everybody
 sends its whole contribution to all, and each averages by itself: nobody's average has to be believed, and a sparse
 contribution is never made dense. Of n members each sends (n - 1) / n * (up + down) bits per parameter in the one and
-(n - 1) * up in the other, so the all-gather is cheaper while n * up < up + down.
+(n - 1) * up in the other, so the all-gather is no dearer while n * up <= up + down.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Packing:
     def exchange(self, roles: Sequence[Role]) -> Exchange:
         """The cheaper one for a group of members in these roles. A client cannot be called, so it is reduced with."""
         reachable = Role.CLIENT not in roles
-        cheaper = self.up is not self.down and len(roles) * self.up.bits < self.up.bits + self.down.bits
-        return Exchange.ALL_GATHER if reachable and cheaper else Exchange.ALL_REDUCE
+        no_dearer = self.up.sparse and len(roles) * self.up.bits <= self.up.bits + self.down.bits
+        return Exchange.ALL_GATHER if reachable and no_dearer else Exchange.ALL_REDUCE
 
     def of(self, exchange: Exchange) -> Codec:
         """The codec of a record's parts."""

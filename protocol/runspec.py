@@ -173,7 +173,7 @@ class UpdateSection(_Section):
     """How the nodes' changes are packed, and how the mean of them moves the model."""
 
     codec: Literal["fp16", "int8", "int4", "sparse2"] = "int4"
-    mean: Literal["auto", "fp16", "int8", "int4"] = "auto"
+    mean: Literal["auto", "fp16", "int8", "int4", "sparse2"] = "auto"
     outer: Literal["average", "nesterov"] = "average"
     outer_learning_rate: Rate = 1.0
     outer_momentum: Beta = 0.0
@@ -182,7 +182,7 @@ class UpdateSection(_Section):
 
     @property
     def mean_codec(self) -> str:
-        """Of the means that reducers send: dense, as members keep different values."""
+        """Of the means that reducers send: dense if not told otherwise, as members keep different values."""
         if self.mean != "auto":
             return self.mean
         return "int4" if self.codec == "sparse2" else self.codec
@@ -534,7 +534,7 @@ deadline_seconds = 300     # an exchange that takes longer is tried again; more 
 
 [update]
 codec = "int4"             # how nodes pack their changes: fp16, int8, int4, or sparse2 (0.16 bits per parameter)
-mean = "auto"              # how means of them are packed: auto (like codec; int4 for sparse2), fp16, int8 or int4
+mean = "auto"              # how means of them are packed: auto (like codec; int4 for sparse2), or any of the codecs
 outer = "average"          # average, or nesterov (then set outer_momentum, as in 0.9)
 outer_learning_rate = 1.0
 outer_momentum = 0.0

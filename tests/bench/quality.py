@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from node import workloads
+from node import leftover, workloads
+from node.leftover import Leftover
 from node.pseudograd import PseudoGradient
 from node.trainer import Learner
 from node.training import TrainerSpec, Vectors
@@ -98,6 +99,7 @@ RECIPES = (
     Recipe("Muon, fp32, growing rounds", MUON, Packing(FP32, FP32)),
     Recipe("Muon, int4, growing rounds", MUON, Packing(INT4, INT4)),
     Recipe("Muon, sparse2, growing rounds", MUON, Packing(SPARSE2, INT4), residual_decay=0.95),
+    Recipe("Muon, sparse2 and its means too, growing rounds", MUON, Packing(SPARSE2, SPARSE2), residual_decay=0.95),
     Recipe("Muon, sparse2, rounds of 25", MUON, Packing(SPARSE2, INT4), schedule=EVEN, residual_decay=0.95),
 )
 
@@ -241,6 +243,7 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
             return Outcome(loss, 4 * 2 * setting.steps * (setting.workers - 1) / setting.workers, 0, _since(began))
         workers = [worker(setting.batch) for _ in range(setting.workers)]
         done = rounds = 0
+        left: Leftover | None = None
         for steps in _rounds(recipe.schedule, setting.steps):
             for each in workers:
                 each.learner.rate_share = cosine_share(done / setting.steps, setting.decay_to)
@@ -248,14 +251,14 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
                 for index, each in enumerate(workers):
                     each.step(text, number, index)
             done, rounds = done + steps, rounds + 1
-            exchange(state, workers, recipe)
+            left = exchange(state, workers, recipe, left)
         parameters = state.params.size
         sent = rounds * recipe.packing.sent_bytes(parameters, setting.workers) / parameters
         return Outcome(held_out(setting, state.params, text), sent, rounds, _since(began))
 
 
-def exchange(state: State, workers: Sequence[Worker], recipe: Recipe) -> None:
-    """One round: the record that a swarm would have certified, folded by everyone."""
+def exchange(state: State, workers: Sequence[Worker], recipe: Recipe, before: Leftover | None) -> Leftover | None:
+    """One round: the record that a swarm would have certified, folded by everyone. What sparse means left out."""
     packing, size = recipe.packing, state.params.size
     assert packing is not None
     payloads = [worker.bring() for worker in workers]
@@ -264,7 +267,12 @@ def exchange(state: State, workers: Sequence[Worker], recipe: Recipe) -> None:
     how = packing.exchange([Role.PEER] * len(workers))
     if how is Exchange.ALL_REDUCE:
         mean = sum(packing.up.decode(payload, size) for payload in payloads) / np.float32(len(payloads))
-        parts[0] = packing.down.encode(np.ascontiguousarray(mean, np.float32))
+        mean = np.ascontiguousarray(mean, np.float32)
+        if packing.down.sparse:
+            parts[0], left = leftover.encode(mean, 0, packing.down, before, recipe.residual_decay)
+            before = Leftover(0, left)
+        else:
+            parts[0] = packing.down.encode(mean)
         listed = (Part(0, 0, size, digest_of(parts[0]), len(parts[0]), nodes[0], tuple(nodes)),)
     else:
         parts = dict(enumerate(payloads))
@@ -278,6 +286,7 @@ def exchange(state: State, workers: Sequence[Worker], recipe: Recipe) -> None:
     fold(state, record, parts, packing, recipe.outer)
     for index, worker in enumerate(workers):
         worker.take(state, [part for part in listed if nodes[index] in part.included])
+    return before
 
 
 def _rounds(schedule: Sequence[tuple[int, int]], steps: int) -> Iterator[int]:

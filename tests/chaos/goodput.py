@@ -1,8 +1,8 @@
 """Tokens in certified rounds when one of four nodes is killed in every round, against none in the same run.
 
-    make chaos PART=goodput ARGS="--rounds 8"
+    make chaos PART=goodput ARGS="--steps 800"
 
-Fault-free stretches come before and after, so that what else the machine does weighs on both alike.
+Stretches with kills and without take turns, so that what else the machine does weighs on both alike.
 """
 
 import argparse
@@ -55,6 +55,10 @@ def stretch(swarm, rounds, *, killing, luck):
     return Stretch(tokens, seconds, len(inside), len(kills), dead / (seconds * len(swarm.members)))
 
 
+def _speed(stretches):
+    return sum(each.tokens for each in stretches) / sum(each.seconds for each in stretches)
+
+
 def _dead_seconds(kills, number, end):
     """From a death until the node trains again, dies again, or the stretch is over."""
     killed, victim = kills[number]
@@ -65,8 +69,10 @@ def _dead_seconds(kills, number, end):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="with kills; half as many without before and after")
-    parser.add_argument("--steps", type=int, default=400, help="inner steps of a round: a restart should fit in one")
+    parser.add_argument("--turns", type=int, default=2, help="stretches with kills, one without before each and at the end")
+    parser.add_argument("--rounds", type=int, default=3, help="of a stretch with kills")
+    parser.add_argument("--calm-rounds", type=int, default=2, help="of a stretch without")
+    parser.add_argument("--steps", type=int, default=800, help="inner steps of a round: a restart should fit in one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="leave the folder with all logs")
     given = parser.parse_args()
@@ -80,30 +86,34 @@ def main():
     luck = any_luck(given.seed, "goodput")
     try:
         swarm.start()
-        swarm.settle(time.time(), seconds=600)
-        half = max(1, given.rounds // 2)
-        calm = [stretch(swarm, half, killing=0, luck=luck)]
-        round_seconds = calm[0].seconds / calm[0].rounds
-        print(f"a round takes {round_seconds:.1f} s", flush=True)
-        faulty = stretch(swarm, given.rounds, killing=round_seconds, luck=luck)
-        print(f"with faults: {faulty}", flush=True)
-        swarm.settle(time.time(), seconds=ROUND_SECONDS_MAX)
-        calm.append(stretch(swarm, half, killing=0, luck=luck))
-        print(f"without: {calm}", flush=True)
+        calm, faulty, round_seconds = [], [], 0.0
+
+        def take_turn(*, killing):
+            swarm.settle(time.time(), seconds=ROUND_SECONDS_MAX)
+            rounds = given.rounds if killing else given.calm_rounds
+            (faulty if killing else calm).append(now := stretch(swarm, rounds, killing=killing, luck=luck))
+            print(
+                f"  {now.kills} kills in {now.rounds} rounds, {now.seconds:.0f} s: {now.speed:,.0f} tokens/s", flush=True
+            )
+            return now.seconds / now.rounds
+
+        for _ in range(given.turns):
+            round_seconds = take_turn(killing=0)
+            take_turn(killing=round_seconds)
+        take_turn(killing=0)
         wrong, facts = audit.everything(swarm, swarm.members)
     finally:
         swarm.close(keep=given.keep)
-    free = max(each.speed for each in calm)  # the machine may be shared: what it can when it is left alone most
-    share = faulty.speed / free
-    print(f"fault-free {calm[0].speed:,.0f} tokens/s before, {calm[1].speed:,.0f} after")
-    print(f"with {faulty.kills} kills in {faulty.rounds} rounds {faulty.speed:,.0f} tokens/s")
-    print(
-        f"goodput: {share:.3f} of the faster fault-free stretch (goal {GOAL}: {'met' if share >= GOAL else 'MISSED'})"
-    )
-    print(f"nodes were dead or starting for {faulty.dead_share:.3f} of their time, in which they cannot compute;")
-    print(f"of what the others could compute, {share / (1 - faulty.dead_share):.3f} entered rounds")
+    share = _speed(faulty) / _speed(calm)
+    dead_share = sum(each.dead_share * each.seconds for each in faulty) / sum(each.seconds for each in faulty)
+    kills, rounds = sum(each.kills for each in faulty), sum(each.rounds for each in faulty)
+    print(f"{_speed(calm):,.0f} tokens/s without faults, {_speed(faulty):,.0f} with {kills} kills in {rounds} rounds")
+    print(f"goodput: {share:.3f} (goal {GOAL}: {'met' if share >= GOAL else 'MISSED'})")
+    print(f"nodes were dead or starting for {dead_share:.3f} of their time, in which they cannot compute;")
+    print(f"of what the others could compute, {share / (1 - dead_share):.3f} entered rounds")
     report.ending(wrong, facts)
-    report.save("goodput", share=share, calm=[asdict(each) for each in calm], faulty=asdict(faulty), wrong=wrong)
+    stretches = {"calm": [asdict(each) for each in calm], "faulty": [asdict(each) for each in faulty]}
+    report.save("goodput", share=share, **stretches, wrong=wrong)
     return 1 if wrong else 0
 
 

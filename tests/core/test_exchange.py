@@ -43,6 +43,7 @@ def test_the_mean_is_packed_like_what_is_brought_unless_that_is_sparse():
     assert packing_of(UpdateSection(codec="fp16")) == Packing(codec("fp16"), codec("fp16"))
     assert packing_of(UpdateSection(codec="sparse2")) == SPARSE
     assert packing_of(UpdateSection(codec="sparse2", mean="fp16")).down is codec("fp16")
+    assert packing_of(UpdateSection(codec="sparse2", mean="sparse2")).down is codec("sparse2")
 
 
 @pytest.mark.parametrize("codec_name", ["fp16", "int8", "int4"])
@@ -60,6 +61,14 @@ def test_sparse_contributions_are_gathered_while_that_is_cheaper():
         assert SPARSE.sent_bytes(10 * CHUNK, size) == pytest.approx(min(gather, reduce) * 10 * CHUNK / 8, abs=1)
     assert SPARSE.exchange([Role.PEER] * 26) is Exchange.ALL_GATHER
     assert SPARSE.exchange([Role.PEER] * 27) is Exchange.ALL_REDUCE
+
+
+def test_with_sparse_means_two_gather_and_more_reduce_for_less_than_two_contributions_each():
+    both = Packing(codec("sparse2"), codec("sparse2"))
+    assert both.exchange([Role.PEER] * 2) is Exchange.ALL_GATHER, "it costs no more, and loses nothing"
+    for size in range(3, 65):
+        assert both.exchange([Role.PEER] * size) is Exchange.ALL_REDUCE
+        assert both.sent_bytes(10 * CHUNK, size) < 2 * codec("sparse2").encoded_bytes(10 * CHUNK)
 
 
 def test_eight_nodes_upload_less_than_a_fifth_of_a_byte_for_each_parameter():

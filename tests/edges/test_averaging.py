@@ -262,6 +262,34 @@ async def test_sparse_contributions_reduced_to_dense_means_agree_to_the_bit(swar
         assert within_bound(down, down.decode(outcomes[0].parts[index], stop - start), wanted[start:stop])
 
 
+async def test_what_sparse_means_leave_out_goes_into_those_after_them_once_a_record_has_taken_them(swarm):
+    how = codec("sparse2")
+    first, second = ([how.encode(vector) for vector in vectors(3, seed)] for seed in (7, 8))
+    async with engines_of(swarm, 3, up="sparse2", down="sparse2") as engines:
+
+        async def averaged(encoded, after=b""):
+            job = job_of(*(engine.peer for engine in engines), after=after)
+            outcomes = await asyncio.gather(
+                *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True))
+            )
+            assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts
+            parts = [how.decode(outcomes[0].parts[index], stop - start) for index, (start, stop) in enumerate(SPANS)]
+            return job.group, np.concatenate(parts)
+
+        taken, means = await averaged(first)
+        _, lost = await averaged(second, after=taken)  # no record took these
+        _, again = await averaged(second, after=taken)
+        _, forgetful = await averaged(second)
+        _, unknown = await averaged(second, after=taken)  # what the last averaging could not use is gone
+    left = mean_of(how, first, WEIGHTS) - means
+    alone = mean_of(how, second, WEIGHTS)
+    assert (lost == again).all() and (forgetful == unknown).all()
+    for got, of in ((again, alone + left), (forgetful, alone)):  # of equal magnitudes either may be kept
+        best = np.concatenate([how.decode(how.encode(of[a:b].astype(np.float32)), b - a) for a, b in SPANS])
+        assert np.square(got - of).sum() == pytest.approx(np.square(best - of).sum(), rel=1e-3)
+    assert np.square(forgetful - (alone + left)).sum() > 1.01 * np.square(again - (alone + left)).sum()
+
+
 async def test_an_early_bird_waits_for_the_others(swarm):
     encoded = codec("int4").encode(vectors(1)[0])
     async with engines_of(swarm, 3) as engines:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +60,7 @@ class Engine:
 
 
 class Stand:
-    def __init__(self, folder, archive=None):
+    def __init__(self, folder, archive=None, packing=None, journal=None):
         decider = Decider(None, lambda effect: None)
         rosters = {0: SignedRoster(ROSTER, "s")}
         decider.begin(Rounds(head=HEAD, digest=Digest("11" * 32), consumed=Consumed(), rosters=rosters))
@@ -68,8 +69,8 @@ class Stand:
         self.courier = Courier(
             SimpleNamespace(parameters=VALUES, run="run"),
             ME,
-            packing=Packing(codec("int4"), codec("int4")),
-            journal=None,
+            packing=packing or Packing(codec("int4"), codec("int4")),
+            journal=journal,
             blobs=self.blobs,
             make_room=lambda: None,
             link=SimpleNamespace(fetch_blob=archive or self._nothing),
@@ -119,6 +120,40 @@ async def test_what_an_averaging_completed_is_kept(stand):
     stand.engine.average = average
     part, held = await stand.courier.average(begin(), ROSTER, b"", seconds=5.0)
     assert part is None and set(held) == {1} and stand.blobs.has(held[1])
+
+
+@pytest.mark.parametrize("down", ["sparse2", "int4"])
+async def test_what_our_means_left_out_is_asked_for_when_the_last_record_took_them(tmp_path, down):
+    """Of several attempts it took one; of means by somebody else, or before a restart, nothing is left here."""
+    folded = {}
+    packing = Packing(codec("sparse2"), codec(down))
+    stand = Stand(tmp_path / "blobs", packing=packing, journal=SimpleNamespace(entry=folded.get))
+    sent = iter(range(1, 9))
+
+    async def average(job, payload):
+        stand.engine.job, number = job, next(sent)
+        size = packing.down.encoded_bytes(job.spans[0][1])
+        return AveragingOutcome({0: bytes([number]) * size}, (0,), {}, 0.1, 0, 0)
+
+    async def attempt(number, round_number=0):
+        given = replace(begin(), round=round_number, ballot=Ballot(0, number))
+        part, _ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
+        return part, stand.engine.job
+
+    def fold(part):
+        folded[0] = SimpleNamespace(record=SimpleNamespace(parts=(part,)))
+
+    stand.engine.average = average
+    (first, first_job), (second, second_job) = [await attempt(number) for number in (0, 1)]
+    assert first_job.after == second_job.after == b"" and first_job.group != second_job.group
+    for taken, group in ((first, first_job.group), (second, second_job.group)):
+        fold(taken)
+        _, job = await attempt(0, round_number=1)
+        assert job.after == (group if down == "sparse2" else b"")
+    for strange in (replace(first, reducer=OTHERS[0]), replace(first, digest=Digest("77" * 32))):
+        fold(strange)
+        _, job = await attempt(0, round_number=1)
+        assert job.after == b""
 
 
 # parts
