@@ -69,7 +69,9 @@ def _dead_seconds(kills, number, end):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=2, help="stretches with kills, one without before each and at the end")
+    parser.add_argument(
+        "--turns", type=int, default=2, help="stretches with kills, one without before each and at the end"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of a stretch with kills")
     parser.add_argument("--calm-rounds", type=int, default=2, help="of a stretch without")
     parser.add_argument("--steps", type=int, default=800, help="inner steps of a round: a restart should fit in one")
@@ -93,7 +95,8 @@ def main():
             rounds = given.rounds if killing else given.calm_rounds
             (faulty if killing else calm).append(now := stretch(swarm, rounds, killing=killing, luck=luck))
             print(
-                f"  {now.kills} kills in {now.rounds} rounds, {now.seconds:.0f} s: {now.speed:,.0f} tokens/s", flush=True
+                f"  {now.kills} kills in {now.rounds} rounds, {now.seconds:.0f} s: {now.speed:,.0f} tokens/s",
+                flush=True,
             )
             return now.seconds / now.rounds
 
