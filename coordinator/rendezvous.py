@@ -31,11 +31,12 @@ ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HIVEMIND
 class Rendezvous:
     """A running rendezvous. Whoever starts it must `stop` it; `closed` tells when it ended by itself."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, runtime_dir: Path) -> None:
         self.peer = PeerId("")
         self.addresses: tuple[str, ...] = ()  # multiaddrs with /p2p
         self.closed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._child = child
+        self._runtime_dir = runtime_dir
         self._asking = asyncio.Lock()
         self._waiting = asyncio.create_task(self._wait())
 
@@ -44,7 +45,7 @@ class Rendezvous:
         cls, *, runtime_dir: Path, identity_path: Path, run: RunId, listen: Sequence[str], log: Any = None
     ) -> Rendezvous:
         """Start the process and its p2pd. `listen` is multiaddrs; the identity file is libp2p_private_key_bytes."""
-        rendezvous = cls(await Child.start("coordinator.rendezvous", env=ENVIRONMENT, log=log))
+        rendezvous = cls(await Child.start("coordinator.rendezvous", env=ENVIRONMENT, log=log), runtime_dir)
         settings = {
             "runtime_dir": str(runtime_dir),
             "identity_path": str(identity_path),
@@ -71,6 +72,7 @@ class Rendezvous:
     async def stop(self) -> None:
         await self._child.stop(grace_seconds=STOP_SECONDS)
         await self._waiting
+        p2pd.sweep(self._runtime_dir)
 
     async def _ask(self, body: dict[str, Any], *, seconds: float) -> Frame:
         try:

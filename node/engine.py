@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from protocol import p2pd
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.limits import PEER_MESSAGE_BYTES_MAX
@@ -64,11 +65,12 @@ class Usage:
 class Engine:
     """A running engine. Whoever starts it must `stop` it; `closed` tells when it ended by itself."""
 
-    def __init__(self, child: Child, on_message: Callable[[PeerId, bytes], None]) -> None:
+    def __init__(self, child: Child, runtime_dir: Path, on_message: Callable[[PeerId, bytes], None]) -> None:
         self.peer = PeerId("")
         self.addresses: tuple[str, ...] = ()
         self.closed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._child = child
+        self._runtime_dir = runtime_dir
         self._on_message = on_message
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Frame]] = {}
@@ -91,7 +93,7 @@ class Engine:
         log: Any = None,
     ) -> Engine:
         """Start the process and its p2pd. `listen` and `rendezvous` are multiaddrs; a client listens on none."""
-        engine = cls(await Child.start("node.swarm", env=ENVIRONMENT, log=log), on_message)
+        engine = cls(await Child.start("node.swarm", env=ENVIRONMENT, log=log), runtime_dir, on_message)
         settings = {
             "runtime_dir": str(runtime_dir),
             "identity_path": str(identity_path),
@@ -161,6 +163,7 @@ class Engine:
     async def stop(self) -> None:
         await self._child.stop(grace_seconds=STOP_SECONDS)
         await self._reading
+        p2pd.sweep(self._runtime_dir)
 
     async def _ask(
         self, order: str, body: Mapping[str, Any], payload: bytes = b"", *, seconds: float = GRACE_SECONDS

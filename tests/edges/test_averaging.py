@@ -21,6 +21,7 @@ from node.engine import AveragingJob, Engine
 from node.p2p import GuardedP2P
 from node.reduction import CODES
 from node.swarm import BarnraisePeer
+from protocol import p2pd
 from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
@@ -675,6 +676,7 @@ async def test_a_killed_daemon_leaves_neither_engine_nor_p2pd(tmp_path):
         await daemon.wait()
         while any(map(alive, family)):
             await asyncio.sleep(0.05)
+    p2pd.sweep(tmp_path / "run")  # as the next start does
 
 
 async def test_a_port_that_is_taken_is_refused_by_name(swarm):
@@ -688,3 +690,6 @@ async def test_a_runtime_folder_with_a_long_name_is_no_obstacle(tmp_path):
     swarm = Swarm(tmp_path / ("long-" * 20))
     async with engines_of(swarm, 1) as (engine,):
         assert engine.addresses
+        sockets = (swarm.folder / "engine-0" / "run" / "sockets").readlink()
+        assert sockets.is_dir()
+    assert not sockets.exists()
