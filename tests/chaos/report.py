@@ -10,6 +10,7 @@ from datetime import datetime
 from tests.bench.table import RESULTS
 
 BARS = "▁▂▃▄▅▆▇█"
+TRIES_SHOWN = 3  # each of them; of more, the median and the worst
 AT_THE_END = (
     "heads",
     "rounds certified",
@@ -46,8 +47,8 @@ def line(trial, round_seconds):
 
 def table(trials, round_seconds):
     rows = [
-        "| fault | tried | the open round was certified | next round after, in round times: median / worst "
-        "| rounds during it | back in a round after | data lost / doubled | rounds lost |",
+        "| fault | tried | the open round was certified | next round after (in round times) "
+        "| rounds meanwhile | back after | data lost / doubled | rounds lost |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in dict.fromkeys(trial.fault for trial in trials):
@@ -55,8 +56,9 @@ def table(trials, round_seconds):
         outcomes = Counter(trial.outcome for trial in mine)
         said = "; ".join(outcome if len(mine) == 1 else f"{count} × {outcome}" for outcome, count in outcomes.items())
         notes = "; ".join(dict.fromkeys(trial.note for trial in mine if trial.note))
-        taken = [trial.recovery_seconds / round_seconds for trial in mine if trial.recovery_seconds is not None]
-        recovery = f"{statistics.median(taken):.1f} / {max(taken):.1f}" if taken else "never"
+        taken = sorted(trial.recovery_seconds for trial in mine if trial.recovery_seconds is not None)
+        shown = taken if len(taken) <= TRIES_SHOWN else [statistics.median(taken), taken[-1]]
+        recovery = ", ".join(f"{each:.1f} s ({each / round_seconds:.1f})" for each in shown) or "never"
         back = [trial.back_seconds for trial in mine if trial.back_seconds is not None]
         back += [trial.coordinator_seconds for trial in mine if trial.coordinator_seconds is not None]
         during = max(trial.during for trial in mine)
