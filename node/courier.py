@@ -33,6 +33,7 @@ from protocol.types import (
     Part,
     PeerId,
     Roster,
+    RoundNumber,
     SignedRoster,
 )
 
@@ -42,7 +43,7 @@ SENDER_SECONDS_MIN = 2.0  # without progress for less, a sender on a home line i
 ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
 PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
 PART_BYTES_PER_SECOND_MIN = 16 << 10  # slower than any line that can take part in a round
-REDUCED_KEPT = 4  # a round's record may hold the means of an earlier attempt
+REDUCED_KEPT = 8  # means of ours, until a record has taken newer ones
 PARTS_AT_ONCE = 8  # half of the calls that a peer answers at once
 
 log = structlog.get_logger()
@@ -73,7 +74,7 @@ class Courier:
         self._link = link
         self._decider = decider
         self._group = b""
-        self._reduced: deque[tuple[Digest, bytes]] = deque(maxlen=REDUCED_KEPT)  # our means, and their group
+        self._reduced: deque[tuple[RoundNumber, Digest, bytes]] = deque(maxlen=REDUCED_KEPT)  # our means, their group
         self._store_turn = asyncio.Lock()  # one part at a time is put into the store
         self._fetching = asyncio.Semaphore(PARTS_AT_ONCE)
         self._on_their_way: WeakValueDictionary[Digest, asyncio.Lock] = WeakValueDictionary()
@@ -157,18 +158,18 @@ class Courier:
         shares = layout(exchange, self._manifest.parameters, roles)
         weights = tuple(weight for _, weight in members)
         self._group = _group_id(begin.run, begin.readies[0].ready.previous, begin.ballot)
-        job = AveragingJob(
-            group=self._group,
-            peers=tuple(member.peer for member in named),
-            weights=weights,
-            exchange=exchange,
-            spans=shares,
-            deadline_seconds=seconds * ENGINE_SHARE,
-            sender_seconds=max(SENDER_SECONDS_MIN, seconds / 3),
-            after=self._group_before(begin),
-        )
         held: dict[int, Digest] = {}
         try:
+            job = AveragingJob(
+                group=self._group,
+                peers=tuple(member.peer for member in named),
+                weights=weights,
+                exchange=exchange,
+                spans=shares,
+                deadline_seconds=seconds * ENGINE_SHARE,
+                sender_seconds=max(SENDER_SECONDS_MIN, seconds / 3),
+                after=self._taken_last(),
+            )
             if self.engine is None:
                 raise Refused(Code.CHILD_DIED, "the engine is being restarted")
             async with asyncio.timeout(seconds):
@@ -187,16 +188,16 @@ class Courier:
         if index not in held or not included:
             return None, held
         start, stop = shares[index]
-        self._reduced.append((held[index], self._group))
+        self._reduced.append((begin.round, held[index], self._group))
         return Part(index, start, stop, held[index], len(outcome.parts[index]), self._me, included), held
 
-    def _group_before(self, begin: Begin) -> bytes:
-        """Of our means that the record before this round has taken, as far as they left anything out; else empty."""
-        before = self._journal.entry(begin.round - 1) if self._packing.down.sparse else None
-        if before is None:
-            return b""
-        ours = {part.digest for part in before.record.parts if part.reducer == self._me}
-        return next((group for digest, group in self._reduced if digest in ours), b"")
+    def _taken_last(self) -> bytes:
+        """The newest group whose means of ours are in a record; empty if none are, or if they left nothing out."""
+        for round_number, digest, group_id in reversed(self._reduced) if self._packing.down.sparse else ():
+            entry = self._journal.entry(round_number)
+            if entry is not None and any((p.reducer, p.digest) == (self._me, digest) for p in entry.record.parts):
+                return group_id
+        return b""
 
     async def stop_averaging(self) -> None:
         if self.engine is not None and self._group:

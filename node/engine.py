@@ -39,7 +39,7 @@ class AveragingJob:
     spans: tuple[tuple[int, int], ...]  # values of each peer's part, at CHUNK_VALUES boundaries; empty for a client
     deadline_seconds: float  # for the whole
     sender_seconds: float  # a sender without progress for so long is left out
-    after: bytes = b""  # for us alone: the group whose means of ours are in the last record, if any are
+    after: bytes = b""  # for us alone: the newest group whose means of ours a record has taken; empty: none
 
 
 @dataclass(frozen=True)

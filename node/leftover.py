@@ -1,9 +1,9 @@
 """What a reducer left out of its means: it goes into its next means of the same values.
 
 Error feedback on the way down (Tang et al., "DoubleSqueeze", arXiv 1905.05957, algorithm 1), for codecs that leave values
-out altogether. A leftover is of one averaging. The only averaging to add it is the one upon the record that took those
-means: what was left out of means that nobody folded is still with those who brought it. When spans have moved, the values
-that both spans hold are added and the rest is dropped; a reducer that ends or misses a record drops it all.
+out altogether. A leftover is of one averaging, and waits until a record takes newer means of the same reducer: what was left
+out of means that nobody folded is still with those who brought it. When spans have moved, the values that both spans hold
+are added and the rest is dropped. A reducer that ends, or whose means were undone, drops it all.
 """
 
 from __future__ import annotations

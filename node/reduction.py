@@ -25,7 +25,7 @@ from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import aiter_with_timeout
 
 from node.leftover import Leftover, encode
-from protocol.codec import Codec, Floats
+from protocol.codec import Codec
 from protocol.errors import Refused
 from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
@@ -117,8 +117,10 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         residual_decay: float = 1.0,
     ) -> None:
         self.included: tuple[int, ...] = ()
-        self.leftover: Leftover | None = None  # of sparse means, when there are any
-        self._starts = tuple(itertools.accumulate(part_values, initial=start))
+        self.leftover: Leftover | None = None  # of sparse means, once there are any
+        self._start = start
+        self._ends = tuple(itertools.accumulate(part_values))
+        self._left = np.empty(sum(part_values) if down is not None and down.sparse else 0, np.float32)
         self._before = before
         self._residual_decay = residual_decay
         self._weights = weights
@@ -183,23 +185,21 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             self._fail("no valid contribution arrived")
             return
         self.included = included
-        left: list[Floats] = []
         try:
             for part_index, mean in enumerate(self._means):
-                encoded = await asyncio.to_thread(self._mean_of, part_index, left)
+                encoded = await asyncio.to_thread(self._mean_of, part_index)
                 if not mean.done():
                     mean.set_result(encoded)
-            if left:
-                self.leftover = Leftover(self._starts[0], np.concatenate(left))
+            if self._left.size:
+                self.leftover = Leftover(self._start, self._left)
         except Refused as refused:
             self._fail(refused.what)
+        self._before = None
         self._received = [[] for _ in self._weights]
         self.finished.set()
 
-    def _mean_of(self, part_index: int, left: list[Floats]) -> bytes:
-        """In float32, in the roster's order, so that anyone who repeats it gets the same bits.
-
-        What sparse means leave out is added to `left`."""
+    def _mean_of(self, part_index: int) -> bytes:
+        """In float32, in the roster's order, so that anyone who repeats it gets the same bits, but for sparse means."""
         if self._down is None:
             (only,) = self.included
             return self._received[only][part_index]
@@ -212,8 +212,9 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             )
         if not self._down.sparse:
             return self._down.encode(mean)
-        encoded, rest = encode(mean, self._starts[part_index], self._down, self._before, self._residual_decay)
-        left.append(rest)
+        end = self._ends[part_index]
+        at = end - values
+        encoded, self._left[at:end] = encode(mean, self._start + at, self._down, self._before, self._residual_decay)
         return encoded
 
     def _fail(self, reason: str) -> None:
@@ -254,7 +255,8 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         self.bytes_sent = self.bytes_received = 0
         self._plan = plan
         self._up, self._down = packing.up, packing.of(plan.exchange)
-        self._step = CHUNK_VALUES * max(1, PIECE_BYTES // self._down.encoded_bytes(CHUNK_VALUES))
+        chunk_bytes = max(each.encoded_bytes(CHUNK_VALUES) for each in (self._up, self._down))
+        self._step = CHUNK_VALUES * max(1, PIECE_BYTES // chunk_bytes)
         self._gathered_by = time.monotonic() + plan.deadline_seconds * GATHER_SHARE
         self._streams: set[PeerID] = set()
         everyone, mine = range(len(plan.peers)), (self.index,)

@@ -65,7 +65,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         self._blob_dir = blob_dir
         self._deliver = deliver
         self._groups: dict[bytes, GroupRunner] = {}
-        self._leftovers: dict[bytes, Leftover] = {}  # of what may yet be taken by a record, and what was by the last
+        self._leftovers: dict[bytes, Leftover] = {}  # by group: of the means that a record took, and of the newest
         self._averaging: dict[bytes, asyncio.Task[Any]] = {}
         self._registered = asyncio.Condition()
 
@@ -131,7 +131,8 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         self._check(plan, payload)
         loop, began = asyncio.get_running_loop(), time.monotonic()
         before = self._leftovers.get(plan.after)
-        self._leftovers = {} if before is None else {plan.after: before}
+        kept = {plan.after, next(reversed(self._leftovers), b"")}  # a record may take the attempt before this one
+        self._leftovers = {group: left for group, left in self._leftovers.items() if group in kept}
         runner = GroupRunner(
             p2p=self._p2p,
             servicer_type=type(self),

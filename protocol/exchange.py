@@ -25,7 +25,9 @@ class Packing:
     down: Codec
 
     def exchange(self, roles: Sequence[Role]) -> Exchange:
-        """The cheaper one for a group of members in these roles. A client cannot be called, so it is reduced with."""
+        """For a group of members in these roles: an all-gather of what is sparse, unless that sends more.
+
+        A client cannot be called, so it is reduced with."""
         reachable = Role.CLIENT not in roles
         no_dearer = self.up.sparse and len(roles) * self.up.bits <= self.up.bits + self.down.bits
         return Exchange.ALL_GATHER if reachable and no_dearer else Exchange.ALL_REDUCE

@@ -188,6 +188,12 @@ class UpdateSection(_Section):
         return "int4" if self.codec == "sparse2" else self.codec
 
     @model_validator(mode="after")
+    def _means_fit(self) -> Self:
+        if self.mean == "sparse2" and self.codec != "sparse2":
+            raise _rule('mean = "sparse2" needs codec = "sparse2"', "mean")
+        return self
+
+    @model_validator(mode="after")
     def _momentum_fits(self) -> Self:
         if self.outer == "nesterov" and self.outer_momentum == 0:
             raise _rule('outer = "nesterov" needs an outer_momentum between 0 and 1', "outer_momentum")
@@ -534,7 +540,7 @@ deadline_seconds = 300     # an exchange that takes longer is tried again; more 
 
 [update]
 codec = "int4"             # how nodes pack their changes: fp16, int8, int4, or sparse2 (0.16 bits per parameter)
-mean = "auto"              # how means of them are packed: auto (like codec; int4 for sparse2), or any of the codecs
+mean = "auto"              # how means of them are packed: auto (like codec; int4 for sparse2), fp16, int8, int4 or sparse2
 outer = "average"          # average, or nesterov (then set outer_momentum, as in 0.9)
 outer_learning_rate = 1.0
 outer_momentum = 0.0

@@ -277,8 +277,10 @@ async def test_what_sparse_means_leave_out_goes_into_those_after_them_once_a_rec
             parts = [how.decode(outcomes[0].parts[index], stop - start) for index, (start, stop) in enumerate(SPANS)]
             return job.group, np.concatenate(parts)
 
+        await averaged(second)
         taken, means = await averaged(first)
-        _, lost = await averaged(second, after=taken)  # no record took these
+        await averaged(second)
+        _, lost = await averaged(second, after=taken)  # no record took these, nor those before
         _, again = await averaged(second, after=taken)
         _, forgetful = await averaged(second)
         _, unknown = await averaged(second, after=taken)  # what the last averaging could not use is gone
