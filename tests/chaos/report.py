@@ -64,12 +64,16 @@ def table(trials, round_seconds):
         during = max(trial.during for trial in mine)
         failed = sum(bool(trial.troubles) for trial in mine)
         rows.append(
-            f"| {name}{f' ({notes})' if notes else ''} | {len(mine)}{f', {failed} with troubles' if failed else ''} | {said} | {recovery} | {during or ''} "
+            f"| {_cell(name + (f' ({notes})' if notes else ''))} | {len(mine)}{f', {failed} with troubles' if failed else ''} | {said} | {recovery} | {during or ''} "
             f"| {f'{max(back):.0f} s' if back else ''} "
             f"| {_sum(t.sequences_lost for t in mine)} / {_sum(t.sequences_doubled for t in mine)} "
             f"| {_sum(t.rounds_lost for t in mine)} |"
         )
     return "\n".join(rows)
+
+
+def _cell(text):
+    return text.replace("|", "\\|")
 
 
 def _sum(counts):

@@ -14,6 +14,7 @@ SMALL = {
     "run": {**SETTINGS["run"], "min_nodes": 2},
     "model": {"config": {**SETTINGS["model"]["config"], "intermediate_size": 576}},
     "rounds": {**SETTINGS["rounds"], "inner_steps": [[1, 8]]},
+    "update": {"codec": "sparse2", "mean": "sparse2", "residual_decay": 0.95},  # make chaos has int4
 }
 
 

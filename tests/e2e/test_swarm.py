@@ -1,7 +1,6 @@
 """The main job end to end: real processes by the public commands train a model, through a death and a late arrival."""
 
 import numpy as np
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,13 +15,11 @@ SETTINGS = {
     "run": {**TINY["run"], "min_nodes": 3},
     "rounds": {**TINY["rounds"], "inner_steps": [[1, 12]]},
 }
-UPDATES = [{}, {"codec": "sparse2", "mean": "sparse2", "residual_decay": 0.95}]  # test_recovery gathers
 ROUNDS_MIN = 10
 
 
-@pytest.mark.parametrize("update", UPDATES, ids=["int4", "sparse means"])
-def test_a_swarm_survives_a_killed_node_takes_in_a_late_one_and_agrees_to_the_last_bit(world, update):
-    run = Run(world, settings={**SETTINGS, "update": update})
+def test_a_swarm_survives_a_killed_node_takes_in_a_late_one_and_agrees_to_the_last_bit(world):
+    run = Run(world, settings=SETTINGS)
     run.add(*TEXT)
     run.start()
     invite = run.invite("--uses", "4")

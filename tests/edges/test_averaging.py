@@ -35,6 +35,7 @@ LOCAL = "/ip4/127.0.0.1/tcp/0"
 VALUES = 5 * CHUNK_VALUES + 1001  # an odd tail
 SPANS = ((0, 2 * CHUNK_VALUES), (2 * CHUNK_VALUES, 4 * CHUNK_VALUES), (4 * CHUNK_VALUES, VALUES))
 WEIGHTS = (1000, 3000, 2000)
+PATIENCE_SECONDS = 5  # with a sender that says nothing, on a machine that does other things as well
 
 
 def keep_blob(folder, digest, data):
@@ -210,8 +211,8 @@ async def test_in_an_all_gather_a_member_that_never_comes_costs_only_its_own_par
             *(engine.peer for engine in engines),
             exchange=Exchange.ALL_GATHER,
             spans=((0, VALUES),) * 3,
-            deadline_seconds=8,
-            sender_seconds=2,
+            deadline_seconds=20,
+            sender_seconds=PATIENCE_SECONDS,
         )
         outcomes = await asyncio.gather(
             *(engine.average(job, data) for engine, data in zip(engines[:2], encoded[:2], strict=True))
@@ -234,8 +235,8 @@ async def test_a_chunk_where_an_all_gather_wants_none_is_a_violation(swarm):
                 str(hostile.peer_id),
                 exchange=Exchange.ALL_GATHER,
                 spans=((0, VALUES),) * 3,
-                deadline_seconds=8,
-                sender_seconds=2,
+                deadline_seconds=20,
+                sender_seconds=PATIENCE_SECONDS,
             )
             pushed = chunk(encoded[0][:1344], group=job.group, codec_code=CODES["sparse2"])
             *outcomes, answers = await asyncio.gather(
@@ -314,9 +315,6 @@ def chunk(buffer, *, code=averaging_pb2.PART_FOR_AVERAGING, group=b"", codec_cod
 def whole(group):
     data = codec("int4").encode(np.zeros(CHUNK_VALUES, np.float32))
     return [chunk(data, group=group), chunk(data)]
-
-
-PATIENCE_SECONDS = 5  # with a sender that says nothing, on a machine that does other things as well
 
 
 def hostile_chunks(attack, group):
