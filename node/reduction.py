@@ -112,9 +112,9 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         codec: Codec,
         down: Codec | None,
         *,
-        start: int = 0,
-        before: Leftover | None = None,
-        residual_decay: float = 1.0,
+        start: int,
+        before: Leftover | None,
+        residual_decay: float,
     ) -> None:
         self.included: tuple[int, ...] = ()
         self.leftover: Leftover | None = None  # of sparse means, once there are any

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from node import leftover, workloads
-from node.leftover import Leftover
 from node.pseudograd import PseudoGradient
 from node.trainer import Learner
 from node.training import TrainerSpec, Vectors
@@ -243,7 +242,7 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
             return Outcome(loss, 4 * 2 * setting.steps * (setting.workers - 1) / setting.workers, 0, _since(began))
         workers = [worker(setting.batch) for _ in range(setting.workers)]
         done = rounds = 0
-        left: Leftover | None = None
+        left: leftover.Leftover | None = None
         for steps in _rounds(recipe.schedule, setting.steps):
             for each in workers:
                 each.learner.rate_share = cosine_share(done / setting.steps, setting.decay_to)
@@ -257,7 +256,9 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
         return Outcome(held_out(setting, state.params, text), sent, rounds, _since(began))
 
 
-def exchange(state: State, workers: Sequence[Worker], recipe: Recipe, before: Leftover | None) -> Leftover | None:
+def exchange(
+    state: State, workers: Sequence[Worker], recipe: Recipe, before: leftover.Leftover | None
+) -> leftover.Leftover | None:
     """One round: the record that a swarm would have certified, folded by everyone. What sparse means left out."""
     packing, size = recipe.packing, state.params.size
     assert packing is not None
@@ -270,7 +271,7 @@ def exchange(state: State, workers: Sequence[Worker], recipe: Recipe, before: Le
         mean = np.ascontiguousarray(mean, np.float32)
         if packing.down.sparse:
             parts[0], left = leftover.encode(mean, 0, packing.down, before, recipe.residual_decay)
-            before = Leftover(0, left)
+            before = leftover.Leftover(0, left)
         else:
             parts[0] = packing.down.encode(mean)
         listed = (Part(0, 0, size, digest_of(parts[0]), len(parts[0]), nodes[0], tuple(nodes)),)

@@ -39,7 +39,7 @@ class Stretch:
 
 
 def stretch(swarm, rounds, *, killing, luck):
-    """So many rounds from a certified one on. Kills one node in each, and starts it at once."""
+    """So many rounds from a certified one on. `killing` is the seconds of a round: kills one node in each, starts it at once."""
     start = swarm.certified_after(time.time(), seconds=ROUND_SECONDS_MAX)
     kills, newest = [], start  # (when, whom)
     while newest.round < start.round + rounds:
@@ -89,9 +89,10 @@ def main():
     luck = any_luck(given.seed, "goodput")
     try:
         swarm.start()
-        calm, faulty, round_seconds = [], [], 0.0
+        calm, faulty = [], []
 
         def take_turn(*, killing):
+            """One stretch, once everybody is there; answers with the seconds of a round."""
             swarm.settle(time.time(), seconds=ROUND_SECONDS_MAX)
             rounds = given.rounds if killing else given.calm_rounds
             (faulty if killing else calm).append(now := stretch(swarm, rounds, killing=killing, luck=luck))
@@ -102,8 +103,7 @@ def main():
             return now.seconds / now.rounds
 
         for _ in range(given.turns):
-            round_seconds = take_turn(killing=0)
-            take_turn(killing=round_seconds)
+            take_turn(killing=take_turn(killing=0))
         take_turn(killing=0)
         wrong, facts = audit.everything(swarm, swarm.members)
     finally:
