@@ -3,7 +3,9 @@
 Every worker has one thread, and a network namespace whose interface counts what it sends. The others' programs are in
 tests/bench/others; what they need from PyPI is installed into environments of their own, outside of this repository.
 OpenDiLoCo is not on PyPI: it is measured where --opendiloco names a folder that holds the package `open_diloco`.
-Barnraise trains with its own daemons and coordinator, and deals the same text in an order of its own.
+Barnraise trains with its own daemons and coordinator, and deals the same text in an order of its own. The clock
+runs from the moment when its first node trains; the others may still be starting. Every record is folded again afterwards,
+for the loss after each: beside a system's loss stands when ours was as low.
 
     make bench PART=alternatives ARGS="--steps 300 --only ddp barnraise"
 """
@@ -22,8 +24,8 @@ import tempfile
 import threading
 import time
 import venv
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,13 +33,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
+from coordinator.archive import rebuild
+from coordinator.folder import RunFolder
 from protocol import model
+from protocol.runspec import RoundsSection
 from tests.bench import ethernet, llama
 from tests.bench.table import Row, show
 from tests.chaos import audit, network
-from tests.chaos.swarm import SETTINGS, Swarm, ends_when_told, until
+from tests.chaos.swarm import SETTINGS, Certified, Swarm, ends_when_told, until
 
 PROGRAMS = Path(__file__).with_name("others")
 MARK = "bench: "  # begins every line that others/task.py means for us
@@ -65,16 +69,31 @@ class Other:
 OTHERS = (
     Other("data-parallel (torch DDP, gloo)", "ddp", meets=False),
     Other("hivemind.Optimizer 1.1.12, local updates, fp16", "hivemind_optimizer"),
-    Other("OpenDiLoCo on hivemind, fp16", "opendiloco"),
+    Other("OpenDiLoCo on hivemind, fp16", "opendiloco", ("wandb==0.31.0", "numpy==2.2.6")),
     Other("torchft DiLoCo, fp32", "torchft_diloco", ("torchft-nightly==2026.10.26",)),
     Other("Flower FedAvg, fp32", "flower_fedavg", ("flwr==1.38.0",), keeps=False),
 )
 ADAMW: dict[str, Any] = {"optimizer": "adamw"}
 MUON: dict[str, Any] = {"optimizer": "muon", "muon_learning_rate": 0.02}
+GROWING = RoundsSection().inner_steps
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A run file's settings. Without inner steps of its own it exchanges as often as the others."""
+
+    name: str
+    train: dict[str, Any]
+    update: dict[str, Any]
+    inner_steps: tuple[tuple[int, int], ...] = ()
+
+
+SPARSE2 = {"codec": "sparse2", "residual_decay": 0.95}
 OURS = (
-    ("Barnraise int4, AdamW", ADAMW, {"codec": "int4"}),
-    ("Barnraise sparse2, AdamW", ADAMW, {"codec": "sparse2", "residual_decay": 0.95}),
-    ("Barnraise sparse2, Muon", MUON, {"codec": "sparse2", "residual_decay": 0.95}),
+    Ours("Barnraise int4, AdamW", ADAMW, {"codec": "int4"}),
+    Ours("Barnraise int4, Muon, growing rounds: the defaults", MUON, {"codec": "int4"}, GROWING),
+    Ours("Barnraise sparse2, AdamW", ADAMW, SPARSE2),
+    Ours("Barnraise sparse2, Muon, growing rounds", MUON, SPARSE2, GROWING),
 )
 
 
@@ -82,10 +101,14 @@ OURS = (
 class Outcome:
     loss: float
     seconds: float
-    tokens: int  # in these seconds
-    trained: int  # tokens in the model whose loss it is
+    tokens: int
     sent: float  # bytes of one worker, as its interface counts them
     same: bool | None  # whether every worker ended with the same bits; none: there is one model, where they meet
+    curve: tuple[tuple[float, float], ...] = ()  # seconds and loss after each round, where that is known
+
+    def reached(self, loss: float) -> float | None:
+        """Seconds until it was as good as this for the first time."""
+        return next((seconds for seconds, each in self.curve if each <= loss), None)
 
 
 class Bench:
@@ -106,11 +129,14 @@ class Bench:
         (folder / "text.txt").write_bytes(self.text.tobytes())
         torch.save(self._built(given.seed).state_dict(), folder / "initial.pt")
 
-    @torch.inference_mode()
     def loss(self, state: dict[str, torch.Tensor]) -> float:
         """In nats for each byte of text that nobody trained on."""
         module = self._built(0)
         module.load_state_dict(state)
+        return self._loss(module)
+
+    @torch.inference_mode()
+    def _loss(self, module: torch.nn.Module) -> float:
         rows = np.lib.stride_tricks.sliding_window_view(self.heldout, self.given.context + 1)[:: self.given.context]
         total = 0.0
         for each in np.array_split(rows, 16):
@@ -158,7 +184,7 @@ class Bench:
         hashes = {_hash(final) for final in finals}
         tokens = sum(steps) * given.batch * given.context
         same = len(hashes) == 1 if other.keeps else None
-        return Outcome(fmean(losses), seconds, tokens, tokens, sent / given.workers, same)
+        return Outcome(fmean(losses), seconds, tokens, sent / given.workers, same)
 
     @contextmanager
     def _started(
@@ -219,31 +245,40 @@ class Bench:
 
     # ours
 
-    def measure_ours(self, train: dict[str, Any], update: dict[str, Any]) -> Outcome:
+    def measure_ours(self, ours: Ours) -> Outcome:
         given = self.given
-        rounds = given.steps // given.inner_steps
-        swarm = Swarm(self.folder / "ours" / "w", nodes=given.workers, settings=self._settings(train, update, rounds))
+        section = RoundsSection(inner_steps=ours.inner_steps or ((1, given.inner_steps),))
+        rounds = next(number for number in range(1, 10_000) if section.steps_before(number) >= given.steps)
+        folder = self.folder / f"ours{len(list(self.folder.glob('ours*')))}"
+        swarm = Swarm(folder / "w", nodes=given.workers, settings=self._settings(ours, section, rounds))
         try:
-            swarm.start(texts=(self.folder / "text.txt",))
+            swarm.open((self.folder / "text.txt",))
+            for member in swarm.members:
+                member.join(swarm.invite)
+            began = until(lambda: _anybody_trains(swarm) and time.time(), "a node trains", seconds=READY_SECONDS)
             self._slow_down(swarm.lan)
-            first = swarm.certified_after(0.0, seconds=READY_SECONDS)
             before = _sent(swarm.lan, given.workers)
-            last = swarm.certified_after(first.at, rounds - 1, seconds=DONE_SECONDS)
-            until(lambda: swarm.coordinator.round() >= rounds, "the coordinator has every round")
+            last = swarm.certified_after(0.0, rounds, seconds=DONE_SECONDS)
+            until(lambda: swarm.coordinator.round() >= rounds, "the coordinator has every round", seconds=DONE_SECONDS)
+            sent = _sent(swarm.lan, given.workers) - before
             strange, compared = audit.strange_folds(swarm.coordinator, swarm.members)
             same = not strange and compared >= rounds
-            inside = [each for each in swarm.watch.after(first.at) if each.at <= last.at]
-            sent = _sent(swarm.lan, given.workers) - before
-            tokens = sum(sum(each.tokens.values()) for each in inside)
-            exported = self.folder / "ours" / "exported"
-            swarm.arena.call("barnraise-coordinator", "export", exported, "--run", swarm.coordinator.folder)
-            state = AutoModelForCausalLM.from_pretrained(exported).state_dict()
-            trained = sum(sum(each.tokens.values()) for each in swarm.watch.in_order())
-            return Outcome(self.loss(state), last.at - first.at, tokens, trained, sent / given.workers, same)
+            certified = swarm.watch.in_order()
+            curve = tuple(self._curve(swarm.coordinator.folder, certified, began))
+            tokens = sum(sum(each.tokens.values()) for each in certified)
+            return Outcome(curve[-1][1], last.at - began, tokens, sent / given.workers, same, curve)
         finally:
             swarm.close()
 
-    def _settings(self, train: dict[str, Any], update: dict[str, Any], rounds: int) -> dict[str, Any]:
+    def _curve(self, folder: Path, certified: Sequence[Certified], began: float) -> Iterator[tuple[float, float]]:
+        run, module = RunFolder.find(folder), self._built(0)
+        with closing(run.open_store()) as store:
+            manifest = run.manifest(store).manifest
+            for each in certified:
+                model.load(module, rebuild(store, run.open_blobs(), manifest, each.round + 1).params)
+                yield each.at - began, self._loss(module)
+
+    def _settings(self, ours: Ours, section: RoundsSection, rounds: int) -> dict[str, Any]:
         given = self.given
         return {
             **SETTINGS,
@@ -251,14 +286,14 @@ class Bench:
             "model": {"config": llama.sizes(given.hidden)},
             "data": {"context": given.context, "heldout": 0.01},
             "train": {
-                **train,
+                **ours.train,
                 "batch_sequences": given.batch,
                 "learning_rate": given.learning_rate,
                 "warmup_steps": WARMUP_STEPS,
                 "weight_decay": WEIGHT_DECAY,
             },
-            "rounds": {"inner_steps": [[1, given.inner_steps]], "gather_seconds": 5.0, "deadline_seconds": 60.0},
-            "update": update,
+            "rounds": {"inner_steps": section.inner_steps, "gather_seconds": 5.0, "deadline_seconds": 60.0},
+            "update": ours.update,
             "leases": {"sequences": 2048, "seconds": 120.0},
             "evaluate": {"sequences": 32, "every_rounds": 1000, "base_every_rounds": 1000},
         }
@@ -299,6 +334,10 @@ def _go_on(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
+
+
+def _anybody_trains(swarm: Any) -> bool:
+    return any(member.status()["activity"] == "training" for member in swarm.members)
 
 
 def _sent(lan: Any, workers: int) -> int:
@@ -350,29 +389,38 @@ def main() -> None:
         bench = Bench(given, Path(folder))
         goal = given.steps * given.workers * given.batch * given.context
 
+        ended: list[tuple[str, Outcome]] = []
+
         def note(name: str, outcome: Outcome) -> None:
             sent = outcome.sent / bench.parameters * goal / outcome.tokens
             what = f"{outcome.tokens / outcome.seconds:,.0f} tokens/s; a worker sent {sent:.2f} bytes per parameter"
             replicas = {None: "one model", True: "replicas the same", False: "replicas DIFFER"}[outcome.same]
-            words = f"{what}; {outcome.trained:,} tokens trained; {replicas}"
+            words = f"{outcome.seconds:.0f} s, {what}; {outcome.tokens:,} tokens; {replicas}"
             rows.append(Row(name, outcome.loss, digits=4, note=words))
-            print(f"  {name}: loss {outcome.loss:.4f}, {words} ({outcome.seconds:.0f} s)", flush=True)
+            print(f"  {name}: loss {outcome.loss:.4f}, {words}", flush=True)
+            for other, theirs in ended if outcome.curve else ():
+                seconds = outcome.reached(theirs.loss)
+                times = "never" if seconds is None else f"{seconds:.0f} s, {theirs.seconds / seconds:.1f} times sooner"
+                rows.append(Row(f"  was as good as {other}", theirs.loss, digits=4, note=times))
+                print(f"    as good as {other} after {times}", flush=True)
+            if not outcome.curve:
+                ended.append((name, outcome))
 
         for other, python in pythons:
             try:
                 note(other.name, bench.measure(other, python))
             except Failed as failed:
                 print(f"  {other.name}: not measured, {failed}", flush=True)
-        for name, train, update in OURS:
-            if chosen(name):
-                note(name, bench.measure_ours(train, update))
+        for ours in OURS:
+            if chosen(ours.name):
+                note(ours.name, bench.measure_ours(ours))
     show(
         "alternatives",
         rows,
         f"{given.workers} workers with one thread each on {os.cpu_count()} cores, {bench.parameters:,} parameters,"
         f" {given.steps} steps of {given.batch * given.context:,} tokens for each, {given.inner_steps} between exchanges,"
         f" lines of {given.rate or 'the speed of this machine'};",
-        "held-out loss in nats for each byte. Whoever joins a swarm of ours first trains while the others start.",
+        "held-out loss in nats for each byte. Bytes are for so many tokens; a swarm of ours trains on while it exchanges.",
     )
 
 

@@ -47,6 +47,7 @@ EVEN = ((1, 25),)
 MUON = {"optimizer": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02}
 ADAMW = {"optimizer": "adamw", "learning_rate": 3e-3}
 AVERAGE = Outer()
+FURTHER = Outer(OuterKind.AVERAGE, 1.5)
 DILOCO = Outer(OuterKind.NESTEROV, 0.7, 0.9)
 
 
@@ -94,11 +95,14 @@ RECIPES = (
     Recipe("DiLoCo: AdamW, fp32, Nesterov, rounds of 25", ADAMW, Packing(FP32, FP32), DILOCO, EVEN),
     Recipe("AdamW, fp32, growing rounds", ADAMW, Packing(FP32, FP32)),
     Recipe("AdamW, int4, growing rounds", ADAMW, Packing(INT4, INT4)),
+    Recipe("AdamW, sparse2, growing rounds", ADAMW, Packing(SPARSE2, INT4), residual_decay=0.95),
     Recipe("Muon, fp32, rounds of 25", MUON, Packing(FP32, FP32), schedule=EVEN),
     Recipe("Muon, fp32, growing rounds", MUON, Packing(FP32, FP32)),
     Recipe("Muon, int4, growing rounds", MUON, Packing(INT4, INT4)),
     Recipe("Muon, sparse2, growing rounds", MUON, Packing(SPARSE2, INT4), residual_decay=0.95),
     Recipe("Muon, sparse2 and its means too, growing rounds", MUON, Packing(SPARSE2, SPARSE2), residual_decay=0.95),
+    Recipe("Muon, sparse2, growing rounds, outer 1.5", MUON, Packing(SPARSE2, INT4), FURTHER, residual_decay=0.95),
+    Recipe("Muon, sparse2, rounds of 2", MUON, Packing(SPARSE2, INT4), schedule=((1, 2),), residual_decay=0.95),
     Recipe("Muon, sparse2, rounds of 25", MUON, Packing(SPARSE2, INT4), schedule=EVEN, residual_decay=0.95),
 )
 
@@ -110,7 +114,7 @@ def defaults() -> tuple[Recipe, ...]:
     outers = (
         ("average", AVERAGE),
         ("average times 0.8", Outer(OuterKind.AVERAGE, 0.8)),
-        ("average times 1.5", Outer(OuterKind.AVERAGE, 1.5)),
+        ("average times 1.5", FURTHER),
         ("Nesterov 0.7, 0.9", DILOCO),
         ("Nesterov 0.9, 0.5", Outer(OuterKind.NESTEROV, 0.9, 0.5)),
     )
@@ -327,13 +331,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decay-to", type=float, default=0.1, help="share of the learning rates at the end")
+    parser.add_argument("--muon-rate", type=float, default=MUON["muon_learning_rate"])
     parser.add_argument("--defaults", action="store_true", help="the rows that the defaults were chosen from, instead")
     parser.add_argument("--only", nargs="*", default=[""], help="words of the recipes to run")
     given = parser.parse_args()
     config = llama.config(given.hidden, given.layers, vocabulary=VOCABULARY, context=given.context)
     base = Setting(config, given.context, given.batch, given.steps, 0, 0, given.device, given.threads, given.decay_to)
+    muon = {**MUON, "muon_learning_rate": given.muon_rate}
     chosen = [
-        recipe
+        replace(recipe, train=muon) if recipe.train is MUON else recipe
         for recipe in (defaults() if given.defaults else RECIPES)
         if any(word in recipe.name for word in given.only)
     ]

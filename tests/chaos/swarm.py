@@ -221,11 +221,8 @@ class Swarm:
         self.homes.append(found.home)
         return found
 
-    def start(self, texts=TEXT):
-        self.coordinator.add(*texts)
-        self.coordinator.start()
-        self.invite = self.coordinator.invite("--uses", "1000")
-        self.watch.start()
+    def start(self):
+        self.open()
         for member in self.members:  # one by one: five times three interpreters that import torch take their time
             member.join(self.invite)
             until(
@@ -233,6 +230,13 @@ class Swarm:
                 f"{member.name} is ready",
                 seconds=PATIENCE_SECONDS,
             )
+
+    def open(self, texts=TEXT):
+        """The coordinator serves, and an invite is written; nobody has joined."""
+        self.coordinator.add(*texts)
+        self.coordinator.start()
+        self.invite = self.coordinator.invite("--uses", "1000")
+        self.watch.start()
 
     def newcomer(self):
         """A node that was never here before; it has not joined yet."""
