@@ -47,7 +47,7 @@ EVEN = ((1, 25),)
 MUON = {"optimizer": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02}
 ADAMW = {"optimizer": "adamw", "learning_rate": 3e-3}
 AVERAGE = Outer()
-FURTHER = Outer(OuterKind.AVERAGE, 1.5)
+FURTHER = Outer(OuterKind.AVERAGE, 2.0)
 DILOCO = Outer(OuterKind.NESTEROV, 0.7, 0.9)
 
 
@@ -96,12 +96,13 @@ RECIPES = (
     Recipe("AdamW, fp32, growing rounds", ADAMW, Packing(FP32, FP32)),
     Recipe("AdamW, int4, growing rounds", ADAMW, Packing(INT4, INT4)),
     Recipe("AdamW, sparse2, growing rounds", ADAMW, Packing(SPARSE2, INT4), residual_decay=0.95),
+    Recipe("AdamW, sparse2, rounds of 2", ADAMW, Packing(SPARSE2, INT4), schedule=((1, 2),), residual_decay=0.95),
     Recipe("Muon, fp32, rounds of 25", MUON, Packing(FP32, FP32), schedule=EVEN),
     Recipe("Muon, fp32, growing rounds", MUON, Packing(FP32, FP32)),
     Recipe("Muon, int4, growing rounds", MUON, Packing(INT4, INT4)),
     Recipe("Muon, sparse2, growing rounds", MUON, Packing(SPARSE2, INT4), residual_decay=0.95),
     Recipe("Muon, sparse2 and its means too, growing rounds", MUON, Packing(SPARSE2, SPARSE2), residual_decay=0.95),
-    Recipe("Muon, sparse2, growing rounds, outer 1.5", MUON, Packing(SPARSE2, INT4), FURTHER, residual_decay=0.95),
+    Recipe("Muon, sparse2, growing rounds, outer times 2", MUON, Packing(SPARSE2, INT4), FURTHER, residual_decay=0.95),
     Recipe("Muon, sparse2, rounds of 2", MUON, Packing(SPARSE2, INT4), schedule=((1, 2),), residual_decay=0.95),
     Recipe("Muon, sparse2, rounds of 25", MUON, Packing(SPARSE2, INT4), schedule=EVEN, residual_decay=0.95),
 )
@@ -114,7 +115,8 @@ def defaults() -> tuple[Recipe, ...]:
     outers = (
         ("average", AVERAGE),
         ("average times 0.8", Outer(OuterKind.AVERAGE, 0.8)),
-        ("average times 1.5", FURTHER),
+        ("average times 1.5", Outer(OuterKind.AVERAGE, 1.5)),
+        ("average times 2", FURTHER),
         ("Nesterov 0.7, 0.9", DILOCO),
         ("Nesterov 0.9, 0.5", Outer(OuterKind.NESTEROV, 0.9, 0.5)),
     )
