@@ -43,7 +43,7 @@ VOCABULARY = 256
 HELDOUT_SEQUENCES = 128
 SHARD, NOBODY = Digest("0" * 64), Digest("1" * 64)
 GROWING = RoundsSection().inner_steps
-EVEN = ((1, 25),)
+EVEN, OFTEN = ((1, 25),), ((1, 2),)
 MUON = {"optimizer": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02}
 ADAMW = {"optimizer": "adamw", "learning_rate": 3e-3}
 AVERAGE = Outer()
@@ -96,14 +96,16 @@ RECIPES = (
     Recipe("AdamW, fp32, growing rounds", ADAMW, Packing(FP32, FP32)),
     Recipe("AdamW, int4, growing rounds", ADAMW, Packing(INT4, INT4)),
     Recipe("AdamW, sparse2, growing rounds", ADAMW, Packing(SPARSE2, INT4), residual_decay=0.95),
-    Recipe("AdamW, sparse2, rounds of 2", ADAMW, Packing(SPARSE2, INT4), schedule=((1, 2),), residual_decay=0.95),
+    Recipe("AdamW, fp32, rounds of 2", ADAMW, Packing(FP32, FP32), schedule=OFTEN),
+    Recipe("AdamW, sparse2, rounds of 2", ADAMW, Packing(SPARSE2, INT4), schedule=OFTEN, residual_decay=0.95),
     Recipe("Muon, fp32, rounds of 25", MUON, Packing(FP32, FP32), schedule=EVEN),
     Recipe("Muon, fp32, growing rounds", MUON, Packing(FP32, FP32)),
     Recipe("Muon, int4, growing rounds", MUON, Packing(INT4, INT4)),
     Recipe("Muon, sparse2, growing rounds", MUON, Packing(SPARSE2, INT4), residual_decay=0.95),
     Recipe("Muon, sparse2 and its means too, growing rounds", MUON, Packing(SPARSE2, SPARSE2), residual_decay=0.95),
     Recipe("Muon, sparse2, growing rounds, outer times 2", MUON, Packing(SPARSE2, INT4), FURTHER, residual_decay=0.95),
-    Recipe("Muon, sparse2, rounds of 2", MUON, Packing(SPARSE2, INT4), schedule=((1, 2),), residual_decay=0.95),
+    Recipe("Muon, fp32, rounds of 2", MUON, Packing(FP32, FP32), schedule=OFTEN),
+    Recipe("Muon, sparse2, rounds of 2", MUON, Packing(SPARSE2, INT4), schedule=OFTEN, residual_decay=0.95),
     Recipe("Muon, sparse2, rounds of 25", MUON, Packing(SPARSE2, INT4), schedule=EVEN, residual_decay=0.95),
 )
 
