@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import pytest_asyncio
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2, runtime_pb2
 
@@ -29,6 +30,8 @@ from protocol.identity import Key, libp2p_private_key_bytes
 from protocol.limits import CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
 from protocol.types import Digest, Exchange, PeerId, RunId
 from protocol.v1 import barnraise_pb2
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # engines are shared
 
 RUN = RunId("ab" * 32 + ".averaging")
 LOCAL = "/ip4/127.0.0.1/tcp/0"
@@ -128,6 +131,33 @@ def swarm(tmp_path):
     return Swarm(tmp_path)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def int4_swarm(tmp_path_factory):
+    """Three engines for all tests that leave them whole: each takes seconds to start."""
+    swarm = Swarm(tmp_path_factory.mktemp("int4"))
+    async with engines_of(swarm, 3) as engines:
+        yield swarm, engines
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sparse_swarm(tmp_path_factory):
+    async with engines_of(Swarm(tmp_path_factory.mktemp("sparse")), 3, up="sparse2") as engines:
+        yield engines
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def trio(int4_swarm):
+    _, engines = int4_swarm
+    await introduce(*engines)
+    return engines
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def sparse_trio(sparse_swarm):
+    await introduce(*sparse_swarm)
+    return sparse_swarm
+
+
 @pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
 async def test_everyone_ends_with_the_same_bytes_of_the_weighted_mean(swarm, name):
     how = codec(name)
@@ -152,24 +182,19 @@ async def test_everyone_ends_with_the_same_bytes_of_the_weighted_mean(swarm, nam
     assert sum(usage.sent for usage in usages) < 4 * sum(sizes) * 1.01
 
 
-async def test_a_peer_without_weight_sends_nothing_and_still_reduces_and_gets_every_mean(swarm):
+async def test_a_peer_without_weight_sends_nothing_and_still_reduces_and_gets_every_mean(trio):
     how = codec("int4")
     encoded = [how.encode(vector) for vector in vectors(3)]
-    async with engines_of(swarm, 3) as engines:
-        job = job_of(*(engine.peer for engine in engines), weights=(5, 0, 7))
-        payloads = [encoded[0], b"", encoded[2]]
-        outcomes = await asyncio.gather(
-            *(engine.average(job, data) for engine, data in zip(engines, payloads, strict=True))
-        )
+    job = job_of(*(engine.peer for engine in trio), weights=(5, 0, 7))
+    payloads = [encoded[0], b"", encoded[2]]
+    outcomes = await asyncio.gather(*(engine.average(job, data) for engine, data in zip(trio, payloads, strict=True)))
     assert [outcome.included for outcome in outcomes] == [(0, 2)] * 3
     assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts and len(outcomes[0].parts) == 3
 
 
-async def test_a_client_that_nobody_can_dial_takes_part_and_reduces_nothing(swarm):
+async def test_a_client_that_nobody_can_dial_takes_part_and_reduces_nothing(swarm, trio):
     encoded = codec("int4").encode(vectors(1)[0])
-    client, *peers = await asyncio.gather(
-        swarm.engine("client", listen=()), swarm.engine("engine-0"), swarm.engine("engine-1")
-    )
+    client, peers = await swarm.engine("client", listen=()), trio[:2]
     try:
         await introduce(client, *peers)
         middle = 3 * CHUNK_VALUES
@@ -177,12 +202,12 @@ async def test_a_client_that_nobody_can_dial_takes_part_and_reduces_nothing(swar
         job = job_of(client.peer, *(engine.peer for engine in peers), spans=spans)
         outcomes = await asyncio.gather(*(engine.average(job, encoded) for engine in (client, *peers)))
     finally:
-        await asyncio.gather(*(engine.stop() for engine in (client, *peers)))
+        await client.stop()
     assert client.addresses == () and outcomes[0].included == () and outcomes[1].included == (0, 1, 2)
     assert all(b"".join(outcome.parts[index] for index in (1, 2)) == encoded for outcome in outcomes)
 
 
-async def gather(swarm, engines, payloads, **changes):
+async def gather(engines, payloads, **changes):
     job = job_of(
         *(engine.peer for engine in engines),
         exchange=Exchange.ALL_GATHER,
@@ -192,57 +217,55 @@ async def gather(swarm, engines, payloads, **changes):
     return await asyncio.gather(*(engine.average(job, data) for engine, data in zip(engines, payloads, strict=True)))
 
 
-async def test_in_an_all_gather_everyone_gets_everyones_bytes_and_sends_its_own_to_each(swarm):
+async def test_in_an_all_gather_everyone_gets_everyones_bytes_and_sends_its_own_to_each(sparse_trio):
     how = codec("sparse2")
     encoded = [how.encode(vector) for vector in vectors(3)]
-    async with engines_of(swarm, 3, up="sparse2") as engines:
-        outcomes = await gather(swarm, engines, encoded)
+    outcomes = await gather(sparse_trio, encoded)
     for index, outcome in enumerate(outcomes):
         assert outcome.failed == {} and outcome.included == (index,)
         assert outcome.parts == dict(enumerate(encoded))
         assert outcome.bytes_sent == outcome.bytes_received == 2 * len(encoded[0])
 
 
-async def test_in_an_all_gather_a_member_that_never_comes_costs_only_its_own_part(swarm):
+async def test_in_an_all_gather_a_member_that_never_comes_costs_only_its_own_part(sparse_trio):
     how = codec("sparse2")
     encoded = [how.encode(vector) for vector in vectors(3)]
-    async with engines_of(swarm, 3, up="sparse2") as engines:
-        job = job_of(
-            *(engine.peer for engine in engines),
-            exchange=Exchange.ALL_GATHER,
-            spans=((0, VALUES),) * 3,
-            deadline_seconds=20,
-            sender_seconds=PATIENCE_SECONDS,
-        )
-        outcomes = await asyncio.gather(
-            *(engine.average(job, data) for engine, data in zip(engines[:2], encoded[:2], strict=True))
-        )
+    job = job_of(
+        *(engine.peer for engine in sparse_trio),
+        exchange=Exchange.ALL_GATHER,
+        spans=((0, VALUES),) * 3,
+        deadline_seconds=20,
+        sender_seconds=PATIENCE_SECONDS,
+    )
+    outcomes = await asyncio.gather(
+        *(engine.average(job, data) for engine, data in zip(sparse_trio[:2], encoded[:2], strict=True))
+    )
     for index, outcome in enumerate(outcomes):
         assert outcome.parts == dict(enumerate(encoded[:2])) and list(outcome.failed) == [2]
         assert outcome.included == (index,)
 
 
-async def test_a_chunk_where_an_all_gather_wants_none_is_a_violation(swarm):
+async def test_a_chunk_where_an_all_gather_wants_none_is_a_violation(swarm, sparse_trio):
     how = codec("sparse2")
     encoded = [how.encode(vector) for vector in vectors(2)]
     hostile = await swarm.outsider("hostile")
     try:
-        async with engines_of(swarm, 2, up="sparse2") as engines:
-            await introduce(*engines, others=[hostile])
-            hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
-            job = job_of(
-                *(engine.peer for engine in engines),
-                str(hostile.peer_id),
-                exchange=Exchange.ALL_GATHER,
-                spans=((0, VALUES),) * 3,
-                deadline_seconds=20,
-                sender_seconds=PATIENCE_SECONDS,
-            )
-            pushed = chunk(encoded[0][:1344], group=job.group, codec_code=CODES["sparse2"])
-            *outcomes, answers = await asyncio.gather(
-                *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True)),
-                replies(hostile, engines[0], [pushed]),
-            )
+        engines = sparse_trio[:2]
+        await introduce(*engines, others=[hostile])
+        hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
+        job = job_of(
+            *(engine.peer for engine in engines),
+            str(hostile.peer_id),
+            exchange=Exchange.ALL_GATHER,
+            spans=((0, VALUES),) * 3,
+            deadline_seconds=20,
+            sender_seconds=PATIENCE_SECONDS,
+        )
+        pushed = chunk(encoded[0][:1344], group=job.group, codec_code=CODES["sparse2"])
+        *outcomes, answers = await asyncio.gather(
+            *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True)),
+            replies(hostile, engines[0], [pushed]),
+        )
     finally:
         await hostile.shutdown()
     codes = [answer.code for answer in answers]  # a stream closed over what it has not read may lose its last word
@@ -250,14 +273,13 @@ async def test_a_chunk_where_an_all_gather_wants_none_is_a_violation(swarm):
     assert all(outcome.parts == dict(enumerate(encoded)) for outcome in outcomes)
 
 
-async def test_sparse_contributions_reduced_to_dense_means_agree_to_the_bit(swarm):
+async def test_sparse_contributions_reduced_to_dense_means_agree_to_the_bit(sparse_trio):
     up, down = codec("sparse2"), codec("int4")
     encoded = [up.encode(vector) for vector in vectors(3)]
-    async with engines_of(swarm, 3, up="sparse2") as engines:
-        job = job_of(*(engine.peer for engine in engines))
-        outcomes = await asyncio.gather(
-            *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True))
-        )
+    job = job_of(*(engine.peer for engine in sparse_trio))
+    outcomes = await asyncio.gather(
+        *(engine.average(job, data) for engine, data in zip(sparse_trio, encoded, strict=True))
+    )
     assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts
     wanted = mean_of(up, encoded, WEIGHTS)
     for index, (start, stop) in enumerate(SPANS):
@@ -294,16 +316,15 @@ async def test_what_sparse_means_leave_out_goes_into_those_after_them_once_a_rec
     assert np.square(forgetful - (alone + left)).sum() > 1.01 * np.square(again - (alone + left)).sum()
 
 
-async def test_an_early_bird_waits_for_the_others(swarm):
+async def test_an_early_bird_waits_for_the_others(trio):
     encoded = codec("int4").encode(vectors(1)[0])
-    async with engines_of(swarm, 3) as engines:
-        job = job_of(*(engine.peer for engine in engines), sender_seconds=5)
+    job = job_of(*(engine.peer for engine in trio), sender_seconds=5)
 
-        async def after(seconds, engine):
-            await asyncio.sleep(seconds)
-            return await engine.average(job, encoded)
+    async def after(seconds, engine):
+        await asyncio.sleep(seconds)
+        return await engine.average(job, encoded)
 
-        outcomes = await asyncio.gather(*(after(1.5 * index, engine) for index, engine in enumerate(engines)))
+    outcomes = await asyncio.gather(*(after(1.5 * index, engine) for index, engine in enumerate(trio)))
     assert all(outcome.failed == {} and outcome.included == (0, 1, 2) for outcome in outcomes)
 
 
@@ -362,74 +383,74 @@ async def replies(p2p, engine, messages):
         return [message async for message in got]
 
 
-async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm):
+async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm, trio):
     how = codec("int4")
     encoded = [how.encode(vector) for vector in vectors(2)]
     hostile = await swarm.outsider("hostile")
     try:
-        async with engines_of(swarm, 2) as engines:
-            await introduce(*engines, others=[hostile])
-            hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
-            middle = 2 * CHUNK_VALUES
-            for attack in ATTACKS:
-                job = job_of(
-                    *(engine.peer for engine in engines),
-                    str(hostile.peer_id),
-                    spans=((0, middle), (middle, VALUES), (VALUES, VALUES)),
-                    deadline_seconds=40,
-                    sender_seconds=PATIENCE_SECONDS,
-                )
-                began = time.monotonic()
-                *outcomes, answers = await asyncio.gather(
-                    *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True)),
-                    replies(hostile, engines[0], hostile_chunks(attack, job.group)),
-                )
-                assert outcomes[0].failed == outcomes[1].failed == {}, attack
-                assert outcomes[0].included == outcomes[1].included == (0, 1), attack
-                assert outcomes[0].parts == outcomes[1].parts, attack
-                assert time.monotonic() - began < 2 * PATIENCE_SECONDS, attack  # the other engine waits once for it
-                means = [answer for answer in answers if answer.code == averaging_pb2.AVERAGED_PART]
-                assert bool(means) == (attack == "only half"), attack  # slow is not hostile
+        engines = trio[:2]
+        await introduce(*engines, others=[hostile])
+        hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
+        middle = 2 * CHUNK_VALUES
+        for attack in ATTACKS:
+            job = job_of(
+                *(engine.peer for engine in engines),
+                str(hostile.peer_id),
+                spans=((0, middle), (middle, VALUES), (VALUES, VALUES)),
+                deadline_seconds=40,
+                sender_seconds=PATIENCE_SECONDS,
+            )
+            began = time.monotonic()
+            *outcomes, answers = await asyncio.gather(
+                *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True)),
+                replies(hostile, engines[0], hostile_chunks(attack, job.group)),
+            )
+            assert outcomes[0].failed == outcomes[1].failed == {}, attack
+            assert outcomes[0].included == outcomes[1].included == (0, 1), attack
+            assert outcomes[0].parts == outcomes[1].parts, attack
+            assert time.monotonic() - began < 2 * PATIENCE_SECONDS, attack  # the other engine waits once for it
+            means = [answer for answer in answers if answer.code == averaging_pb2.AVERAGED_PART]
+            assert bool(means) == (attack == "only half"), attack  # slow is not hostile
     finally:
         await hostile.shutdown()
 
 
-async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm):
+async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm, trio):
     encoded = codec("int4").encode(vectors(1)[0])
     member = await swarm.outsider("member")
     try:
-        async with engines_of(swarm, 1) as (engine,):
-            await introduce(engine, others=[member])
-            member.roster = {PeerID.from_base58(engine.peer): engine.addresses}
-            spans = ((0, VALUES), (VALUES, VALUES))
-            job = job_of(
-                engine.peer, str(member.peer_id), weights=(0, 5), spans=spans, deadline_seconds=60, sender_seconds=20
-            )
-            begun, answered = asyncio.Event(), asyncio.Event()
-            good = [chunk(encoded[:34816], group=job.group)]
-            good += [chunk(encoded[at : at + 34816]) for at in range(34816, len(encoded), 34816)]
+        engine = trio[0]
+        await introduce(engine, others=[member])
+        member.roster = {PeerID.from_base58(engine.peer): engine.addresses}
+        spans = ((0, VALUES), (VALUES, VALUES))
+        job = job_of(
+            engine.peer, str(member.peer_id), weights=(0, 5), spans=spans, deadline_seconds=60, sender_seconds=20
+        )
+        begun, answered = asyncio.Event(), asyncio.Event()
+        good = [chunk(encoded[:34816], group=job.group)]
+        good += [chunk(encoded[at : at + 34816]) for at in range(34816, len(encoded), 34816)]
 
-            async def second():
-                await begun.wait()
-                await asyncio.sleep(1.0)  # for the first message to arrive
-                try:
-                    return await replies(member, engine, whole(job.group))
-                finally:
-                    answered.set()
+        async def second():
+            await begun.wait()
+            await asyncio.sleep(1.0)  # for the first message to arrive
+            try:
+                return await replies(member, engine, whole(job.group))
+            finally:
+                answered.set()
 
-            async def slowly():
-                async def stream():
-                    for message in good:
-                        yield message
-                        begun.set()
-                        await answered.wait()
+        async def slowly():
+            async def stream():
+                for message in good:
+                    yield message
+                    begun.set()
+                    await answered.wait()
 
-                peer = PeerID.from_base58(engine.peer)
-                await member.reach(peer)
-                got = await BarnraisePeer.get_stub(member, peer, namespace=RUN).rpc_aggregate_part(stream())
-                return [message async for message in got]
+            peer = PeerID.from_base58(engine.peer)
+            await member.reach(peer)
+            got = await BarnraisePeer.get_stub(member, peer, namespace=RUN).rpc_aggregate_part(stream())
+            return [message async for message in got]
 
-            outcome, answers, refused = await asyncio.gather(engine.average(job, b""), slowly(), second())
+        outcome, answers, refused = await asyncio.gather(engine.average(job, b""), slowly(), second())
     finally:
         await member.shutdown()
     assert outcome.included == (1,) and outcome.parts == {0: encoded}
@@ -460,22 +481,22 @@ async def test_a_stranger_gets_nothing(swarm):
     assert swarm.heard["engine-0"] == []
 
 
-async def test_a_member_of_the_roster_outside_the_group_is_refused(swarm):
+async def test_a_member_of_the_roster_outside_the_group_is_refused(swarm, trio):
     encoded = codec("int4").encode(vectors(1)[0])
-    async with engines_of(swarm, 2) as (first, second):
-        outsider = await swarm.outsider("outsider")
-        try:
-            await introduce(first, second, others=[outsider])
-            outsider.roster = {PeerID.from_base58(first.peer): first.addresses}
-            job = job_of(first.peer, second.peer, weights=(1, 1), spans=((0, VALUES), (VALUES, VALUES)))
-            one, two, answers = await asyncio.gather(
-                first.average(job, encoded),
-                second.average(job, encoded),
-                replies(outsider, first, whole(job.group)),
-            )
-            unknown = await replies(outsider, first, whole(os.urandom(32)))
-        finally:
-            await outsider.shutdown()
+    first, second, _ = trio
+    outsider = await swarm.outsider("outsider")
+    try:
+        await introduce(first, second, others=[outsider])
+        outsider.roster = {PeerID.from_base58(first.peer): first.addresses}
+        job = job_of(first.peer, second.peer, weights=(1, 1), spans=((0, VALUES), (VALUES, VALUES)))
+        one, two, answers = await asyncio.gather(
+            first.average(job, encoded),
+            second.average(job, encoded),
+            replies(outsider, first, whole(job.group)),
+        )
+        unknown = await replies(outsider, first, whole(os.urandom(32)))
+    finally:
+        await outsider.shutdown()
     assert one.parts == two.parts == {0: encoded} and one.included == (0, 1)
     assert [answer.code for answer in answers + unknown] == [averaging_pb2.BAD_GROUP_ID] * 2
 
@@ -509,38 +530,37 @@ async def test_a_frozen_engine_costs_its_own_span_only(swarm):
     assert all(outcome.seconds < 10.5 for outcome in outcomes)
 
 
-async def test_nothing_is_sent_for_a_job_that_is_wrong(swarm):
+async def test_nothing_is_sent_for_a_job_that_is_wrong(trio):
     encoded = codec("int4").encode(vectors(1)[0])
-    async with engines_of(swarm, 1) as (engine,):
-        alone = job_of(engine.peer, weights=(1,), spans=((0, VALUES),))
-        wrong = [
-            (alone, encoded[:-1], Code.UPDATE_BAD),
-            (replace(alone, spans=((0, VALUES - 1),)), encoded, Code.FIELD),
-            (replace(alone, weights=(1, 2)), encoded, Code.FIELD),
-            (replace(alone, exchange=Exchange.ALL_GATHER, spans=((0, CHUNK_VALUES),)), encoded, Code.FIELD),
-            (
-                job_of("12D3KooWDC1Kfp31q8noa7BTRA8oKCXm3ZKYQYfZGKFgL7rpwGSg", weights=(1,), spans=((0, VALUES),)),
-                encoded,
-                Code.FIELD,
-            ),
-        ]
-        for job, payload, code in wrong:
-            with pytest.raises(Refused) as caught:
-                await engine.average(job, payload)
-            assert caught.value.reason is code
-        assert (await engine.average(alone, encoded)).parts == {0: encoded}
-        with pytest.raises(Refused):
-            await engine.average(alone, encoded)  # a group is averaged once
+    engine = trio[0]
+    alone = job_of(engine.peer, weights=(1,), spans=((0, VALUES),))
+    wrong = [
+        (alone, encoded[:-1], Code.UPDATE_BAD),
+        (replace(alone, spans=((0, VALUES - 1),)), encoded, Code.FIELD),
+        (replace(alone, weights=(1, 2)), encoded, Code.FIELD),
+        (replace(alone, exchange=Exchange.ALL_GATHER, spans=((0, CHUNK_VALUES),)), encoded, Code.FIELD),
+        (
+            job_of("12D3KooWDC1Kfp31q8noa7BTRA8oKCXm3ZKYQYfZGKFgL7rpwGSg", weights=(1,), spans=((0, VALUES),)),
+            encoded,
+            Code.FIELD,
+        ),
+    ]
+    for job, payload, code in wrong:
+        with pytest.raises(Refused) as caught:
+            await engine.average(job, payload)
+        assert caught.value.reason is code
+    assert (await engine.average(alone, encoded)).parts == {0: encoded}
+    with pytest.raises(Refused):
+        await engine.average(alone, encoded)  # a group is averaged once
 
 
-async def test_a_group_given_up_returns_at_once_with_what_is_complete(swarm):
+async def test_a_group_given_up_returns_at_once_with_what_is_complete(trio):
     encoded = codec("int4").encode(vectors(1)[0])
-    async with engines_of(swarm, 3) as engines:
-        job = job_of(*(engine.peer for engine in engines))
-        waiting = asyncio.create_task(engines[0].average(job, encoded))
-        await asyncio.sleep(0.3)
-        await engines[0].cancel(job.group)
-        outcome = await waiting
+    job = job_of(*(engine.peer for engine in trio))
+    waiting = asyncio.create_task(trio[0].average(job, encoded))
+    await asyncio.sleep(0.3)
+    await trio[0].cancel(job.group)
+    outcome = await waiting
     assert outcome.parts == {} and set(outcome.failed) == {0, 1, 2} and outcome.seconds < 2
 
 
@@ -561,23 +581,23 @@ async def test_a_message_arrives_with_the_sender_that_libp2p_proved(swarm):
     assert unknown.value.reason is gone.value.reason is Code.UNREACHABLE
 
 
-async def test_a_part_is_fetched_whole_or_refused(swarm):
+async def test_a_part_is_fetched_whole_or_refused(int4_swarm, trio):
     data, digest = os.urandom(700_001), Digest("5e" * 32)
-    async with engines_of(swarm, 2) as (first, second):
-        blobs = swarm.folder / "engine-1" / "blobs"
-        keep_blob(blobs, digest, data)
-        (blobs / "aa").mkdir()
-        (blobs / "aa" / ("aa" * 32)).symlink_to(swarm.folder / "engine-1" / "identity")
-        assert await first.fetch_part(second.peer, digest, len(data), timeout_seconds=10) == data
-        missing = [
-            (digest, len(data) - 1),
-            (Digest("00" * 32), 10),
-            (Digest("../identity"), 68),
-            (Digest("aa" * 32), 68),
-        ]
-        for name, size in missing:
-            with pytest.raises(Refused):
-                await first.fetch_part(second.peer, name, size, timeout_seconds=5)
+    swarm, (first, second, _) = int4_swarm[0], trio
+    blobs = swarm.folder / "engine-1" / "blobs"
+    keep_blob(blobs, digest, data)
+    (blobs / "aa").mkdir()
+    (blobs / "aa" / ("aa" * 32)).symlink_to(swarm.folder / "engine-1" / "identity")
+    assert await first.fetch_part(second.peer, digest, len(data), timeout_seconds=10) == data
+    missing = [
+        (digest, len(data) - 1),
+        (Digest("00" * 32), 10),
+        (Digest("../identity"), 68),
+        (Digest("aa" * 32), 68),
+    ]
+    for name, size in missing:
+        with pytest.raises(Refused):
+            await first.fetch_part(second.peer, name, size, timeout_seconds=5)
 
 
 async def test_a_frozen_peer_is_not_waited_for_as_long_as_a_slow_one(swarm):
@@ -679,10 +699,10 @@ async def test_a_killed_daemon_leaves_neither_engine_nor_p2pd(tmp_path):
     p2pd.sweep(tmp_path / "run")  # as the next start does
 
 
-async def test_a_port_that_is_taken_is_refused_by_name(swarm):
-    async with engines_of(swarm, 1) as (engine,):
-        with pytest.raises(Refused) as caught:
-            await swarm.engine("engine-1", listen=engine.addresses)
+async def test_a_port_that_is_taken_is_refused_by_name(swarm, trio):
+    engine = trio[0]
+    with pytest.raises(Refused) as caught:
+        await swarm.engine("engine-1", listen=engine.addresses)
     assert caught.value.reason is Code.PORT_IN_USE
 
 
