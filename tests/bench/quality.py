@@ -106,6 +106,9 @@ RECIPES = (
     Recipe("Muon, sparse2, growing rounds, outer times 2", MUON, Packing(SPARSE2, INT4), FURTHER, residual_decay=0.95),
     Recipe("Muon, fp32, rounds of 2", MUON, Packing(FP32, FP32), schedule=OFTEN),
     Recipe("Muon, sparse2, rounds of 2", MUON, Packing(SPARSE2, INT4), schedule=OFTEN, residual_decay=0.95),
+    Recipe(
+        "Muon, sparse2, rounds of 2, outer times 2", MUON, Packing(SPARSE2, INT4), FURTHER, OFTEN, residual_decay=0.95
+    ),
     Recipe("Muon, sparse2, rounds of 25", MUON, Packing(SPARSE2, INT4), schedule=EVEN, residual_decay=0.95),
 )
 
