@@ -23,6 +23,7 @@ from protocol.limits import ADDRESSES_MAX, PEER_MESSAGE_BYTES_MAX
 ENVELOPE_BYTES: Final = 4096  # what p2pd wraps around a message
 CONNECT_SECONDS: Final = 10.0  # a TCP and TLS handshake across the world, twice over
 STALL_SECONDS: Final = 60.0  # a peer that takes no byte for so long is let go
+LAST_WORD_SECONDS: Final = 5.0  # for the caller to say that it has said all, after we have
 CALLS_PER_PEER_MAX: Final = 16  # at once: one stream for each group, a few parts, a burst of messages
 
 
@@ -148,10 +149,12 @@ class GuardedP2P(P2P):  # type: ignore[misc]
 
         async def serve(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             context = P2PContext(handle_name=name, local_id=self.peer_id, remote_id=info.peer_id)
+            requests = Messages(input_protobuf_type, reader, self._on_received)
             with closing(writer), suppress(*CALLER_ERRORS), self._admitted(info.peer_id):
-                async with aclosing(handler(self._messages(input_protobuf_type, reader), context)) as replies:
+                async with aclosing(handler(requests, context)) as replies:
                     async for reply in replies:
                         await self._write(reply, writer)
+                await requests.read_out()
 
         await self.add_binary_stream_handler(name, serve, balanced=balanced)
 
@@ -180,7 +183,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]
             sending = asyncio.create_task(send())
             try:
                 with closing(writer):
-                    async for message in self._messages(output_protobuf_type, reader):
+                    async for message in Messages(output_protobuf_type, reader, self._on_received):
                         yield message
             finally:
                 sending.cancel()
@@ -192,18 +195,51 @@ class GuardedP2P(P2P):  # type: ignore[misc]
             await P2P.send_protobuf(message, writer)
         self.bytes_sent += message.ByteSize()
 
-    async def _messages(self, kind: type[Message], reader: asyncio.StreamReader) -> AsyncIterator[Message]:
-        """Messages until the stream ends; one that says it is larger than the bound is not read."""
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                marker = await reader.readexactly(1)
-                size = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
-                if size > PEER_MESSAGE_BYTES_MAX:
-                    raise Refused(Code.LIMIT, f"a message of {size} bytes, at most {PEER_MESSAGE_BYTES_MAX}")
-                data = await reader.readexactly(size)
-                self.bytes_received += size
-                if marker == P2P.ERROR_MARKER:
-                    if error := RPCError.FromString(data).message:
-                        raise P2PHandlerError(error[:200])
-                    return
-                yield kind.FromString(data)
+    def _on_received(self, size: int) -> None:
+        self.bytes_received += size
+
+
+class Messages:
+    """The messages of a stream, each read when it is asked for; one that says it is larger than the bound is not read."""
+
+    def __init__(self, kind: type[Message], reader: asyncio.StreamReader, on_received: Callable[[int], None]) -> None:
+        self._kind = kind
+        self._reader = reader
+        self._on_received = on_received
+        self._ended = False
+
+    def __aiter__(self) -> Messages:
+        return self
+
+    async def __anext__(self) -> Message:
+        if (data := await self._next()) is None:
+            raise StopAsyncIteration
+        return self._kind.FromString(data)
+
+    async def read_out(self) -> None:
+        """Until the sender has said all, for a moment. p2pd resets a stream that we close while something still comes
+        in, and what we said last is lost."""
+        with suppress(TimeoutError, P2PHandlerError):
+            async with asyncio.timeout(LAST_WORD_SECONDS):
+                while await self._next() is not None:
+                    pass
+
+    async def _next(self) -> bytes | None:
+        if self._ended:
+            return None
+        self._ended = True  # also if we are cancelled in the middle of a message
+        try:
+            marker = await self._reader.readexactly(1)
+            size = int.from_bytes(await self._reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+            if size > PEER_MESSAGE_BYTES_MAX:
+                raise Refused(Code.LIMIT, f"a message of {size} bytes, at most {PEER_MESSAGE_BYTES_MAX}")
+            data = await self._reader.readexactly(size)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        self._on_received(size)
+        if marker != P2P.ERROR_MARKER:
+            self._ended = False
+            return data
+        if error := RPCError.FromString(data).message:
+            raise P2PHandlerError(error[:200])
+        return None
