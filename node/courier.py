@@ -19,6 +19,7 @@ from node.engine import AveragingJob, Engine
 from node.journal import Journal
 from node.link import Link
 from protocol.blobs import BlobStore, digest_of
+from protocol.codec import Codec
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing, layout
 from protocol.identity import check_rollback, check_roster, coordinator_key
@@ -207,12 +208,15 @@ class Courier:
     async def fetch_part(self, part: Part, sources: Sequence[NodeId]) -> bool:
         """By hash, from whoever has it: its reducer, the other peers, the coordinator's archive. Ends in bounded time."""
         values = part.stop - part.start
-        if part.size not in {each.encoded_bytes(values) for each in (self._packing.up, self._packing.down)}:
+        codecs = [each for each in (self._packing.up, self._packing.down) if each.encoded_bytes(values) == part.size]
+        if not codecs:
             return False
         seconds = PART_SECONDS + part.size / PART_BYTES_PER_SECOND_MIN
         turn = self._on_their_way.setdefault(part.digest, asyncio.Lock())
         async with self._fetching, turn:  # of two orders for one part the second finds it here
-            return await self._fetch_from_peers(part, sources, seconds) or await self._fetch_archived(part, seconds)
+            if not (await self._fetch_from_peers(part, sources, seconds) or await self._fetch_archived(part, seconds)):
+                return False
+            return await asyncio.to_thread(self._decodes, part, codecs[0])
 
     async def _fetch_from_peers(self, part: Part, sources: Sequence[NodeId], seconds: float) -> bool:
         others = [node for node in sources if node not in (part.reducer, self._me)]
@@ -236,6 +240,16 @@ class Courier:
             async with asyncio.timeout(seconds):
                 await self._link.fetch_blob(BlobRef(part.digest, part.size), self._blobs)
         return self._blobs.has(part.digest)
+
+    def _decodes(self, part: Part, codec: Codec) -> bool:
+        """Whether a record may name it. What its hash promises may still be what no codec reads: then nobody could fold
+        a record that holds it, so nobody may vote for one."""
+        try:
+            codec.check(self._blobs.read(part.digest), part.stop - part.start)
+        except Refused as refused:
+            log.warning("a part that cannot be folded", reducer=part.reducer[:16], why=refused.what)
+            return False
+        return True
 
     async def _keep(self, data: bytes) -> Digest:
         """Put a part where peers and the next start find it."""

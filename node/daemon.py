@@ -179,6 +179,7 @@ class Daemon:
             context=self._manifest.context,
             inner_steps=self._spec.rounds.steps,
             exchange=self._packing.exchange,
+            part_bytes=lambda exchange, values: self._packing.of(exchange).encoded_bytes(values),
             round_seconds_min=lambda members: round_seconds(self._spec, self._manifest.parameters, members),
             round_seconds_max=self._spec.rounds.seconds_max,
             gather_seconds=self._spec.rounds.gather_seconds,

@@ -89,6 +89,7 @@ class Rules:
     context: int
     inner_steps: Callable[[RoundNumber], int]
     exchange: Callable[[Sequence[Role]], Exchange]  # of a group of members in these roles
+    part_bytes: Callable[[Exchange, int], int]  # of a part of so many values, in a record of this exchange
     round_seconds_min: Callable[[int], float]  # with so many members: what they upload is capped
     round_seconds_max: float
     gather_seconds: float
@@ -1040,7 +1041,7 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
         check_ranges(record, state.consumed)
     except Refused:
         return False
-    return True
+    return all(part.size == rules.part_bytes(record.exchange, part.stop - part.start) for part in record.parts)
 
 
 def _vote(state: Rounds, proposal: Propose, rules: Rules) -> Outcome:

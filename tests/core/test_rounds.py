@@ -55,6 +55,7 @@ def rules(me=A):
         context=CONTEXT,
         inner_steps=lambda _: STEPS,
         exchange=lambda roles: Exchange.ALL_REDUCE,
+        part_bytes=lambda exchange, values: 10,
         round_seconds_min=lambda members: 0.0,
         round_seconds_max=100.0,
         gather_seconds=1.0,
@@ -501,8 +502,9 @@ def test_parts_that_nobody_had_are_asked_for_again():
         {"contributions": (Contribution(A, 65, (data(0, 4),)),)},
         {"contributions": (brings(A, data(0, 4), data(3, 5)),)},
         {"contributions": (brings(A, data(900, 901)),)},
+        {"parts": tuple(replace(part_of(index, (A, B), (A,)), size=11) for index in range(2))},
     ],
-    ids=["another head", "another state", "tokens", "data twice", "data that counts elsewhere"],
+    ids=["another head", "another state", "tokens", "data twice", "data that counts elsewhere", "parts too large"],
 )
 def test_a_record_that_does_not_fit_is_not_signed(change):
     record = record_of(brings(A, data(0, 4)))

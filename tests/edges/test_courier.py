@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from node import courier as courier_module
@@ -81,8 +82,12 @@ class Stand:
     async def _nothing(self, ref, store):
         raise Refused(Code.UNREACHABLE, "the coordinator is away")
 
+    @staticmethod
+    def data(index):
+        return codec("int4").encode(np.full(CHUNK_VALUES, index + 1, np.float32))
+
     def part(self, index, *, of=OTHERS[0], at=()):
-        data = bytes([index]) * codec("int4").encoded_bytes(CHUNK_VALUES)
+        data = self.data(index)
         for node in at:
             self.engine.blobs[PeerId(f"peer of {node}"), digest_of(data)] = data
         start = index * CHUNK_VALUES
@@ -205,7 +210,7 @@ async def test_two_orders_for_one_part_fetch_it_once(stand):
 
 async def test_the_archive_is_asked_when_no_peer_has_it(tmp_path):
     async def archive(ref, store):
-        store.put_bytes(bytes(ref.size))
+        store.put_bytes(Stand.data(0))
 
     stand = Stand(tmp_path / "blobs", archive=archive)
     assert await stand.courier.fetch_part(stand.part(0), OTHERS)
@@ -216,3 +221,12 @@ async def test_bytes_of_another_hash_are_not_kept(stand):
     stand.engine.blobs = dict.fromkeys(stand.engine.blobs, bytes(part.size))
     assert not await stand.courier.fetch_part(part, OTHERS)
     assert not stand.blobs.digests()
+
+
+async def test_a_part_that_no_codec_reads_is_not_there_for_a_vote_whatever_its_hash(stand):
+    data = b"\x00\x7e" + bytes(codec("int4").encoded_bytes(CHUNK_VALUES) - 2)  # its first scale is NaN
+    part = replace(stand.part(0), digest=digest_of(data))
+    for node in OTHERS:
+        stand.engine.blobs[PeerId(f"peer of {node}"), part.digest] = data
+    assert not await stand.courier.fetch_part(part, OTHERS)
+    assert not await stand.courier.fetch_part(part, OTHERS)  # nor now that its bytes are here
