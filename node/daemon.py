@@ -98,6 +98,7 @@ class Daemon:
         self._journal = Journal(self._home.journal / manifest.name)
         self._tally = Tally()
         self._engine: Engine | None = None
+        self._engine_was_up = False
         self._folding = 0  # certified rounds that are being folded and handed in
         self._line = asyncio.Lock()  # one large download at a time: a home line is one line
         self._tasks: set[asyncio.Task[None]] = set()
@@ -406,8 +407,11 @@ class Daemon:
                 log=self._log_file("engine"),
             )
         except Refused as refused:
+            if refused.reason is Code.PORT_IN_USE and not self._engine_was_up:
+                raise  # another program has it; later it may be what is left of our own
             self._decider.post(session.PartDied(session.Part.ENGINE, refused.what))
             return
+        self._engine_was_up = True
         self._engine = self._courier.engine = engine
         await self._courier.tell_engine()
         self._decider.post(session.PartReady(session.Part.ENGINE))

@@ -28,13 +28,17 @@ from protocol.invite import Invite
 from protocol.limits import (
     ADDRESSES_MAX,
     BLOB_CHUNK_BYTES,
+    CONTEXT_MAX,
     CONTROL_BYTES_MAX,
     INCARNATION_BYTES,
     NUMBER_MAX,
+    PARAMETERS_MAX,
     PROTOCOL_VERSION,
     REASON_CHARACTERS_MAX,
     ROLLBACKS_MAX,
     ROSTERS_RECALLED_MAX,
+    TOKEN_BYTES,
+    VOCABULARY_MAX,
 )
 from protocol.types import (
     BaseCheckpoint,
@@ -496,6 +500,15 @@ def check_manifest(signed: SignedManifest, run: RunId) -> Manifest:
     manifest = identity.check_manifest(coordinator_key(run), signed)
     if manifest.run != run:
         raise Refused(Code.SIGNATURE, f"the manifest is of run {manifest.name}, not of this one")
+    for what, value, most in (
+        ("parameters", manifest.parameters, PARAMETERS_MAX),
+        ("vocabulary", manifest.vocabulary, VOCABULARY_MAX),
+        ("context", manifest.context, CONTEXT_MAX),
+    ):
+        if not 1 <= value <= most:
+            raise Refused(Code.FIELD, f"the manifest's {what} is {value}, wanted 1 to {most}")
+    if manifest.token_bytes not in TOKEN_BYTES:
+        raise Refused(Code.FIELD, f"the manifest's token_bytes is {manifest.token_bytes}, wanted 2 or 4")
     return manifest
 
 

@@ -13,11 +13,11 @@ from typing import IO, Final
 
 import structlog
 
+from node import hardware
 from node.config import Home, Settings
 from node.core import rounds
 from node.core.rounds import Phase, Rounds
 from node.decider import Decider
-from node.hardware import usable_threads
 from node.journal import Journal
 from node.progress import Carry, Drop, Floats, Offer, Progress, ProgressFile, Settle, resume
 from node.pseudograd import PseudoGradient
@@ -32,6 +32,8 @@ from protocol.runspec import RunSpec
 from protocol.types import BaseCheckpoint, DataRange, LogEntry, Manifest, NodeId, SignedRollback
 
 KEEP_SECONDS: Final = 1.0  # between two looks whether local progress is to be saved
+HELD_BYTES: Final = 16  # for each parameter: the state, what the trainer shares, its snapshot, and the residual
+MOMENTUM_BYTES: Final = 4
 
 log = structlog.get_logger()
 
@@ -73,15 +75,16 @@ class Workbench:
         self._log_file = log_file
         self._on_event = on_event
         self._scratch = Home(settings.home).runtime
+        outer, packing = outer_of(spec.update), packing_of(spec.update)
+        _check_room(manifest.parameters, self._scratch, momentum=outer.keeps_momentum)
         self._vectors = Vectors.create(manifest.parameters, runtime_dir=self._scratch)
-        packing = packing_of(spec.update)
         self.replica = Replica(
             manifest,
             journal=journal,
             blobs=blobs,
             vectors=self._vectors,
             packing=packing,
-            outer=outer_of(spec.update),
+            outer=outer,
         )
         self._gradient = PseudoGradient(
             self._vectors.shared,
@@ -224,7 +227,7 @@ class Workbench:
             train=self._spec.train.model_dump(mode="json"),
             seed=int.from_bytes(hashlib.sha256(self._me.encode()).digest()[:4], "little"),
             device=settings.device,
-            threads=settings.threads or usable_threads(),
+            threads=settings.threads or hardware.usable_threads(),
             batch_cap=settings.batch,
         )
 
@@ -340,3 +343,12 @@ class Workbench:
 def _idle(state: Rounds) -> bool:
     """No round has heard of what the trainer makes now, nor is about to."""
     return state.phase is Phase.TRAINING and state.contribution is None and not state.snapshot_asked
+
+
+def _check_room(parameters: int, folder: Path, *, momentum: bool) -> None:
+    """Before anything of the run's size is allocated."""
+    needed = parameters * (HELD_BYTES + MOMENTUM_BYTES * momentum)
+    free = hardware.measure(folder).memory_available_bytes
+    if needed > free:
+        what = f"a model of {parameters:,} parameters takes a node {needed:,} bytes beside training, {free:,} are free"
+        raise Refused(Code.MODEL_TOO_LARGE, what)

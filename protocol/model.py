@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from protocol import canonical
 from protocol.errors import Code, Refused
-from protocol.limits import PARAMETERS_MAX
+from protocol.limits import CONTEXT_MAX, PARAMETERS_MAX, VOCABULARY_MAX
 from protocol.types import Digest
 
 transformers_logging.set_verbosity_error()  # its hints are for people who call it by hand
@@ -37,8 +37,6 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]  # ordered (name, shape); tied 
 
 CONFIG_BYTES_MAX = 64 << 10  # published configs are under 10 kB
 INTEGER_MAX = 1 << 31  # of any size in a config: far above every real one, far below overflow
-CONTEXT_MAX = 1 << 24  # the longest published contexts are 10^7
-VOCABULARY_MAX = 1 << 24  # the largest published vocabularies are 10^6
 LAYERS_MAX = 1024  # each is a Python object even when nothing is allocated
 EXPERTS_MAX = 1 << 16  # in all layers together, for the same reason
 _FROM_DATA = ("vocab_size", "max_position_embeddings")

@@ -87,6 +87,16 @@ def test_a_coordinator_whose_port_is_taken_ends_and_leaves_nothing_running(share
     assert not list((idle.folder / ".barnraise" / "runtime").iterdir())
 
 
+def test_a_node_whose_port_is_taken_says_so_and_ends(shared, run, stranger):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        door = "{}:{}".format(*holder.getsockname())
+        words = ("join", run.invite(), "--yes", "--home", stranger.home, "--listen", door, "--device", "cpu", "--json")
+        _, complaint = shared.call("barnraise", *words, code=Code.PORT_IN_USE.exit.value)
+    assert Code.PORT_IN_USE.code in complaint and door.rpartition(":")[2] in complaint
+
+
 # invites
 
 

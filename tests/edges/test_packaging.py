@@ -76,3 +76,17 @@ def test_a_package_says_that_it_is_typed(package):
 
 def test_the_vendored_chart_keeps_its_licence():
     assert "Leon Sorokin" in (ROOT / "coordinator/web/uPlot.LICENSE").read_text()
+
+
+UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "np.load", "numpy.load"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_code_of_ours_can_run_what_it_reads(package):
+    """BAD_INPUTS D19 and S5: nothing is unpickled, evaluated or handed to a shell."""
+    assert not UNSAFE_MODULES & set(imported(package))
+    for path in (ROOT / package).rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            assert ast.unparse(call.func) not in UNSAFE_CALLS, f"{path}:{call.lineno}"
+            assert not any(each.arg == "shell" for each in call.keywords), f"{path}:{call.lineno}"

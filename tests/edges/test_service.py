@@ -384,6 +384,16 @@ async def test_a_manifest_of_another_signer_is_refused(world):
     assert (await refused(world.link().open(life=1, invite=world.invite()))).reason is Code.SIGNATURE
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"parameters": 10**15}, {"parameters": 0}, {"context": 10**8}, {"vocabulary": 0}, {"token_bytes": 1}],
+    ids=lambda change: " ".join(change),
+)
+async def test_a_manifest_of_impossible_sizes_is_refused(world, change):
+    world.desk.manifest = identity.sign_manifest(world.desk.key, replace(world.desk.manifest.manifest, **change))
+    assert (await refused(world.link().open(life=1, invite=world.invite()))).reason is Code.FIELD
+
+
 # the challenge, by hand
 
 

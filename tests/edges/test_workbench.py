@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from node import hardware, workbench
 from node.config import Home, Settings
 from node.core import rounds
 from node.core.rounds import Phase, Rounds
@@ -406,3 +407,12 @@ async def test_a_part_that_rotted_is_fetched_again_by_the_next_start(stand):
     stand.blobs.path(part.digest).write_bytes(bytes(part.size))
     node = await again(stand)
     assert node.rounds.head == GENESIS and not node.blobs.has(part.digest)
+
+
+def test_a_model_that_this_machine_cannot_hold_is_refused_before_anything_is_allocated(stand, monkeypatch):
+    machine = hardware.measure(stand.folder)
+    small = replace(machine, memory_available_bytes=workbench.HELD_BYTES * SIZE - 1)
+    monkeypatch.setattr(hardware, "measure", lambda folder: small)
+    with pytest.raises(Refused) as caught:
+        Stand(stand.folder)
+    assert caught.value.reason is Code.MODEL_TOO_LARGE
