@@ -1,9 +1,9 @@
-# Words of this project: setup, demo, test, check, sim, chaos, bench, proto. Each does the set-up it needs.
+# Words of this project: setup, demo, test, check, sim, chaos, bench, badinputs, proto. Each does the set-up it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check sim chaos bench proto clean
+.PHONY: setup demo test check sim chaos bench badinputs proto clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -36,6 +36,9 @@ chaos: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench $(if $(PART),--part $(PART)) $(ARGS)
+
+badinputs: $(STAMP)
+	$(BIN)/python -m tests.badinputs $(ARGS)
 
 proto: $(STAMP)
 	$(BIN)/python -m protocol.generate

@@ -1,0 +1,93 @@
+"""What will be thrown at us, row by row: runs the tests that tests/badinputs.toml names, and prints what they show.
+
+    make badinputs                       # or a few rows: ARGS="A07 F01"
+
+Ends with 1 if a named test fails. A row that no test shows yet is counted and said, and fails nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TABLE = Path(__file__).with_suffix(".toml")
+SHOWN = ("all", "some", "none", "not applicable")
+
+
+@dataclass(frozen=True)
+class Row:
+    where: str
+    input: str
+    wanted: str
+    shown: str
+    tests: tuple[str, ...] = ()
+    lacking: str = ""  # what no test shows; or why the row does not apply
+
+
+@dataclass
+class Outcomes:
+    """A pytest plugin: what became of each test, whatever its parameters."""
+
+    failed: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test = report.nodeid.partition("[")[0]
+        if report.failed:
+            self.failed.add(test)
+        elif report.when == "call" and report.passed:
+            self.passed.add(test)
+
+
+def rows() -> dict[str, Row]:
+    return {name: Row(**{**row, "tests": tuple(row.get("tests", ()))}) for name, row in _table().items()}
+
+
+def _table() -> Mapping[str, Any]:
+    return tomllib.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def verdict(row: Row, outcomes: Outcomes) -> str:
+    if any(test in outcomes.failed for test in row.tests):
+        return "FAIL"
+    if any(test not in outcomes.passed for test in row.tests):
+        return "skipped"  # a machine without root, say
+    return {"all": "pass", "some": "partly", "none": "open", "not applicable": "n/a"}[row.shown]
+
+
+def run(chosen: Iterable[Row]) -> Outcomes:
+    outcomes = Outcomes()
+    if tests := sorted({test for row in chosen for test in row.tests}):
+        pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *tests], plugins=[outcomes])
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="ids; all without")
+    given, table = parser.parse_args(), rows()
+    if unknown := set(given.rows) - set(table):
+        parser.error(f"no row {', '.join(sorted(unknown))}")
+    chosen = {name: row for name, row in table.items() if not given.rows or name in given.rows}
+    outcomes = run(chosen.values())
+    verdicts = {name: verdict(row, outcomes) for name, row in chosen.items()}
+    for name, row in chosen.items():
+        print(f"{name}  {verdicts[name]:7}  {row.where}: {row.input}")
+        if verdicts[name] == "FAIL":
+            print(*(f"              {test}" for test in row.tests if test in outcomes.failed), sep="\n")
+        elif row.lacking:
+            print(f"              {row.lacking}")
+    print("\n" + ", ".join(f"{count} {word}" for word, count in Counter(verdicts.values()).most_common()))
+    sys.exit("FAIL" in verdicts.values())
+
+
+if __name__ == "__main__":
+    main()
