@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+PICTURES := .venv/.pictures
 
 .PHONY: setup demo test check sim chaos bench badinputs proto clean
 .DELETE_ON_ERROR:
@@ -34,7 +35,11 @@ sim: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos $(if $(PART),--part $(PART)) $(ARGS)
 
-bench: $(STAMP)
+$(PICTURES): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(PICTURES)
 	$(BIN)/python -m tests.bench $(if $(PART),--part $(PART)) $(ARGS)
 
 badinputs: $(STAMP)

@@ -390,6 +390,7 @@ def main() -> None:
         goal = given.steps * given.workers * given.batch * given.context
 
         ended: list[tuple[str, Outcome]] = []
+        curves: dict[str, tuple[tuple[float, float], ...]] = {}
 
         def note(name: str, outcome: Outcome) -> None:
             sent = outcome.sent / bench.parameters * goal / outcome.tokens
@@ -397,6 +398,7 @@ def main() -> None:
             replicas = {None: "one model", True: "replicas the same", False: "replicas DIFFER"}[outcome.same]
             words = f"{outcome.seconds:.0f} s, {what}; {outcome.tokens:,} tokens; {replicas}"
             rows.append(Row(name, outcome.loss, digits=4, note=words))
+            curves[name] = outcome.curve or ((outcome.seconds, outcome.loss),)
             print(f"  {name}: loss {outcome.loss:.4f}, {words}", flush=True)
             for other, theirs in ended if outcome.curve else ():
                 seconds = outcome.reached(theirs.loss)
@@ -421,6 +423,8 @@ def main() -> None:
         f" {given.steps} steps of {given.batch * given.context:,} tokens for each, {given.inner_steps} between exchanges,"
         f" lines of {given.rate or 'the speed of this machine'};",
         "held-out loss in nats for each byte. Bytes are for so many tokens; a swarm of ours trains on while it exchanges.",
+        curves=curves,
+        axes=("seconds", "held-out loss, nats for each byte"),
     )
 
 

@@ -1,4 +1,4 @@
-"""How the bench shows what it measured: a table with the command that repeats it, and the same as JSON in results/."""
+"""How the bench shows what it measured: a table with the command that repeats it, the same as JSON in results/, a picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +30,16 @@ class Row:
         return self.at_most is not None and not self.value <= self.at_most
 
 
-def show(part: str, rows: Iterable[Row], *notes: str) -> None:
-    """Print the table and write results/PART.json. A missed goal is said aloud; it fails nothing."""
+def show(
+    part: str,
+    rows: Iterable[Row],
+    *notes: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    axes: tuple[str, str] = ("", ""),
+) -> None:
+    """Print the table and write results/PART.json and PART.png. A missed goal is said aloud; it fails nothing.
+
+    The picture is of the rows, or of the curves if there are any."""
     rows = tuple(rows)
     print(f"\n{part}, on {os.cpu_count()} cores. Repeat: make bench PART={part}\n")
     width = max(len(row.what) for row in rows)
@@ -55,3 +63,9 @@ def show(part: str, rows: Iterable[Row], *notes: str) -> None:
         "notes": notes,
     }
     (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+    from tests.bench import picture  # needs matplotlib, which only `make bench` installs
+
+    if curves:
+        picture.lines(RESULTS / f"{part}.png", curves, *axes)
+    else:
+        picture.bars(RESULTS / f"{part}.png", rows)
