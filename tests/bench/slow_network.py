@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["1000mbit", "100mbit", "20mbit", "5mbit"])
     parser.add_argument("--nodes", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="inner steps: about a minute of six nodes on two cores")
+    parser.add_argument("--steps", type=int, default=200, help="inner steps: about a minute of six nodes on two cores")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--codec", default="int4")
     given = parser.parse_args()
