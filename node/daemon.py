@@ -173,6 +173,7 @@ class Daemon:
         return daemon
 
     def _make_rules(self) -> rounds.Rules:
+        sequences = {shard.digest: shard.sequences for shard in self._membership.opened.shards}
         return rounds.Rules(
             me=self._me,
             run=self._manifest.run,
@@ -181,6 +182,7 @@ class Daemon:
             inner_steps=self._spec.rounds.steps,
             exchange=self._packing.exchange,
             part_bytes=lambda exchange, values: self._packing.of(exchange).encoded_bytes(values),
+            is_data=lambda data: data.stop <= sequences.get(data.shard, 0),
             round_seconds_min=lambda members: round_seconds(self._spec, self._manifest.parameters, members),
             round_seconds_max=self._spec.rounds.seconds_max,
             gather_seconds=self._spec.rounds.gather_seconds,

@@ -17,7 +17,7 @@ from node.membership import Membership
 from node.status import Tally
 from node.training import Trainer
 from protocol.blobs import BlobStore
-from protocol.errors import Exit, Refused
+from protocol.errors import Code, Exit, Refused
 from protocol.log import ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed
@@ -82,7 +82,11 @@ class Supply:
         given = 0
         try:
             for lease in await self._link.acquire_leases(sequences):
-                await self._fetch(self._shards[lease.range.shard])
+                shard = self._shards.get(lease.range.shard)
+                if shard is None or lease.range.stop > shard.sequences:
+                    what = f"a lease of sequences {lease.range.start} to {lease.range.stop} of a shard that has not so many"
+                    raise Refused(Code.FIELD, what)
+                await self._fetch(shard)
                 async with self._turn:
                     self._leases[lease.lease_id] = lease
                     self._membership.keep(self._leases.values())

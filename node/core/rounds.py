@@ -90,6 +90,7 @@ class Rules:
     inner_steps: Callable[[RoundNumber], int]
     exchange: Callable[[Sequence[Role]], Exchange]  # of a group of members in these roles
     part_bytes: Callable[[Exchange, int], int]  # of a part of so many values, in a record of this exchange
+    is_data: Callable[[DataRange], bool]  # whether the run has it: a weight is made of nothing else
     round_seconds_min: Callable[[int], float]  # with so many members: what they upload is capped
     round_seconds_max: float
     gather_seconds: float
@@ -837,7 +838,12 @@ def _contribution_is_sound(ready: Ready, rules: Rules) -> bool:
         check_contribution(contribution)
     except Refused:
         return False
-    return contribution.node == ready.sender and contribution.tokens == _tokens(contribution.ranges, rules)
+    return contribution.node == ready.sender and _is_trained(contribution, rules)
+
+
+def _is_trained(contribution: Contribution, rules: Rules) -> bool:
+    """Whether its weight is that of its data, and its data the run's."""
+    return contribution.tokens == _tokens(contribution.ranges, rules) and all(map(rules.is_data, contribution.ranges))
 
 
 def _ready(state: Rounds, ready: Ready, signature: str, now: float, rules: Rules) -> Outcome:
@@ -1032,9 +1038,8 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
     signed = state.rosters.get(record.epoch)
     if record.state != state.digest or signed is None or signed.roster.branch != state.branch:
         return False
-    for contribution in record.contributions:
-        if contribution.tokens != _tokens(contribution.ranges, rules):
-            return False
+    if not all(_is_trained(contribution, rules) for contribution in record.contributions):
+        return False
     try:
         check_members(record, signed.roster)
         check_record_shape(record, rules.parameters)

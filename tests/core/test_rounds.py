@@ -40,6 +40,7 @@ STATE = Digest("1" * 64)
 PARAMETERS = 4 * 65536
 CONTEXT = 16
 STEPS = 10
+SEQUENCES = 1 << 20  # of the shard
 
 
 def signed_roster(*nodes, epoch=0):
@@ -56,6 +57,7 @@ def rules(me=A):
         inner_steps=lambda _: STEPS,
         exchange=lambda roles: Exchange.ALL_REDUCE,
         part_bytes=lambda exchange, values: 10,
+        is_data=lambda data: data.shard == SHARD and data.stop <= SEQUENCES,
         round_seconds_min=lambda members: 0.0,
         round_seconds_max=100.0,
         gather_seconds=1.0,
@@ -389,8 +391,10 @@ def test_a_peer_far_ahead_is_followed_in_jumps():
         Contribution(B, 65, (data(0, 4),)),
         Contribution(A, 64, (data(0, 4),)),
         Contribution(B, 64, (replace(data(0, 4), shard="../x"),)),
+        brings(B, replace(data(0, 4), shard=Digest("8" * 64))),
+        brings(B, data(SEQUENCES - 3, SEQUENCES + 1)),
     ],
-    ids=["backwards", "more tokens than data", "another's", "no digest"],
+    ids=["backwards", "more tokens than data", "another's", "no digest", "no shard of the run", "past the shard's end"],
 )
 def test_a_promise_that_brings_nonsense_is_not_heard(contribution):
     node = Node(A, B).trained(data(8, 12)).see(ready(B, contribution))
@@ -502,9 +506,14 @@ def test_parts_that_nobody_had_are_asked_for_again():
         {"contributions": (Contribution(A, 65, (data(0, 4),)),)},
         {"contributions": (brings(A, data(0, 4), data(3, 5)),)},
         {"contributions": (brings(A, data(900, 901)),)},
+        {"contributions": (brings(A, replace(data(0, 4), shard=Digest("8" * 64))),)},
+        {"contributions": (brings(A, data(SEQUENCES - 3, SEQUENCES + 1)),)},
         {"parts": tuple(replace(part_of(index, (A, B), (A,)), size=11) for index in range(2))},
     ],
-    ids=["another head", "another state", "tokens", "data twice", "data that counts elsewhere", "parts too large"],
+    ids=[
+        *("another head", "another state", "tokens", "data twice", "data that counts elsewhere"),
+        *("no shard of the run", "past the shard's end", "parts too large"),
+    ],
 )
 def test_a_record_that_does_not_fit_is_not_signed(change):
     record = record_of(brings(A, data(0, 4)))

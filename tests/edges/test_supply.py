@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -111,6 +112,17 @@ async def test_a_new_trainer_gets_what_is_leased_and_neither_in_a_record_nor_on_
     trainer = Trainer()
     await stand.supply.supply(trainer)
     assert trainer.given == Counter([4, 5, 8, 9])
+
+
+@pytest.mark.parametrize(
+    "data", [span(0, SHARD.sequences + 1), replace(span(0, 4), shard=Digest("cd" * 32))], ids=["too long", "unknown"]
+)
+async def test_a_lease_of_data_that_the_run_does_not_have_is_not_taken(data):
+    stand, trainer = Stand(), Trainer()
+    await stand.supply.supply(trainer)
+    stand.granted = [(replace(lease("1", 0, 4), range=data),)]
+    await stand.supply.acquire(4)
+    assert not trainer.given and not stand.supply.lease_ids
 
 
 async def test_a_lease_that_comes_while_a_trainer_starts_is_given_once():

@@ -98,6 +98,7 @@ def rules():
         inner_steps=lambda _: 10,
         exchange=lambda roles: Exchange.ALL_REDUCE,
         part_bytes=lambda exchange, values: codec("int4").encoded_bytes(values),
+        is_data=lambda data: True,
         round_seconds_min=lambda members: 0.0,
         round_seconds_max=100.0,
         gather_seconds=1.0,

@@ -129,6 +129,7 @@ class SimNode(Process):
             inner_steps=lambda _round: steps,
             exchange=lambda _roles: swarm.exchange,
             part_bytes=lambda _exchange, values: values // 2,
+            is_data=lambda _data: True,
             round_seconds_min=lambda members: swarm.pace_seconds * members,
             round_seconds_max=swarm.round_seconds_max,
             gather_seconds=swarm.gather_seconds,
