@@ -1,4 +1,4 @@
-"""The table of bad inputs names tests that are there, and says what it does not show."""
+"""The table of bad inputs, and docs/THREATS.md, name tests that are there, and say what they do not show."""
 
 import ast
 import re
@@ -35,3 +35,18 @@ def test_a_row_passes_only_if_all_its_tests_did():
     assert badinputs.verdict(row, badinputs.Outcomes(passed={"a.py::one", "a.py::two"})) == "pass"
     assert badinputs.verdict(row, badinputs.Outcomes(passed={"a.py::one"})) == "skipped"
     assert badinputs.verdict(row, badinputs.Outcomes({"a.py::two"}, {"a.py::one", "a.py::two"})) == "FAIL"
+
+
+def test_every_test_that_the_threats_name_is_there():
+    path, numbers = "", []
+    for word in re.findall(
+        r"`([^`]+)`|(?<= )([0-9]+)(?= `)", (ROOT / "docs" / "THREATS.md").read_text().split("## Tests")[1]
+    ):
+        name, number = word
+        if name.endswith("::"):
+            path = name.removesuffix("::")
+        elif number:
+            numbers.append(int(number))
+        else:
+            assert name in functions_of(path), f"{path}::{name}"
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
