@@ -25,6 +25,8 @@ import threading
 import time
 import venv
 from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ PROGRAMS = Path(__file__).with_name("others")
 MARK = "bench: "  # begins every line that others/task.py means for us
 VOCABULARY = 257  # bytes, and the end of a document
 HELDOUT_SEQUENCES = 256
-READY_SECONDS, DONE_SECONDS = 120.0, 1200.0
+READY_SECONDS, DONE_SECONDS, STRAGGLER_SECONDS = 120.0, 1200.0, 90.0
 WEIGHT_DECAY, WARMUP_STEPS = 0.01, 20  # as in others/task.py
 
 
@@ -105,6 +107,7 @@ class Outcome:
     sent: float  # bytes of one worker, as its interface counts them
     same: bool | None  # whether every worker ended with the same bits; none: there is one model, where they meet
     curve: tuple[tuple[float, float], ...] = ()  # seconds and loss after each round, where that is known
+    hung: int = 0  # workers that never ended
 
     def reached(self, loss: float) -> float | None:
         """Seconds until it was as good as this for the first time."""
@@ -175,16 +178,18 @@ class Bench:
             before, began = _sent(lan, given.workers), time.monotonic()
             for each in workers:
                 _go_on(each)
-            steps = [int(_said(each, DONE_SECONDS).partition(" ")[2]) for each in workers]
+            ended = _ended(workers)
             if hub is not None and not other.keeps:
                 _said(hub, DONE_SECONDS)
-            seconds, sent = time.monotonic() - began, _sent(lan, given.workers) - before
+                ended.append((0, time.monotonic()))
+            seconds, sent = max(at for _, at in ended) - began, _sent(lan, given.workers) - before
         finals = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
         losses = [self.loss(final) for final in finals]
         hashes = {_hash(final) for final in finals}
-        tokens = sum(steps) * given.batch * given.context
-        same = len(hashes) == 1 if other.keeps else None
-        return Outcome(fmean(losses), seconds, tokens, sent / given.workers, same)
+        tokens = sum(steps for steps, _ in ended) * given.batch * given.context
+        same = len(hashes) == 1 and len(finals) == given.workers if other.keeps else None
+        hung = given.workers - len(finals) if other.keeps else 0
+        return Outcome(fmean(losses), seconds, tokens, sent / given.workers, same, hung=hung)
 
     @contextmanager
     def _started(
@@ -330,6 +335,25 @@ def _said(process: subprocess.Popen[str], seconds: float) -> str:
     raise Failed("a process of it ended, or said nothing in time")
 
 
+def _ended(workers: Sequence[subprocess.Popen[str]]) -> list[tuple[int, float]]:
+    """The steps of each worker that ends, and when. One that hangs long after the first has ended is killed."""
+
+    def ended(process: subprocess.Popen[str]) -> tuple[int, float] | None:
+        with suppress(Failed):
+            return int(_said(process, DONE_SECONDS).partition(" ")[2]), time.monotonic()
+        return None
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        waiting = {pool.submit(ended, each): each for each in workers}
+        futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+        for late in futures.wait(waiting, timeout=STRAGGLER_SECONDS).not_done:
+            os.killpg(waiting[late].pid, signal.SIGKILL)
+        found = [future.result() for future in waiting]
+    if not any(found):
+        raise Failed("no worker of it came to its end")
+    return [each for each in found if each is not None]
+
+
 def _go_on(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
@@ -396,7 +420,8 @@ def main() -> None:
             sent = outcome.sent / bench.parameters * goal / outcome.tokens
             what = f"{outcome.tokens / outcome.seconds:,.0f} tokens/s; a worker sent {sent:.2f} bytes per parameter"
             replicas = {None: "one model", True: "replicas the same", False: "replicas DIFFER"}[outcome.same]
-            words = f"{outcome.seconds:.0f} s, {what}; {outcome.tokens:,} tokens; {replicas}"
+            hung = f"; {outcome.hung} of {given.workers} workers HUNG" if outcome.hung else ""
+            words = f"{outcome.seconds:.0f} s, {what}; {outcome.tokens:,} tokens; {replicas}{hung}"
             rows.append(Row(name, outcome.loss, digits=4, note=words))
             curves[name] = outcome.curve or ((outcome.seconds, outcome.loss),)
             print(f"  {name}: loss {outcome.loss:.4f}, {words}", flush=True)
