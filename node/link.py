@@ -496,6 +496,9 @@ class Link:
         return asyncio.CancelledError()
 
 
+_NOBODY_CAN: Final = "No node can train this run: tell the researcher who invited you."
+
+
 def check_manifest(signed: SignedManifest, run: RunId) -> Manifest:
     manifest = identity.check_manifest(coordinator_key(run), signed)
     if manifest.run != run:
@@ -506,9 +509,10 @@ def check_manifest(signed: SignedManifest, run: RunId) -> Manifest:
         ("context", manifest.context, CONTEXT_MAX),
     ):
         if not 1 <= value <= most:
-            raise Refused(Code.FIELD, f"the manifest's {what} is {value}, wanted 1 to {most}")
+            raise Refused(Code.FIELD, f"the manifest's {what} is {value}, wanted 1 to {most}", fix=_NOBODY_CAN)
     if manifest.token_bytes not in TOKEN_BYTES:
-        raise Refused(Code.FIELD, f"the manifest's token_bytes is {manifest.token_bytes}, wanted 2 or 4")
+        wrong = f"the manifest's token_bytes is {manifest.token_bytes}, wanted 2 or 4"
+        raise Refused(Code.FIELD, wrong, fix=_NOBODY_CAN)
     return manifest
 
 

@@ -219,10 +219,9 @@ class Messages:
     async def read_out(self) -> None:
         """Until the sender has said all, for a moment. p2pd resets a stream that we close while something still comes
         in, and what we said last is lost."""
-        with suppress(TimeoutError, P2PHandlerError):
-            async with asyncio.timeout(LAST_WORD_SECONDS):
-                while await self._next() is not None:
-                    pass
+        async with asyncio.timeout(LAST_WORD_SECONDS):
+            while await self._next() is not None:
+                pass
 
     async def _next(self) -> bytes | None:
         if self._ended:

@@ -82,11 +82,10 @@ class Supply:
         given = 0
         try:
             for lease in await self._link.acquire_leases(sequences):
-                shard = self._shards.get(lease.range.shard)
-                if shard is None or lease.range.stop > shard.sequences:
+                if not self._decider.rules.is_data(lease.range):
                     what = f"a lease of sequences {lease.range.start} to {lease.range.stop} of a shard that has not so many"
                     raise Refused(Code.FIELD, what)
-                await self._fetch(shard)
+                await self._fetch(self._shards[lease.range.shard])
                 async with self._turn:
                     self._leases[lease.lease_id] = lease
                     self._membership.keep(self._leases.values())

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,8 @@ class Outcomes:
 
 
 def rows() -> dict[str, Row]:
-    return {name: Row(**{**row, "tests": tuple(row.get("tests", ()))}) for name, row in _table().items()}
-
-
-def _table() -> Mapping[str, Any]:
-    return tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    return {name: Row(**{**row, "tests": tuple(row.get("tests", ()))}) for name, row in table.items()}
 
 
 def verdict(row: Row, outcomes: Outcomes) -> str:
@@ -63,11 +60,12 @@ def verdict(row: Row, outcomes: Outcomes) -> str:
     return {"all": "pass", "some": "partly", "none": "open", "not applicable": "n/a"}[row.shown]
 
 
-def run(chosen: Iterable[Row]) -> Outcomes:
-    outcomes = Outcomes()
+def run(chosen: Iterable[Row]) -> tuple[Outcomes, int]:
+    """And pytest's exit code: tests that it could not even collect fail no row, but they fail the run."""
+    outcomes, code = Outcomes(), 0
     if tests := sorted({test for row in chosen for test in row.tests}):
-        pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *tests], plugins=[outcomes])
-    return outcomes
+        code = int(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *tests], plugins=[outcomes]))
+    return outcomes, code
 
 
 def main() -> None:
@@ -77,7 +75,7 @@ def main() -> None:
     if unknown := set(given.rows) - set(table):
         parser.error(f"no row {', '.join(sorted(unknown))}")
     chosen = {name: row for name, row in table.items() if not given.rows or name in given.rows}
-    outcomes = run(chosen.values())
+    outcomes, code = run(chosen.values())
     verdicts = {name: verdict(row, outcomes) for name, row in chosen.items()}
     for name, row in chosen.items():
         print(f"{name}  {verdicts[name]:7}  {row.where}: {row.input}")
@@ -86,7 +84,7 @@ def main() -> None:
         elif row.lacking:
             print(f"              {row.lacking}")
     print("\n" + ", ".join(f"{count} {word}" for word, count in Counter(verdicts.values()).most_common()))
-    sys.exit("FAIL" in verdicts.values())
+    sys.exit(code)
 
 
 if __name__ == "__main__":

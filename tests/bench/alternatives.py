@@ -3,9 +3,9 @@
 Every worker has one thread, and a network namespace whose interface counts what it sends. The others' programs are in
 tests/bench/others; what they need from PyPI is installed into environments of their own, outside of this repository.
 OpenDiLoCo is not on PyPI: it is measured where --opendiloco names a folder that holds the package `open_diloco`.
-Barnraise trains with its own daemons and coordinator, and deals the same text in an order of its own. The clock
+Barnraise trains with its own daemons and coordinator, and deals the same text in an order of its own. Its clock
 runs from the moment when its first node trains; the others may still be starting. Every record is folded again afterwards,
-for the loss after each: beside a system's loss stands when ours was as low.
+for the loss after each: what stands beside another system's loss is when ours was as low.
 
     make bench PART=alternatives ARGS="--steps 300 --only ddp barnraise"
 """

@@ -76,7 +76,9 @@ class Stand:
         self.fetching = asyncio.Event()
         self.fetching.set()
         fields = {"head": Head(0, Digest("0" * 64)), "digest": Digest("1" * 64), "consumed": Consumed()}
-        rules = SimpleNamespace(context=16, me=ME)
+        rules = SimpleNamespace(
+            context=16, me=ME, is_data=lambda data: data.shard == SHARD.digest and data.stop <= 1000
+        )
         self.decider = Decider(rules, lambda effect: None)
         self.decider.begin(Rounds(**fields | state))
         self.membership = SimpleNamespace(
