@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
+from urllib.parse import unquote
 
 os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")  # read at the import; see serve()
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken handshake is a line otherwise
@@ -27,7 +28,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken hand
 import grpc
 import structlog
 
-from coordinator.core import machine
+from coordinator.core import machine, quotas
 from coordinator.store import Store, StoredNode
 from protocol import canonical, identity, invite
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
@@ -66,7 +67,7 @@ from protocol.v1 import barnraise_pb2 as wire
 from protocol.v1 import barnraise_pb2_grpc as wire_grpc
 
 NONCE_SECONDS: Final = 30
-NONCES_MAX: Final = 4096  # unanswered challenges; the oldest go first
+NONCES_MAX: Final = 4096  # unanswered challenges: nearly twice what all networks together may ask for in that time
 PASS_SECONDS: Final = 30 * 86400  # renewed with every session
 WAIT_SECONDS_MAX: Final = 30.0  # of a heartbeat: proxies and routers forget a silent connection after a minute
 CALLS_PER_NODE_MAX: Final = 32  # at the same time
@@ -74,8 +75,9 @@ CALLS_MAX: Final = 4096
 PAGE_ENTRIES_MAX: Final = 256
 PAGE_BYTES_MAX: Final = 3 << 20  # leaves a quarter of a control message for its frame
 PAGE_STEP: Final = 16  # entries read from the store at a time
-CHUNK_SECONDS_MAX: Final = 60.0  # a node that takes longer over 256 KiB is slower than 5 KB/s
-UPLOAD_BYTES_PER_SECOND_MIN: Final = 16 << 10
+CHUNK_SECONDS_MAX: Final = 60.0  # so long a line may be silent, or slower than the next line says
+BYTES_PER_SECOND_MIN: Final = 16 << 10  # of uploads and downloads: no slower line can take part in a round
+DOWNLOAD_HOUR_BYTES_MIN: Final = 1 << 30  # what a node may download in an hour; of a larger run, all of it twice
 LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checked at their end
 LEAVES_KEPT: Final = 64  # blobs whose hashes are remembered, some 10 KB each
 WANTED_MAX: Final = 1024  # parts named in one answer: those of 16 rounds of a full roster
@@ -95,6 +97,7 @@ OPTIONS: Final = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.server_handshake_timeout_ms", 5_000),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: 4 MiB of zeros must be 4 MiB on the line too
 )
 
 log = structlog.get_logger()
@@ -152,6 +155,7 @@ class Session:
     node: NodeId
     token: str
     incarnation: bytes
+    connection: str  # it is good on no other
     calls: int = 0
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
@@ -194,6 +198,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._nonces: OrderedDict[bytes, Nonce] = OrderedDict()
         self._sessions: dict[str, Session] = {}
         self._session_of: dict[NodeId, Session] = {}
+        self._joins = quotas.Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
+        self._calls = quotas.Buckets(quotas.CALLS)
+        self._downloads: dict[NodeId, float] = {}  # when its quota is whole again
         self._uploading: set[Digest] = set()
         self._leaves: OrderedDict[Digest, bytes] = OrderedDict()
 
@@ -237,13 +244,16 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             return await act(request, context)
         except Refused as refusal:
             code, what = refusal.reason, canonical.shown(refusal.what)[:REFUSAL_CHARACTERS_MAX]
+            retry_seconds = refusal.retry_seconds
         except (asyncio.CancelledError, grpc.aio.BaseError):
             raise
         except Exception:
             code, what = Code.INTERNAL, f"a failure of the coordinator, id {secrets.token_hex(4)}"
+            retry_seconds = 0.0
             log.exception("a call failed", call=act.__name__, id=what[-8:])
         self.refusals[code.code] += 1
-        await context.abort(_status(code), what, (("barnraise-code", code.code),))
+        later = (("retry-after", f"{retry_seconds:.3f}"),) if retry_seconds else ()
+        await context.abort(_status(code), what, (("barnraise-code", code.code), *later))
         raise AssertionError("abort raises")
 
     # admission
@@ -252,10 +262,11 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         _check_version(request.protocol)
         node = _node(request.node)
         now_ms = self._desk.now_ms()
-        while self._nonces and (
-            len(self._nonces) >= NONCES_MAX or next(iter(self._nonces.values())).until_ms <= now_ms
-        ):
+        _pass_by("joins from this network, or from all", self._joins.take(_host(context), now=time.monotonic()))
+        while self._nonces and next(iter(self._nonces.values())).until_ms <= now_ms:
             self._nonces.popitem(last=False)
+        if len(self._nonces) >= NONCES_MAX:
+            _pass_by("challenges without an answer", NONCE_SECONDS)
         nonce = secrets.token_bytes(32)
         self._nonces[nonce] = Nonce(node, context.peer(), now_ms + NONCE_SECONDS * 1000)
         return wire.ChallengeReply(nonce=nonce, coordinator_ms=now_ms)
@@ -280,7 +291,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         signed = identity.sign_pass(self._desk.key, body)
         admitted_ms = known.admitted_ms if known else now_ms
         self._desk.store.save_node(StoredNode(node, peer, name, token, signed, admitted_ms))
-        session = self._new_session(node, request.incarnation)
+        session = self._new_session(node, request.incarnation, context.peer())
+        self._joins.welcome(_host(context))
         life, silent = self._begin_life(session, request.life)
         forgot = silent is not None and silent != self._desk.state.silent.get(node)
         self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot))
@@ -342,8 +354,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     # sessions
 
-    def _new_session(self, node: NodeId, incarnation: bytes) -> Session:
-        session = Session(node, secrets.token_hex(32), incarnation)
+    def _new_session(self, node: NodeId, incarnation: bytes, connection: str) -> Session:
+        session = Session(node, secrets.token_hex(32), incarnation, connection)
         self._end_session(node)
         self._sessions[session.token] = self._session_of[node] = session
         return session
@@ -364,14 +376,15 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         """The session that the call belongs to, while it runs."""
         token = dict(context.invocation_metadata() or ()).get("session", "")
         session = self._sessions.get(str(token))
-        if session is None:
-            raise Refused(Code.SESSION, "the session is unknown or was replaced by a newer one")
+        if session is None or session.connection != context.peer():
+            raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
         known = self._desk.store.node(session.node)
         if known is None or known.banned:
             self._end_session(session.node)
             raise Refused(Code.BANNED, "the researcher has excluded this node")
         if session.calls >= CALLS_PER_NODE_MAX:
             raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
+        _pass_by("calls of this node", self._calls.take(session.node, now=time.monotonic()))
         session.calls += 1
         try:
             yield session
@@ -529,7 +542,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
     # blobs
 
     async def _read_blob(self, request: wire.ReadBlobRequest, context: Context) -> None:
-        with self._session(context):
+        with self._session(context) as session:
             digest = self._served(request.digest)
             with self._desk.blobs.open(digest) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -537,10 +550,21 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 if offset > size:
                     raise Refused(Code.FIELD, f"offset {offset}, the blob has {size} bytes")
                 file.seek(offset)
+                due = time.monotonic() + CHUNK_SECONDS_MAX
                 while chunk := await asyncio.to_thread(file.read, BLOB_CHUNK_BYTES):
+                    self._charge(session.node, len(chunk))
                     message = wire.BlobChunk(data=chunk, offset=offset, digest=digest, size=size)
-                    await _in_time(context.write(message))
+                    await _in_time(context.write(message), until=due)
                     offset += len(chunk)
+                    due = min(due + len(chunk) / BYTES_PER_SECOND_MIN, time.monotonic() + CHUNK_SECONDS_MAX)
+
+    def _charge(self, node: NodeId, size: int) -> None:
+        """Of what a node may download in an hour: its first join, and once more for a disk that was lost."""
+        hour = max(DOWNLOAD_HOUR_BYTES_MIN, 2 * self._desk.blobs.bytes_used)
+        now = time.monotonic()
+        full_at = self._downloads.get(node, now)
+        self._downloads[node], wait_seconds = quotas.take(full_at, quotas.Rate(hour, hour / 3600), now=now, amount=size)
+        _pass_by(f"bytes of the {hour:,} that a node may download in an hour", wait_seconds)
 
     async def _read_leaves(self, request: wire.ReadLeavesRequest, context: Context) -> wire.ReadLeavesReply:
         with self._session(context):
@@ -600,7 +624,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             return
         writer = self._writer(part)
         try:
-            async with asyncio.timeout(CHUNK_SECONDS_MAX + part.size / UPLOAD_BYTES_PER_SECOND_MIN):
+            async with asyncio.timeout(CHUNK_SECONDS_MAX + part.size / BYTES_PER_SECOND_MIN):
                 _take(writer, first)
                 while (chunk := await _in_time(anext(chunks, None))) is not None:
                     _take(writer, chunk)
@@ -608,7 +632,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 raise Refused(Code.BLOB_CORRUPT, f"{writer.position} bytes, the record says {part.size}")
             writer.finish()
         except TimeoutError:
-            raise Refused(Code.LIMIT, f"an upload slower than {UPLOAD_BYTES_PER_SECOND_MIN} bytes per second") from None
+            raise Refused(Code.LIMIT, f"an upload slower than {BYTES_PER_SECOND_MIN} bytes per second") from None
         finally:
             writer.discard()
 
@@ -688,6 +712,7 @@ _STATUS: Final = {
     Code.BLOB_CORRUPT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.BLOB_MISSING: grpc.StatusCode.NOT_FOUND,
     Code.LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 _STATUS_OF_EXIT: Final = {
@@ -771,12 +796,26 @@ def _beat(node: NodeId, request: wire.HeartbeatRequest) -> machine.HeartbeatArri
     )
 
 
-async def _in_time(act: Awaitable[T]) -> T:
+async def _in_time(act: Awaitable[T], *, until: float | None = None) -> T:
+    """`until` is by the monotonic clock."""
+    seconds = CHUNK_SECONDS_MAX if until is None else until - time.monotonic()
     try:
-        async with asyncio.timeout(CHUNK_SECONDS_MAX):
+        async with asyncio.timeout(seconds):
             return await act
     except TimeoutError:
-        raise Refused(Code.LIMIT, f"nothing moved for {CHUNK_SECONDS_MAX:.0f} seconds") from None
+        what = f"nothing moved for {CHUNK_SECONDS_MAX:.0f} s, or less than {BYTES_PER_SECOND_MIN} bytes per second"
+        raise Refused(Code.LIMIT, what) from None
+
+
+def _pass_by(what: str, wait_seconds: float) -> None:
+    """Refuse what came too often, with the time after which it may come again."""
+    if wait_seconds:
+        raise Refused(Code.BUSY, f"too many {what}; {wait_seconds:.1f} s from now on", retry_seconds=wait_seconds)
+
+
+def _host(context: Context) -> str:
+    """The IP address of the other end; gRPC writes ipv4:1.2.3.4:5 and ipv6:%5B::1%5D:5."""
+    return unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _take(writer: Writer, chunk: wire.BlobChunk) -> None:

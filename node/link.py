@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import random
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
@@ -19,7 +21,9 @@ from typing import Any, Final, TypeVar
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # an outage is ours to report, once
 
 import grpc
+import structlog
 
+from node.core.backoff import wait_seconds
 from protocol import address, canonical, identity, tls
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, atomic_write, check_digest
 from protocol.errors import Code, Refused
@@ -68,6 +72,8 @@ LOG_SECONDS: Final = 60.0  # 3 MB over a slow line
 LEAVES_SECONDS: Final = 180.0  # the coordinator reads a blob of up to 16 GiB first
 STALL_SECONDS: Final = 60.0  # a download from which nothing comes for so long is begun again where it stopped
 LEAVE_SECONDS: Final = 5.0  # whoever leaves does not wait for long
+BUSY_TRIES: Final = 6  # of one call, some minutes in all: as long as a network of many nodes takes to be let in
+BUSY_SECONDS_MAX: Final = 60.0  # of one wait, whatever the coordinator says
 UPLOAD_BYTES_PER_SECOND_MIN: Final = 16 << 10
 RECONNECT_MS: Final = (
     500,
@@ -84,8 +90,10 @@ OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 10_000),  # gRPC's own two minutes would outlast the outage
     ("grpc.enable_http_proxy", 0),  # the pin was checked without one
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is small on the line must not grow here
 )
 
+log = structlog.get_logger()
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # bytes here, bytes in all
 
@@ -305,6 +313,9 @@ class Link:
                     if refusal.reason is Code.SESSION:
                         await self._reenter(session)
                         continue
+                    if refusal.reason is Code.BUSY:
+                        await _wait_for(refusal, failures=0)
+                        continue
                     if refusal.reason is not Code.UNREACHABLE or writer.position == before:
                         raise
                 if writer.position == before:
@@ -329,7 +340,7 @@ class Link:
         if seal is not None:
             request.sealed, request.seal_round, request.seal_epoch = True, seal.round, seal.epoch
         try:
-            await self._once("Leave", request, seconds=LEAVE_SECONDS)
+            await self._try("Leave", request, LEAVE_SECONDS)
         finally:
             await self.close()
 
@@ -444,7 +455,17 @@ class Link:
                 await self._enter()
 
     async def _once(self, method: str, request: Any, *, seconds: float = CALL_SECONDS) -> Any:
-        """A request is a message, or a function that begins a stream of them."""
+        """One call, again only where the coordinator says when. A request is a message, or begins a stream of them."""
+        for failures in range(BUSY_TRIES - 1):
+            try:
+                return await self._try(method, request, seconds)
+            except Refused as refusal:
+                if refusal.reason is not Code.BUSY:
+                    raise
+                await _wait_for(refusal, failures=failures)
+        return await self._try(method, request, seconds)
+
+    async def _try(self, method: str, request: Any, seconds: float) -> Any:
         if self._stub is None:
             raise Refused(Code.UNREACHABLE, "the link to the coordinator is not open")
         stub = self._stub
@@ -562,9 +583,10 @@ def _take(writer: Writer, chunk: wire.BlobChunk) -> None:
 def _refusal(error: grpc.aio.AioRpcError) -> Refused:
     """A refusal that the coordinator named, or what the network did."""
     what = canonical.shown(error.details() or error.code().name.lower())
-    named = _named(error.trailing_metadata() or ())
+    told = error.trailing_metadata() or ()
+    named = _told(told, "barnraise-code")
     if named:
-        return Refused.from_wire(named, what)
+        return Refused.from_wire(named, what, _seconds(_told(told, "retry-after")))
     match error.code():
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Refused(Code.LIMIT, what)
@@ -574,5 +596,17 @@ def _refusal(error: grpc.aio.AioRpcError) -> Refused:
             return Refused(Code.UNREACHABLE, what)
 
 
-def _named(metadata: Iterable[Any]) -> str:
-    return next((str(value) for key, value in metadata if key == "barnraise-code"), "")
+def _told(metadata: Iterable[Any], name: str) -> str:
+    return next((str(value) for key, value in metadata if key == name), "")
+
+
+def _seconds(text: str) -> float:
+    """At most BUSY_SECONDS_MAX, and 0 for what is no number."""
+    return min(float(text), BUSY_SECONDS_MAX) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
+
+
+async def _wait_for(refusal: Refused, *, failures: int) -> None:
+    """What the coordinator said, and more for each time that it was not enough; never together with others."""
+    seconds = refusal.retry_seconds + wait_seconds(failures=failures, luck=random.random())  # noqa: S311  # only spreads the load
+    log.warning("the coordinator asks for patience", why=refusal.what, seconds=round(seconds, 1))
+    await asyncio.sleep(seconds)

@@ -72,6 +72,7 @@ class Code(Enum):
     NOT_ADMITTED = ("E-AUTH-001", Exit.REFUSED, "Join with an invite: barnraise join INVITE")
     SESSION = ("E-AUTH-002", Exit.REFUSED, "The node opens a new session by itself.")
     LIMIT = ("E-LIMIT-001", Exit.REFUSED, "Send less at a time.")
+    BUSY = ("E-LIMIT-002", Exit.NETWORK, "Too much was asked for lately; try again in a minute.")
     FIELD = ("E-FIELD-001", Exit.REFUSED, "Upgrade this program: pip install --upgrade barnraise")
     LEASE = ("E-LEASE-001", Exit.REFUSED, "The node asks for other data by itself.")
     VERSION = ("E-VERSION-001", Exit.VERSION, "Upgrade this program: pip install --upgrade barnraise")
@@ -116,13 +117,14 @@ _BY_CODE = {member.code: member for member in Code}
 class Refused(Exception):
     """Outside did something wrong, or a limit was met: refused by name, with what came and what was wanted."""
 
-    def __init__(self, reason: Code, what: str, *, fix: str | None = None) -> None:
+    def __init__(self, reason: Code, what: str, *, fix: str | None = None, retry_seconds: float = 0.0) -> None:
         super().__init__(f"{reason.code} · {what}")
         self.reason = reason
         self.what = what
         self.fix = fix if fix is not None else reason.fix
+        self.retry_seconds = retry_seconds  # after which the same may be asked again; 0: nothing is known of that
 
     @classmethod
-    def from_wire(cls, code: str, what: str) -> Refused:
+    def from_wire(cls, code: str, what: str, retry_seconds: float = 0.0) -> Refused:
         """Rebuild a refusal that another machine named; an unknown code becomes a refusal of its own kind."""
-        return cls(_BY_CODE.get(code, Code.FIELD), what)
+        return cls(_BY_CODE.get(code, Code.FIELD), what, retry_seconds=retry_seconds)

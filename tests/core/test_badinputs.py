@@ -49,4 +49,4 @@ def test_every_test_that_the_threats_name_is_there():
             numbers.append(int(number))
         else:
             assert name in functions_of(path), f"{path}::{name}"
-    assert sorted(numbers) == list(range(1, len(numbers) + 1))
+    assert len(set(numbers)) == len(numbers) > 0

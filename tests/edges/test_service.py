@@ -484,14 +484,18 @@ async def test_a_peer_id_must_be_proved(world):
     assert world.desk.store.nodes() == ()
 
 
-async def test_unanswered_challenges_are_bounded(world, monkeypatch):
+async def test_unanswered_challenges_are_bounded_and_a_flood_pushes_out_none(world, monkeypatch):
     monkeypatch.setattr(door, "NONCES_MAX", 8)
     link = world.link()
     request = await proof(world, link)
-    for _ in range(20):
-        await link._stub.Challenge(wire.ChallengeRequest(node=link._key.public, protocol=PROTOCOL_VERSION))
+    asked = wire.ChallengeRequest(node=link._key.public, protocol=PROTOCOL_VERSION)
+    for _ in range(7):
+        await link._stub.Challenge(asked)
+    for _ in range(5):
+        assert (await status_of(link._stub.Challenge(asked)))[1] == Code.BUSY.code
     assert len(world.service._nonces) == 8
-    assert await status_of(link._stub.Open(request)) == (UNAUTHENTICATED, Code.CHALLENGE.code)
+    assert (await link._stub.Open(request)).session
+    assert await link._stub.Challenge(asked)  # there is room again
 
 
 @pytest.mark.parametrize(
@@ -907,7 +911,6 @@ async def test_no_sequences_and_too_many_are_refused(world):
 
 
 async def test_a_message_over_the_cap_is_refused_and_the_connection_survives(world):
-    link = await world.member()
     huge = wire.PushEntryRequest(entry=bytes(CONTROL_BYTES_MAX + (1 << 20)))
     bare = grpc.aio.secure_channel(
         world.address,
@@ -917,10 +920,11 @@ async def test_a_message_over_the_cap_is_refused_and_the_connection_survives(wor
     async with bare:
         call = bare.unary_unary("/barnraise.v1.Coordinator/PushEntry")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(huge.SerializeToString(), metadata=link._metadata())
+            await call(huge.SerializeToString())
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        ok = bare.unary_unary("/barnraise.v1.Coordinator/ReadLog")
-        assert await ok(wire.ReadLogRequest().SerializeToString(), metadata=link._metadata())
+        ok = bare.unary_unary("/barnraise.v1.Coordinator/Challenge")
+        asked = wire.ChallengeRequest(node=Key.generate().public, protocol=PROTOCOL_VERSION)
+        assert await ok(asked.SerializeToString())
 
 
 async def test_one_node_has_so_many_calls_at_a_time(world, monkeypatch):

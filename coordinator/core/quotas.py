@@ -1,0 +1,110 @@
+"""Quotas: how often somebody may ask, and how much they may take. Knows the time only as an argument."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Final
+
+_SWEEP: Final = 2  # buckets looked at whenever something is taken: the full ones go faster than new ones come
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A bucket: so much at once after a silence, and so much per second for ever."""
+
+    burst: float
+    per_second: float
+
+
+CALLS: Final = Rate(1000, 200)  # of a member: one that catches up asks twice for each part, as fast as its line is
+REFUSALS: Final = Rate(64, 1)  # of a member's connection: all its calls at once, twice, after a restart of ours
+STRANGERS_REFUSALS: Final = Rate(8, 0.1)  # of a connection without a session: nobody honest needs two
+# One join is two connections (the first looks at the certificate) and one challenge.
+JOINS_OF_A_BLOCK: Final = Rate(64, 1)  # a laboratory behind one address starts at once, or is in within minutes
+JOINS: Final = Rate(256, 64)  # a thousand nodes are back in 12 s; each costs us some ms
+CONNECTIONS_OF_A_BLOCK: Final = Rate(2 * JOINS_OF_A_BLOCK.burst, 2 * JOINS_OF_A_BLOCK.per_second)
+CONNECTIONS: Final = Rate(2 * JOINS.burst, 2 * JOINS.per_second)
+KNOWN_BLOCKS_MAX: Final = 4096  # networks from which a member came lately
+
+Network = IPv4Network | IPv6Network
+
+
+def take(full_at: float, rate: Rate, *, now: float, amount: float = 1.0) -> tuple[float, float]:
+    """When the bucket is full again, and 0; or, with nothing taken, the seconds until so much may be taken.
+
+    A bucket is the one number `full_at`: it fills steadily, so that tells how much is in it (ATM's GCRA). An amount
+    beyond the burst is taken from a full bucket, and waited for afterwards.
+    """
+    since = max(full_at, now)
+    missing = (since - now) * rate.per_second + min(amount, rate.burst) - rate.burst
+    if missing > 0:
+        return full_at, missing / rate.per_second
+    return since + amount / rate.per_second, 0.0
+
+
+class Buckets:
+    """One bucket of the same rate for each key. A full one is as good as none, so only those in use are kept."""
+
+    def __init__(self, rate: Rate) -> None:
+        self.rate = rate
+        self._full_at: OrderedDict[Hashable, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._full_at)
+
+    def take(self, key: Hashable, *, now: float, amount: float = 1.0) -> float:
+        """0 if it was taken; else the seconds to wait."""
+        full_at, wait_seconds = take(self._full_at.get(key, now), self.rate, now=now, amount=amount)
+        if not wait_seconds:
+            self._full_at[key] = full_at
+            self._sweep(now)
+        return wait_seconds
+
+    def _sweep(self, now: float) -> None:
+        for _ in range(min(_SWEEP, len(self._full_at))):
+            key, full_at = self._full_at.popitem(last=False)
+            if full_at > now:
+                self._full_at[key] = full_at
+
+
+class Crowd:
+    """What all networks together may ask for, and each of them.
+
+    A network from which a member came lately has its own bucket alone: a flood from elsewhere does not keep it out.
+    """
+
+    def __init__(self, each: Rate, together: Rate) -> None:
+        self._each = Buckets(each)
+        self._together = Buckets(together)
+        self._known: OrderedDict[Network, None] = OrderedDict()
+
+    def take(self, host: str, *, now: float) -> float:
+        """0, or the seconds to wait."""
+        block = block_of(host)
+        if block.is_global:
+            wait_seconds = self._each.take(block, now=now)
+            if wait_seconds or block in self._known:
+                return wait_seconds
+        return self._together.take(None, now=now)
+
+    def welcome(self, host: str) -> None:
+        """A member came from there."""
+        block = block_of(host)
+        self._known[block] = None
+        self._known.move_to_end(block)
+        while len(self._known) > KNOWN_BLOCKS_MAX:
+            self._known.popitem(last=False)
+
+
+def block_of(host: str) -> Network:
+    """The network that somebody who holds this IP address is likely to hold whole: a /24, or of IPv6 a /48.
+
+    An address of a local network stands for itself; it may be that of a proxy, with everybody behind it."""
+    address = ip_address(host.partition("%")[0])
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    bits = address.max_prefixlen if not address.is_global else 24 if address.version == 4 else 48
+    return ip_network(f"{address}/{bits}", strict=False)
