@@ -1,10 +1,11 @@
-# Words of this project: setup, demo, test, check, sim, chaos, bench, badinputs, proto. Each does the set-up it needs.
+# Words of this project: setup, demo, test, check, sim, chaos, bench, badinputs, fuzz, proto. Each does the set-up it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PICTURES := .venv/.pictures
+FUZZER := .venv/.fuzzer
 
-.PHONY: setup demo test check sim chaos bench badinputs proto clean
+.PHONY: setup demo test check sim chaos bench badinputs fuzz proto clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,8 +46,15 @@ bench: $(PICTURES)
 badinputs: $(STAMP)
 	$(BIN)/python -m tests.badinputs $(ARGS)
 
+$(FUZZER): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@touch $@
+
+fuzz: $(FUZZER)
+	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
 proto: $(STAMP)
 	$(BIN)/python -m protocol.generate
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz dist

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
 
+from protocol.canonical import shown
 from protocol.errors import Code, Refused
 
 END: Final = "<|end|>"  # what we add where a tokenizer brings no end of document of its own
@@ -127,11 +128,11 @@ def _refusing(what: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise Refused(Code.TOKENIZER_BAD, f"{what}: byte {error.start} is not UTF-8") from error
     except Exception as error:
-        raise Refused(Code.TOKENIZER_BAD, f"{what}: {str(error)[:120]}") from error
+        raise Refused(Code.TOKENIZER_BAD, f"{what}: {shown(str(error))}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # a panic of its Rust code is no Exception
             raise
-        raise Refused(Code.TOKENIZER_BAD, f"{what}: {str(error)[:120]}") from error
+        raise Refused(Code.TOKENIZER_BAD, f"{what}: {shown(str(error))}") from error
 
 
 def _byte_json() -> bytes:

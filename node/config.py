@@ -28,6 +28,7 @@ MARKER: Final = ".barnraise"  # only a folder with this file in it is ever writt
 
 _MARKER_TEXT: Final = "This folder belongs to a barnraise node. `barnraise leave --purge` empties it.\n"
 _CONFIG_BYTES_MAX: Final = 1 << 20
+_INTEGER_BITS_MAX: Final = 63  # TOML promises no more, and Python cannot print what hex digits can write
 _LOG_BYTES_MAX: Final = 10 << 20  # then it becomes NAME.log.1, and the one before that goes
 _DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 _UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -188,7 +189,7 @@ class Home:
             value = json.loads(self.membership.read_bytes())["invite"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             what = f"{self.membership} cannot be read"
             raise Refused(Code.NOT_ADMITTED, what, fix="Join again: barnraise join INVITE") from None
         return str(value)
@@ -268,10 +269,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise Refused(Code.SPEC_SYNTAX, f"{path}: {error}", fix="Mend the file at the place named.") from None
     except OSError as error:
         raise Refused(Code.HOME_FOREIGN, f"{path} cannot be read: {error.strerror}") from None
-    for key in file:
+    for key, value in file.items():
         if key not in _PARSERS:
             what = f"{path}: unknown key {printable(key[:60])}{suggestion(key, _PARSERS)}"
             raise Refused(Code.SPEC_UNKNOWN_KEY, what)
+        if isinstance(value, dict | list) or (isinstance(value, int) and value.bit_length() > _INTEGER_BITS_MAX):
+            raise Refused(Code.SPEC_VALUE, f"{path}: {key} is neither text nor a number of 64 bits")
     return file
 
 

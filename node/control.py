@@ -126,12 +126,10 @@ def _result(line: bytes, home: Path) -> dict[str, Any]:
     try:
         reply = json.loads(line)
         if reply["ok"] is True:
-            result = reply["result"]
-            assert isinstance(result, dict)
-            return result
+            return dict(reply["result"])
         refused = Refused.from_wire(str(reply["error"]), str(reply["what"]))
         fix = str(reply.get("fix") or refused.fix)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = f"the node in {home} closed the connection without an answer"
         raise Refused(Code.NO_DAEMON, what, fix="It may just be ending. Try again.") from None
     raise Refused(refused.reason, refused.what, fix=fix)

@@ -65,13 +65,20 @@ class Channel:
                 raise ChannelClosed(str(error)) from error
 
     async def receive(self) -> Frame:
+        """The next frame. A process that sends anything else is done with: its channel is closed, so that it ends."""
         try:
             header_bytes, payload_bytes = _FRAME.unpack(await self._reader.readexactly(_FRAME.size))
-            assert header_bytes <= HEADER_BYTES_MAX and payload_bytes <= PAYLOAD_BYTES_MAX
+            if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
+                raise ValueError(f"{header_bytes} and {payload_bytes} bytes")
             body = json.loads(await self._reader.readexactly(header_bytes))
+            if not isinstance(body, dict):
+                raise ValueError(f"a {type(body).__name__}")
             payload = await self._reader.readexactly(payload_bytes) if payload_bytes else b""
         except (asyncio.IncompleteReadError, OSError) as error:
             raise ChannelClosed("the other process has gone") from error
+        except (ValueError, RecursionError) as error:
+            self.close()
+            raise ChannelClosed(f"the other process sent what is no frame: {error}") from error
         return Frame(body, payload)
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from protocol.limits import ADDRESSES_MAX, MEMBERS_MAX, RANGES_MAX
 
 _RUN_FILE_BYTES_MAX: Final = 1 << 16  # written by hand; it travels to every node inside the manifest
 _DEPTH_MAX: Final = 8  # of tables and arrays; Hugging Face configs stay under 5
+_INTEGER_BITS_MAX: Final = 63  # TOML promises no more
 _HEARTBEATS_IN_A_LEASE_MIN: Final = 3  # so that two lost ones cost nobody a lease
 _FROM_DATA: Final = frozenset({"vocab_size", "max_position_embeddings"})
 _NEVER_FROM_A_FILE: Final = frozenset({"auto_map", "trust_remote_code", "quantization_config", "model_type"})
@@ -339,6 +340,9 @@ def parse(text: str, *, source: str = "run.toml") -> RunSpec:
         for path, value in _leaves(tree):
             if isinstance(value, datetime | date | time):
                 raise Refused(Code.SPEC_VALUE, f"{_place(source, text, path)}{_name(path)}: a date fits nowhere here")
+            if isinstance(value, int) and value.bit_length() > _INTEGER_BITS_MAX:  # in hex, of any length
+                what = f"{_name(path)}: a number of {value.bit_length()} bits fits nowhere here"
+                raise Refused(Code.SPEC_VALUE, f"{_place(source, text, path)}{what}")
     except (ValueError, RecursionError) as error:
         raise _syntax(error, source, text) from None
     try:

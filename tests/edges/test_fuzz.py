@@ -1,0 +1,62 @@
+"""Whatever reads a stranger's bytes takes them or refuses them by name: found cases, and a few edits of each seed.
+
+`make fuzz` looks for more with the same targets, for as long as it is told to."""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node import letters
+from protocol import canonical
+from protocol.messages import Begin, Message, SignedReady
+from protocol.types import Contribution
+from tests import strategies
+from tests.fuzz import targets
+from tests.fuzz.edits import edited
+from tests.fuzz.targets import TARGETS
+
+FOUND = Path(targets.__file__).with_name("found")
+OURS = strategies.KEY.public
+BROUGHT = Contribution(OURS, 64, ())
+CASES = sorted(str(path.relative_to(FOUND)) for path in FOUND.glob("*/*"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_fuzzing_found_stays_mended(case):
+    TARGETS[Path(case).parts[0]].read((FOUND / case).read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=25, derandomize=True, database=None, deadline=None)
+@given(data=st.data(), luck=st.integers(0, 2**32))
+def test_edited_bytes_are_taken_or_refused_by_name(name, data, luck):
+    seed = data.draw(TARGETS[name].seeds)
+    TARGETS[name].read(seed)
+    TARGETS[name].read(edited(seed, Random(luck)))
+
+
+@settings(max_examples=150, derandomize=True, database=None, deadline=None)
+@given(strategies.canonical_values)
+def test_every_value_that_travels_or_is_stored_comes_back_as_it_was(value):
+    assert canonical.from_bytes(type(value), canonical.to_bytes(value)) == value
+
+
+@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@given(st.one_of(*(strategies.of(kind) for kind in get_args(Message))))
+def test_every_message_comes_back_out_of_its_letter(message):
+    letter, signature = letters.seal(strategies.KEY, told := by_us(message))
+    assert letters.unseal(letter) == (told, signature)
+
+
+def by_us(message):
+    """The same, said by the one member whose key we have, and so is every promise that it quotes."""
+    if isinstance(message, Begin):
+        readies = (replace(each.ready, sender=OURS, contribution=BROUGHT) for each in message.readies)
+        quoted = tuple(SignedReady(ready, letters.seal(strategies.KEY, ready)[1]) for ready in readies)
+        message = replace(message, readies=quoted)
+    return replace(message, sender=OURS)
