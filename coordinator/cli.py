@@ -315,7 +315,7 @@ def peers(run: RunOption = None, as_json: JsonOption = False) -> None:
     with closing(folder.open_store()) as store:
         found = store.nodes()
     if as_json:
-        keys = ("name", "node", "peer", "credit_tokens", "admitted_ms", "banned")
+        keys = ("name", "node", "peer", "credit_tokens", "admitted_ms")
         print(to_json([{key: getattr(each, key) for key in keys} for each in found]))
         return
     rows = [
@@ -324,11 +324,10 @@ def peers(run: RunOption = None, as_json: JsonOption = False) -> None:
             each.node[:SHORT_ID],
             console.number_text(each.credit_tokens),
             when_text(each.admitted_ms),
-            "yes" if each.banned else "",
         )
         for each in found
     ]
-    print(table_text(("NAME", "NODE", "TOKENS", "ADMITTED", "BANNED"), rows) if rows else "No nodes yet.")
+    print(table_text(("NAME", "NODE", "TOKENS", "ADMITTED"), rows) if rows else "No nodes yet.")
 
 
 @ledger_app.callback()

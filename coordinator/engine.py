@@ -17,8 +17,9 @@ import structlog
 
 from coordinator import archive, orders, service, view, web
 from coordinator.core import leases as data
-from coordinator.core import machine, watch
+from coordinator.core import machine, strikes, watch
 from coordinator.core.rosters import quorum
+from coordinator.core.strikes import Kind
 from coordinator.evaluation import Evaluator
 from coordinator.folder import Published, RunFolder
 from coordinator.rendezvous import Rendezvous
@@ -131,6 +132,9 @@ class Coordinator:
             await asyncio.to_thread(store.backup)
         coordinator = cls(folder, store, blobs, published)
         owned.push_async_callback(coordinator._close)
+        for order in store.open_orders():
+            if order.kind == orders.JUDGE:
+                coordinator._obey(order)  # before anybody is let in
         await coordinator._listen(owned)
         return coordinator
 
@@ -176,6 +180,7 @@ class Coordinator:
             branch=branch,
             rollbacks=rollbacks,
             silent=self.store.silent(),
+            trails=strikes.by_node(self.store.marks()),
             nodes={
                 each.node: machine.Node(
                     each.node, each.peer, each.name, activity="left", seen=-1e9, credit_tokens=each.credit_tokens
@@ -331,6 +336,8 @@ class Coordinator:
                 self._turn(turn)
             case machine.SaveLeases():
                 self.store.save_leases(self.state.leases)
+            case machine.SaveMarks(marks):
+                self.store.add_marks(marks)
             case machine.SaveEntry(entry, leases):
                 credit = {c.node: c.tokens for c in entry.record.contributions}
                 self.store.append_entry(entry, credit, leases)
@@ -431,9 +438,13 @@ class Coordinator:
     def _obey(self, order: Order) -> None:
         """Carry out what a command asked for, or say why not."""
         try:
-            if order.kind != orders.ROLLBACK:
-                raise Refused(Code.FIELD, f"no such order: {order.kind}")
-            answer, done = self._roll_back(orders.RollbackOrder.from_bytes(order.body)), True
+            match order.kind:
+                case orders.ROLLBACK:
+                    answer, done = self._roll_back(orders.RollbackOrder.from_bytes(order.body)), True
+                case orders.JUDGE:
+                    answer, done = self._judge(orders.JudgeOrder.from_bytes(order.body)), True
+                case _:
+                    raise Refused(Code.FIELD, f"no such order: {order.kind}")
         except Refused as refused:
             answer, done = refused.what, False
         self.store.close_order(order.order_id, answer=answer, done=done)
@@ -449,6 +460,27 @@ class Coordinator:
         if head.round == order.to:
             return f"round {order.to} stays; the run goes on with a new roster of those who are here"
         return f"{head.round - order.to} rounds are undone; the run goes on from round {order.to}"
+
+    def _judge(self, order: orders.JudgeOrder) -> str:
+        """Shut a node out or let it in again, and say what that meant."""
+        known = self.state.nodes.get(order.node)
+        if known is None:
+            raise Refused(Code.PEER_UNKNOWN, f"node {order.node[:16]} was never admitted")
+        now = self._now()
+        shut, held = self.state.shut(order.node, now), len(self.state.leases.of(order.node))
+        if order.kind is Kind.UNBAN and shut is None and not self.state.aside(order.node):
+            raise Refused(Code.FIELD, f"{known.name} is not shut out")
+        if order.kind is not Kind.UNBAN and shut is not None and shut.kind is Kind.BAN:
+            raise Refused(Code.FIELD, f"{known.name} is banned already")
+        until = now + order.seconds if order.kind is Kind.KICK else None
+        self.submit(machine.Judged(order.node, order.kind, order.reason, until))
+        stored = self.store.node(order.node)
+        if order.revoke_invite and stored is not None and stored.invite is not None:
+            self.store.revoke_invite(stored.invite)
+        if order.kind is Kind.UNBAN:
+            return f"{known.name} may come again; what was held against it counts no more"
+        what = "is banned" if until is None else f"is sent away for {order.seconds // 60} min"
+        return f"{known.name} {what}; {held} of its leases went back"
 
     def _turn(self, signed: SignedRollback) -> None:
         """What the rollback undoes is undone in the database first, all of it or nothing."""

@@ -28,7 +28,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken hand
 import grpc
 import structlog
 
-from coordinator.core import machine, quotas
+from coordinator.core import machine, quotas, strikes
+from coordinator.core.strikes import Kind
 from coordinator.store import Store, StoredNode
 from protocol import canonical, identity, invite
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
@@ -159,6 +160,7 @@ class Session:
     calls: int = 0
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
+    told_notice: str = ""
     life: int = 0  # the highest that it has said
 
 
@@ -283,9 +285,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             what = f"incarnation of {len(request.incarnation)} bytes, expected {INCARNATION_BYTES}"
             raise Refused(Code.FIELD, what)
         known = self._desk.store.node(node)
+        self._check_welcome(node)
         token = known.invite if known else self._admit(request.invite, node, peer, now_ms)
-        if known is not None and known.banned:
-            raise Refused(Code.BANNED, "the researcher has excluded this node")
         name = self._name(request.name, node, known)
         body = Pass(self._desk.manifest.manifest.run, node, peer, name, now_ms, now_ms + PASS_SECONDS * 1000)
         signed = identity.sign_pass(self._desk.key, body)
@@ -378,10 +379,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         session = self._sessions.get(str(token))
         if session is None or session.connection != context.peer():
             raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
-        known = self._desk.store.node(session.node)
-        if known is None or known.banned:
-            self._end_session(session.node)
-            raise Refused(Code.BANNED, "the researcher has excluded this node")
+        self._check_welcome(session.node)
         if session.calls >= CALLS_PER_NODE_MAX:
             raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
         _pass_by("calls of this node", self._calls.take(session.node, now=time.monotonic()))
@@ -390,6 +388,14 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             yield session
         finally:
             session.calls -= 1
+
+    def _check_welcome(self, node: NodeId) -> None:
+        """Whoever is shut out is told by whom and why, and has no session from then on."""
+        now_ms = self._desk.now_ms()
+        mark = self._desk.state.shut(node, now_ms / 1000)
+        if mark is not None:
+            self._end_session(node)
+            raise Refused(Code.BANNED if mark.kind is Kind.BAN else Code.KICKED, strikes.refusal(mark, now_ms))
 
     # what a member may ask
 
@@ -403,6 +409,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
             while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
                 await self._desk.changed(left)
+                self._check_welcome(session.node)
                 if self._sessions.get(session.token) is not session:
                     raise Refused(Code.SESSION, "a newer session replaced this one")
             return self._answer(session, beat)
@@ -415,7 +422,13 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             or len(state.rollbacks) > request.branch
             or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
             or (self._desk.finished() and not session.told_finished)
+            or self._notice(session) != session.told_notice
         )
+
+    def _notice(self, session: Session) -> str:
+        """One line for the volunteer."""
+        state = self._desk.state
+        return strikes.notice(state.trails.get(session.node, ()), state.head.round)
 
     def _newer_roster(self, beat: machine.HeartbeatArrived) -> SignedRoster | None:
         signed = self._desk.state.roster
@@ -425,12 +438,14 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         state, roster = self._desk.state, self._newer_roster(beat)
         wanted = [part.digest for part in state.wanted[:WANTED_MAX]]
         session.told, session.told_finished = frozenset(wanted), self._desk.finished()
+        session.told_notice = self._notice(session)
         mine = {lease.lease_id for lease in state.leases.of(session.node)}
         return wire.HeartbeatReply(
             roster=canonical.to_bytes(roster) if roster else b"",
             head_round=state.head.round,
             wanted=wanted,
             renewed=[lease_id for lease_id in beat.lease_ids if lease_id in mine],
+            notice=session.told_notice,
             coordinator_ms=self._desk.now_ms(),
             finished=session.told_finished,
             rollbacks=[canonical.to_bytes(each) for each in state.rollbacks if each.rollback.number > beat.branch],
@@ -552,6 +567,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 file.seek(offset)
                 due = time.monotonic() + CHUNK_SECONDS_MAX
                 while chunk := await asyncio.to_thread(file.read, BLOB_CHUNK_BYTES):
+                    self._check_welcome(session.node)  # a model takes hours; a ban does not wait for its end
                     self._charge(session.node, len(chunk))
                     message = wire.BlobChunk(data=chunk, offset=offset, digest=digest, size=size)
                     await _in_time(context.write(message), until=due)

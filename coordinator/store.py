@@ -45,6 +45,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from coordinator.core.leases import Cursor, Leases
+from coordinator.core.strikes import Mark
 from protocol import canonical
 from protocol.errors import Code, Refused
 from protocol.log import record_hash
@@ -64,7 +65,7 @@ from protocol.types import (
     SignedRoster,
 )
 
-SCHEMA: Final = 2  # raised when an older program could misread a newer database
+SCHEMA: Final = 3  # raised when an older program could misread a newer database
 EVENTS_KEPT: Final = 10_000  # lines of history; older ones go
 BUSY_SECONDS: Final = 5.0  # another command, such as `invite create`, holds the database for milliseconds
 _SUM_BYTES: Final = 4  # a checksum before each value: SQLite has none, and sees no rot inside a row
@@ -97,7 +98,13 @@ _nodes = Table(
     Column("pass", LargeBinary, nullable=False),
     Column("admitted_ms", Integer, nullable=False),
     Column("credit_tokens", Integer, nullable=False, default=0),
-    Column("banned", Boolean, nullable=False, default=False),
+)
+_marks = Table(
+    "marks",
+    _SCHEMA,
+    Column("id", Integer, primary_key=True),
+    Column("node", String, ForeignKey("nodes.node"), nullable=False),
+    Column("bytes", LargeBinary, nullable=False),
 )
 _rosters = Table(
     "rosters", _SCHEMA, Column("epoch", Integer, primary_key=True), Column("bytes", LargeBinary, nullable=False)
@@ -209,7 +216,6 @@ class StoredNode:
     signed_pass: SignedPass
     admitted_ms: int
     credit_tokens: int = 0
-    banned: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,7 +317,7 @@ class Store:
             connection.execute(_spent.insert().values(token_id=token_id, node=node))
 
     def save_node(self, node: StoredNode) -> None:
-        """Admit a node, or renew its name and pass. Credit and ban stay as they are."""
+        """Admit a node, or renew its name and pass. Its credit stays as it is."""
         renewed = {"name": node.name, "pass": _packed(node.signed_pass)}
         row = {
             "node": node.node,
@@ -319,7 +325,6 @@ class Store:
             "invite": node.invite,
             "admitted_ms": node.admitted_ms,
             "credit_tokens": node.credit_tokens,
-            "banned": node.banned,
             **renewed,
         }
         same_peer = _nodes.c.peer == node.peer
@@ -351,11 +356,13 @@ class Store:
         with self._reading() as connection:
             return {NodeId(node): name for node, name in connection.execute(select(_nodes.c.node, _nodes.c.name))}
 
-    def ban(self, node: NodeId, *, banned: bool = True) -> None:
+    def add_marks(self, marks: Sequence[Mark]) -> None:
+        """The trail only grows: who was struck, banned or let in again, when, by whom and why."""
         with self._writing() as connection:
-            known = connection.execute(update(_nodes).where(_nodes.c.node == node).values(banned=banned)).rowcount
-        if not known:
-            raise Refused(Code.NOT_ADMITTED, f"there is no node {canonical.shown(node[:64])}")
+            connection.execute(_marks.insert(), [{"node": mark.node, "bytes": _packed(mark)} for mark in marks])
+
+    def marks(self) -> tuple[Mark, ...]:
+        return self._all(Mark, select(_marks.c.bytes).order_by(_marks.c.id))
 
     def begin_life(self, node: NodeId, life: int, newest_epoch: Epoch, incarnation: bytes) -> tuple[int, Epoch | None]:
         """A start of this node: the highest life known of it, and up to which epoch it signs nothing.

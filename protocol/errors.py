@@ -85,8 +85,14 @@ class Code(Enum):
     DIVERGED = ("E-TRAIN-001", Exit.INTERNAL, "The node starts again from the shared state by itself.")
     BUG = ("E-BUG-001", Exit.INTERNAL, "Run it again with --debug and report what it prints.")
     IDENTITY_TAKEN = ("E-AUTH-003", Exit.REFUSED, "Give every node its own folder: barnraise join --home FOLDER INVITE")
-    BANNED = ("E-AUTH-004", Exit.REFUSED, "Ask the researcher.")
+    BANNED = (
+        "E-AUTH-004",
+        Exit.REFUSED,
+        "Ask the researcher who invited you. To remove what is kept here: barnraise leave --purge",
+    )
     CHALLENGE = ("E-AUTH-005", Exit.REFUSED, "The node asks for a new challenge by itself.")
+    KICKED = ("E-AUTH-006", Exit.REFUSED, "Start the node again when that time is over: barnraise join")
+    PEER_UNKNOWN = ("E-PEER-001", Exit.USAGE, "See the nodes with: barnraise-coordinator peers")
     STORE_BAD = ("E-STORE-001", Exit.INTEGRITY, "Restore the run's database from a backup.")
     INTERNAL = ("E-INTERNAL-001", Exit.INTERNAL, "Nothing was changed. Tell the researcher the id.")
     TWO_STORIES = (

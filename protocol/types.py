@@ -29,6 +29,15 @@ class Exchange(Enum):
     ALL_GATHER = "all-gather"
 
 
+class Fault(Enum):
+    """What was proved against a node. No crash, no bad network and no slow machine makes an honest node do so."""
+
+    FORGED = "forged"  # it put into a record what the member it names had not signed
+    REDUCED_WRONG = "reduced-wrong"  # its mean is not that of the contributions which it says are inside
+    TRAINED_WRONG = "trained-wrong"  # what it brought is not what training on its data gives
+    CONTRADICTED = "contradicted"  # it signed two letters of which an honest node signs one
+
+
 @dataclass(frozen=True)
 class Member:
     """One active node as its peers see it."""

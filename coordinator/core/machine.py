@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import leases as data
+from coordinator.core import strikes
 from coordinator.core.leases import Leases
-from coordinator.core.rosters import next_members
+from coordinator.core.rosters import next_members, quorum
+from coordinator.core.strikes import By, Kind, Mark
 from protocol.errors import Refused
 from protocol.limits import ROLLBACKS_MAX
 from protocol.log import check_ranges, check_record_shape, next_head, next_turn, ranges_of
@@ -18,6 +20,7 @@ from protocol.state import Consumed
 from protocol.types import (
     Digest,
     Epoch,
+    Fault,
     Head,
     Lease,
     LogEntry,
@@ -105,6 +108,7 @@ class State:
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
     held_since: float | None = None  # since when forgotten promises keep the roster from changing
+    trails: Mapping[NodeId, tuple[Mark, ...]] = field(default_factory=dict)  # what was ever held against a node
     started: float = -1e9  # when this process began
     tokens: int = 0
     events: tuple[tuple[float, str], ...] = ()
@@ -117,6 +121,14 @@ class State:
     def wanted(self) -> tuple[Part, ...]:
         """Parts that the archive lacks."""
         return tuple(p for entry in self.unfolded for p in entry.record.parts if p.digest not in self.have)
+
+    def shut(self, node: NodeId, now: float) -> Mark | None:
+        """The ban or the kick that keeps this node out."""
+        return strikes.shut(self.trails.get(node, ()), int(now * 1000))
+
+    def aside(self, node: NodeId) -> bool:
+        """Whether it is left out of rosters for a while, for what was proved against it."""
+        return self.head.round < strikes.aside_until(self.trails.get(node, ()))
 
 
 # events
@@ -152,6 +164,27 @@ class NodeLeft:
     node: NodeId
     why: str
     seal: Seal | None = None
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A fault was proved: whoever says so has checked the evidence, and `evidence` is its digest."""
+
+    node: NodeId
+    fault: Fault
+    round: RoundNumber
+    reason: str  # what exactly, in a few words
+    evidence: Digest
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The researcher's order: a ban, a kick or an unban."""
+
+    node: NodeId
+    kind: Kind
+    reason: str
+    until: float | None = None  # of a kick
 
 
 @dataclass(frozen=True)
@@ -234,6 +267,8 @@ Event = (
     NodeOpened
     | HeartbeatArrived
     | NodeLeft
+    | Struck
+    | Judged
     | LeasesAsked
     | EntryArrived
     | PartStored
@@ -292,6 +327,13 @@ class Rewind:
 
 
 @dataclass(frozen=True)
+class SaveMarks:
+    """Make them durable before anything that follows: a ban outlives every crash."""
+
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
 class GrantLeases:
     node: NodeId
     leases: tuple[Lease, ...]
@@ -339,6 +381,7 @@ Effect = (
     | BranchOff
     | TurnLog
     | Rewind
+    | SaveMarks
     | GrantLeases
     | SaveLeases
     | SaveEntry
@@ -379,6 +422,10 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             return _heartbeat(state, event, now, rules)
         case NodeLeft(node, why, seal):
             return _left(state, node, why, now, seal)
+        case Struck():
+            return _struck(state, event, now)
+        case Judged():
+            return _judged(state, event, now)
         case LeasesAsked(node, sequences):
             return _lease(state, node, sequences, now, rules)
         case EntryArrived(entry):
@@ -452,18 +499,68 @@ def _left(state: State, node: NodeId, why: str, now: float, seal: Seal | None = 
     known = state.nodes.get(node)
     if known is None:
         return state, ()
-    state = _with_node(state, replace(known, activity="left", seen=-1e9))
-    lease_ids = tuple(lease.lease_id for lease in state.leases.of(node))
-    state = replace(state, leases=data.give_back(state.leases, lease_ids))
     if seal is not None:
         state = replace(state, seals={**state.seals, node: seal})
-    return _say(state, now, f"{known.name} left ({why})"), (SaveLeases(), Announce())
+    return _say(_gone(state, known), now, f"{known.name} left ({why})"), (SaveLeases(), Announce())
+
+
+def _gone(state: State, node: Node) -> State:
+    """It takes part no more, and its data is for others."""
+    state = _with_node(state, replace(node, activity="left", seen=-1e9))
+    lease_ids = tuple(lease.lease_id for lease in state.leases.of(node.node))
+    return replace(state, leases=data.give_back(state.leases, lease_ids))
+
+
+# strikes and bans
+
+
+def _struck(state: State, event: Struck, now: float) -> Outcome:
+    known = state.nodes.get(event.node)
+    if known is None:
+        return state, ()
+    marks = strikes.judge(
+        state.trails.get(event.node, ()),
+        event.node,
+        event.fault,
+        round_number=event.round,
+        head=state.head.round,
+        reason=event.reason,
+        evidence=event.evidence,
+        now_ms=int(now * 1000),
+    )
+    return _marked(state, known, marks, now)
+
+
+def _judged(state: State, order: Judged, now: float) -> Outcome:
+    known = state.nodes.get(order.node)
+    if known is None:
+        return state, ()
+    until_ms = None if order.until is None else int(order.until * 1000)
+    at = (int(now * 1000), state.head.round)
+    mark = Mark(order.node, order.kind, order.reason, By.RESEARCHER, *at, until_ms=until_ms)
+    return _marked(state, known, (mark,), now)
+
+
+def _marked(state: State, node: Node, marks: tuple[Mark, ...], now: float) -> Outcome:
+    """The marks are on its trail; whoever is shut out by them is gone at once."""
+    if not marks:
+        return state, ()
+    was_shut = state.shut(node.node, now) is not None
+    trail = (*state.trails.get(node.node, ()), *marks)
+    state = replace(state, trails={**state.trails, node.node: trail})
+    for mark in marks:
+        state = _say(state, now, strikes.said(mark, node.name))
+    effects: tuple[Effect, ...] = (SaveMarks(marks), Announce())
+    if was_shut or state.shut(node.node, now) is None:
+        return state, effects
+    return _gone(state, state.nodes[node.node]), (*effects, SaveLeases())
 
 
 def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules) -> Outcome:
     held = sum(lease.range.stop - lease.range.start for lease in state.leases.of(node))
     wanted = min(sequences, rules.lease_sequences_node_max - held)
-    if node not in state.nodes or wanted <= 0 or run_is_over(state, rules):
+    welcome = node in state.nodes and state.shut(node, now) is None and not state.aside(node)
+    if not welcome or wanted <= 0 or run_is_over(state, rules):
         return state, (GrantLeases(node, ()),)
     leases, granted = data.grant(
         state.leases,
@@ -674,6 +771,8 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
         for n in state.nodes.values()
         if n.activity in TAKES_PART
         and n.present(now, rules)
+        and state.shut(n.node, now) is None
+        and not state.aside(n.node)
         and (n.node in rostered or n.head_round >= state.head.round - BEHIND_MAX)
     )
     if not state.history and len(desired) < rules.min_nodes:
@@ -689,16 +788,23 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
 
 
 def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:
-    """So many members have forgotten what they signed that no other roster can be issued: nobody can come or leave.
+    """No other roster can be issued, and this one cannot go on: so many of its members have forgotten what they signed,
+    or are shut out.
 
-    On another branch no promise of theirs matters. It begins once every member is here and no log is ahead of ours."""
+    On another branch no promise of theirs matters. It begins once everybody else is here and no log is ahead of ours."""
     roster = state.roster.roster if state.roster is not None else None
     forgetful = [node for node in roster.nodes if state.silent.get(node, -1) >= roster.epoch] if roster else []
-    if roster is None or not forgetful or not here.issuperset(roster.nodes):
+    out = [node for node in roster.nodes if state.shut(node, now) is not None] if roster else []
+    stuck = roster is not None and (forgetful or len(roster.members) - len(out) < quorum(len(roster.members)))
+    awaited = {node for node in roster.nodes if node not in out and not state.aside(node)} if roster else set()
+    if roster is None or not stuck or not here or not here.issuperset(awaited):
         return replace(state, held_since=None), ()
     since = now if state.held_since is None else state.held_since
-    ahead = any(state.nodes[node].head_round > state.head.round for node in roster.nodes)
+    ahead = any(state.nodes[node].head_round > state.head.round for node in here & set(roster.nodes))
     if ahead or now - since < RESTART_PATIENCE * rules.absent_seconds:
         return replace(state, held_since=since), ()
-    reason = f"{len(forgetful)} of {len(roster.nodes)} nodes are back with older disks and forgot what they had signed"
+    members = len(roster.members)
+    reason = f"{len(forgetful)} of {members} nodes are back with older disks and forgot what they had signed"
+    if not forgetful:
+        reason = f"{len(out)} of {members} nodes are shut out, and the others are no majority"
     return replace(state, held_since=None), (BranchOff(reason),)

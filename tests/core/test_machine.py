@@ -8,12 +8,14 @@ from coordinator.core import machine
 from coordinator.core.leases import Leases
 from coordinator.core.machine import (
     ArchiveBase,
+    BranchOff,
     EntryArrived,
     Evaluate,
     Fold,
     Folded,
     GrantLeases,
     HeartbeatArrived,
+    Judged,
     LeasesAsked,
     NodeLeft,
     NodeOpened,
@@ -21,10 +23,13 @@ from coordinator.core.machine import (
     RosterSigned,
     SaveEntry,
     SaveLeases,
+    SaveMarks,
     SignRoster,
     State,
+    Struck,
     Ticked,
 )
+from coordinator.core.strikes import Kind
 from protocol.log import next_head, record_hash
 from protocol.state import Consumed
 from protocol.types import (
@@ -33,6 +38,7 @@ from protocol.types import (
     Contribution,
     DataRange,
     Digest,
+    Fault,
     Head,
     LogEntry,
     NodeId,
@@ -43,7 +49,7 @@ from protocol.types import (
     SignedRoster,
 )
 
-A, B, C = (NodeId(name) for name in "abc")
+A, B, C, D = (NodeId(name) for name in "abcd")
 SHARD, GENESIS, ZERO, ONE = (Digest(digit * 64) for digit in "5012")
 PARAMETERS = 65536
 RULES = machine.Rules(
@@ -289,3 +295,85 @@ def test_a_run_that_reached_its_goal_grants_and_rosters_nothing_more():
     assert of(ArchiveBase, done) == [ArchiveBase(1)]
     assert of(GrantLeases, coordinator.see(LeasesAsked(A, 4))) == [GrantLeases(A, ())]
     assert coordinator.join(C, head_round=1).rostered == (A, B)
+
+
+# strikes and bans
+
+
+def banned(node, kind=Kind.BAN, until=None):
+    return Judged(node, kind, "because", until)
+
+
+def test_a_banned_node_is_gone_at_once_with_its_leases_and_its_place():
+    swarm = Coordinator().join(A, B, C)
+    swarm.see(LeasesAsked(A, 8))
+    done = swarm.see(banned(A))
+    assert isinstance(done[0], SaveMarks) and done.index(of(SaveMarks, done)[0]) < done.index(of(SignRoster, done)[0])
+    assert swarm.rostered == (B, C) and not swarm.state.leases.of(A)
+    assert swarm.state.events[-2][1] == "node a was banned by the researcher: because"
+    assert of(GrantLeases, swarm.see(LeasesAsked(A, 8)))[0].leases == ()
+    swarm.see(beat(A))
+    assert swarm.rostered == (B, C)
+    swarm.see(banned(A, Kind.UNBAN))
+    swarm.join(A)
+    assert set(swarm.rostered) == {A, B, C}
+
+
+def test_a_kicked_node_may_come_back_when_its_time_is_over():
+    swarm = Coordinator().join(A, B, C)
+    swarm.see(banned(A, Kind.KICK, until=61.0))
+    swarm.see(beat(A), beat(B), beat(C), at=20.0)
+    swarm.see(beat(A), beat(B), beat(C), at=40.0)
+    assert swarm.rostered == (B, C)
+    swarm.see(beat(A), beat(B), beat(C), at=61.0)
+    assert set(swarm.rostered) == {A, B, C}
+
+
+def test_a_struck_node_is_set_aside_for_some_rounds_and_comes_back():
+    swarm = Coordinator().join(A, B, C)
+    swarm.see(Struck(A, Fault.TRAINED_WRONG, 0, "seen", ONE))
+    assert swarm.rostered == (B, C) and swarm.state.aside(A) and swarm.state.shut(A, swarm.now) is None
+    for number in range(10):
+        assert swarm.state.aside(A)
+        epoch = swarm.state.roster.roster.epoch
+        swarm.see(EntryArrived(swarm.entry(brings(B, number, number + 1), signers=(B, C), epoch=epoch)))
+        swarm.see(*(beat(node, head_round=swarm.state.head.round) for node in (A, B, C)))
+    assert set(swarm.rostered) == {A, B, C}
+
+
+def test_a_fault_is_judged_once_and_strangers_have_none():
+    swarm = Coordinator().join(A, B, C)
+    assert len(of(SaveMarks, swarm.see(Struck(A, Fault.FORGED, 0, "seen", ONE)))[0].marks) == 2
+    assert not swarm.see(Struck(A, Fault.FORGED, 0, "seen", ONE))
+    assert not swarm.see(Struck(NodeId("nobody"), Fault.FORGED, 0, "seen", ZERO))
+    assert swarm.rostered == (B, C)
+
+
+def four():
+    """Four members, and nothing left to decide under older rosters."""
+    swarm = Coordinator().join(A, B, C, D)
+    epoch = swarm.state.roster.roster.epoch
+    swarm.see(EntryArrived(swarm.entry(brings(A, 0, 1), signers=(A, B, C), epoch=epoch)))
+    swarm.see(*(beat(node, head_round=1) for node in (A, B, C, D)))
+    return swarm
+
+
+def test_a_ban_never_lets_two_majorities_miss_each_other():
+    """Two of four may be dropped at once: each majority of the four holds one of the two who stay. Three may not."""
+    swarm = four()
+    swarm.see(banned(A), banned(B))
+    assert set(swarm.rostered) == {C, D}
+    swarm = four()
+    swarm.see(banned(A), banned(B), banned(C))
+    assert set(swarm.rostered) == {C, D}
+
+
+def test_where_those_who_are_left_are_no_majority_the_run_goes_on_on_a_branch():
+    swarm = four()
+    swarm.see(banned(A), banned(B), banned(C))
+    patience = machine.RESTART_PATIENCE * RULES.absent_seconds
+    for now in (2.0, 20.0, 40.0):
+        assert not of(BranchOff, swarm.see(beat(D, head_round=1), at=now))
+    assert not of(BranchOff, swarm.see(beat(D, head_round=2), at=2.0 + patience))  # it knows a record that we lack
+    (branch,) = of(BranchOff, swarm.see(beat(D, head_round=1), at=3.0 + patience))
+    assert branch.reason == "1 of 2 nodes are shut out, and the others are no majority"

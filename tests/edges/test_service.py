@@ -13,6 +13,7 @@ import pytest
 
 from coordinator import service as door
 from coordinator.core import machine
+from coordinator.core.strikes import Kind
 from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
 from node.link import Beat, Door, Link
@@ -28,6 +29,7 @@ from protocol.types import (
     BaseCheckpoint,
     Certificate,
     Contribution,
+    Fault,
     LogEntry,
     Manifest,
     Part,
@@ -106,6 +108,8 @@ class RealDesk:
                     self.turn(signed)
                 case machine.SaveLeases():
                     self.store.save_leases(self.state.leases)
+                case machine.SaveMarks(marks):
+                    self.store.add_marks(marks)
                 case machine.SaveEntry(entry):
                     credit = {c.node: c.tokens for c in entry.record.contributions}
                     self.store.append_entry(entry, credit, self.state.leases)
@@ -180,6 +184,10 @@ class World:
         to = genesis_head(self.desk.manifest.manifest)
         body = Rollback(run or self.desk.run, number, to, to, reason, self.desk.now_ms())
         return identity.sign_rollback(key or self.desk.key, body)
+
+    def judge(self, link, kind, reason="because", *, seconds=None):
+        until = None if seconds is None else self.desk.now_ms() / 1000 + seconds
+        self.desk.submit(machine.Judged(link._key.public, kind, reason, until))
 
     async def training(self):
         """A member that is the whole roster."""
@@ -301,9 +309,70 @@ async def test_a_peer_id_belongs_to_one_node_and_a_node_has_one_peer_id(world):
 
 async def test_a_banned_node_is_shut_out_at_once(world):
     link = await world.member()
-    world.desk.store.ban(link._key.public)
-    assert (await refused(link.heartbeat(Beat("training")))).reason is Code.BANNED
+    world.judge(link, Kind.BAN, "it floods us")
+    refusal = await refused(link.heartbeat(Beat("training")))
+    assert (refusal.reason, refusal.reason.exit) == (Code.BANNED, Exit.REFUSED)
+    assert refusal.what == "the researcher has excluded this node: it floods us"
+    assert "barnraise leave --purge" in refusal.fix
     assert (await refused(link.open(life=1))).reason is Code.BANNED
+    again = Store(world.desk.store.path)
+    assert [(mark.kind, mark.reason) for mark in again.marks()] == [(Kind.BAN, "it floods us")]
+    again.close()
+
+
+async def test_a_ban_ends_the_heartbeat_that_waits_and_gives_the_leases_back(world):
+    link, roster = await world.training()
+    assert await link.acquire_leases(8) and world.desk.state.leases.of(link._key.public)
+    waiting = asyncio.create_task(refused(link.heartbeat(Beat("training", epoch=roster.epoch), wait_seconds=25)))
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    world.judge(link, Kind.BAN)
+    assert (await waiting).reason is Code.BANNED and time.monotonic() - began < 2
+    assert not world.desk.state.leases.of(link._key.public)
+
+
+async def test_a_ban_ends_a_download_between_two_chunks(world):
+    link = await world.member()
+    blob = world.desk.blobs.put_bytes(b"large" * 2_000_000)
+    world.desk.checkpoint = replace(world.desk.checkpoint, blob=blob)
+    chunks = link._chunks(blob.digest, 0)
+    await anext(chunks)
+    world.judge(link, Kind.BAN)
+    with pytest.raises(Refused) as caught:
+        async for chunk in chunks:
+            assert chunk.offset + len(chunk.data) < blob.size
+    assert caught.value.reason is Code.BANNED
+    refusal = await refused(link.fetch_blob(world.desk.checkpoint.blob, BlobStore(world.desk.folder / "mine")))
+    assert refusal.reason is Code.BANNED
+
+
+async def test_a_kick_says_how_long_it_lasts_and_an_unban_ends_it(world):
+    link = await world.member()
+    world.judge(link, Kind.KICK, "restart with --device cpu", seconds=600)
+    refusal = await refused(link.heartbeat(Beat("training")))
+    assert (refusal.reason, refusal.reason.exit) == (Code.KICKED, Exit.REFUSED)
+    assert refusal.what == "the researcher has sent this node away for another 10 min: restart with --device cpu"
+    assert (await refused(link.open(life=2))).reason is Code.KICKED
+    world.judge(link, Kind.UNBAN)
+    await link.open(life=2)
+    world.judge(link, Kind.KICK, seconds=0.3)
+    assert (await refused(link.heartbeat(Beat("training")))).reason is Code.KICKED
+    await asyncio.sleep(0.3)
+    await link.open(life=3)
+
+
+async def test_a_strike_is_told_to_the_volunteer_at_once_and_takes_no_vote_from_it(world):
+    link, roster = await world.training()
+    waiting = asyncio.create_task(link.heartbeat(Beat("training", epoch=roster.epoch), wait_seconds=25))
+    await asyncio.sleep(0.2)
+    struck = machine.Struck(link._key.public, Fault.TRAINED_WRONG, 0, "3 of 5 values", "ab" * 32)
+    world.desk.submit(struck)
+    world.desk.submit(struck)
+    news = await asyncio.wait_for(waiting, 2)
+    assert news.notice.startswith("1 strike: in round 0 this node brought work") and "3 of 5 values" in news.notice
+    assert await link.acquire_leases(8) == ()  # until it is rostered again, nobody would take its work
+    assert (await link.heartbeat(Beat("training", epoch=roster.epoch))).notice == news.notice
+    assert len(world.desk.store.marks()) == 1
 
 
 async def test_another_protocol_version_is_refused_with_both_versions(world, monkeypatch):

@@ -5,11 +5,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from coordinator.core import leases as data
 from coordinator.core.leases import Leases
+from coordinator.core.strikes import By, Kind, Mark
 from coordinator.store import EVENTS_KEPT, SCHEMA, Evaluation, Order, OrderState, Store, StoredNode, backup_of
 from protocol import identity
 from protocol.errors import Code, Refused
@@ -22,6 +24,7 @@ from protocol.types import (
     Certificate,
     Contribution,
     DataRange,
+    Fault,
     Head,
     LogEntry,
     Member,
@@ -350,15 +353,26 @@ def test_one_peer_id_belongs_to_one_node_and_stays_with_it(store):
     assert store.peer_owner(node.peer) == node.node
 
 
-def test_renewing_a_node_keeps_its_credit_and_its_ban(store):
+def test_renewing_a_node_keeps_its_credit(store):
     node = admitted()
     store.save_node(node)
     store.append_entry(entry(0), {node.node: 320})
-    store.ban(node.node)
     store.save_node(StoredNode(node.node, node.peer, "new name", None, node.signed_pass, 77))
     kept = store.node(node.node)
-    assert (kept.name, kept.credit_tokens, kept.banned, kept.admitted_ms) == ("new name", 320, True, 5)
-    assert refused(store.ban, "ff" * 32) is Code.NOT_ADMITTED
+    assert (kept.name, kept.credit_tokens, kept.admitted_ms) == ("new name", 320, 5)
+
+
+def test_the_trail_of_a_node_only_grows_and_survives(store, tmp_path):
+    node = admitted()
+    store.save_node(node)
+    first = Mark(node.node, Kind.STRIKE, "seen", By.COORDINATOR, 5, 3, Fault.FORGED, "ab" * 32, None, 13)
+    second = Mark(node.node, Kind.KICK, "because", By.RESEARCHER, 6, 3, until_ms=9)
+    store.add_marks([first, second])
+    store.save_node(replace(node, name="new name"))
+    store.add_marks([replace(second, kind=Kind.UNBAN, until_ms=None)])
+    again = Store(store.path)
+    assert again.marks() == (first, second, replace(second, kind=Kind.UNBAN, until_ms=None))
+    again.close()
 
 
 def test_hostile_text_is_text(store):

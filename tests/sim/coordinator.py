@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from coordinator.core import leases as data
-from coordinator.core import machine
+from coordinator.core import machine, strikes
 from coordinator.core.leases import Leases
 from protocol.log import head_after, line_head, next_head, ranges_of
 from protocol.state import Consumed
@@ -71,6 +71,7 @@ class Store:
     members: dict[NodeId, None] = field(default_factory=dict)  # in the order they came
     lives: dict[NodeId, tuple[int, int]] = field(default_factory=dict)  # and which process said so
     silent: dict[NodeId, Epoch] = field(default_factory=dict)
+    marks: list[strikes.Mark] = field(default_factory=list)
     parts: set[Digest] = field(default_factory=set)
 
     def begin_life(self, node: NodeId, life: int, newest: Epoch, process: int) -> tuple[int, Epoch]:
@@ -151,6 +152,7 @@ class SimCoordinator(Process):
             branch=branch,
             rollbacks=store.rollbacks,
             silent=dict(store.silent),
+            trails=strikes.by_node(store.marks),
             nodes={
                 n: replace(_node(n), activity="left", seen=-1e9, credit_tokens=store.credit(n)) for n in store.members
             },
@@ -216,6 +218,8 @@ class SimCoordinator(Process):
                 self._turn(turn)
             case machine.SaveLeases():
                 store.leases = self.state.leases
+            case machine.SaveMarks(marks):
+                store.marks += marks
             case machine.SaveEntry(entry, leases):
                 world.entry_certified(entry, self.name)
                 store.line.append(entry)
