@@ -30,9 +30,11 @@ from protocol.types import (
     Digest,
     Epoch,
     Manifest,
+    Member,
     NodeId,
     Part,
     PeerId,
+    Role,
     Roster,
     RoundNumber,
     SignedRoster,
@@ -85,6 +87,8 @@ class Courier:
     async def deliver(self, node: NodeId, letter: bytes) -> None:
         """Once, and without a word when it fails: whoever needs it more says it again."""
         peer = self._peer_of(node)
+        if self._calls_only(self._me) and self._calls_only(node):
+            peer, letter = self._carrier(), letters.addressed(letter, node)
         if peer is None or self.engine is None:
             return
         try:
@@ -93,10 +97,11 @@ class Courier:
             log.debug("not delivered", to=node[:8], why=refused.what)
 
     def open(self, peer: PeerId, letter: bytes) -> tuple[Message, str] | None:
-        """The message in a letter, if it is genuine and its author's own peer brought it."""
+        """The message in a letter, if it is genuine, and brought by its author's own peer or passed on for it."""
         try:
             message, signature = letters.unseal(letter)
-            if self._peer_of(message.sender) != peer:
+            passed_on = letters.addressee(letter) == self._me and self._calls_only(message.sender)
+            if self._peer_of(message.sender) != peer and not passed_on:
                 raise Refused(Code.SIGNATURE, "a letter by another hand")
             if isinstance(message, LogReply):
                 coordinator = coordinator_key(self._manifest.run)
@@ -108,6 +113,11 @@ class Courier:
             log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
             return None
         return message, signature
+
+    def onward(self, letter: bytes) -> NodeId | None:
+        """Whom a letter is to be passed on to: from one that nobody can call to another."""
+        to = letters.addressee(letter)
+        return to if to != self._me and self._calls_only(to) else None
 
     def log_reply(self, request: LogRequest) -> LogReply:
         """What this node has of the log from a round on, with the rosters that it takes to check it."""
@@ -130,18 +140,32 @@ class Courier:
             members = rosters[epoch].roster.members
             peers |= {member.peer: member.addresses for member in members if member.node != self._me}
         with suppress(Refused):
-            await self.engine.set_roster(peers)
+            await self.engine.set_roster(peers, calls_only=self._calls_only(self._me))
 
     def _rosters(self) -> Mapping[Epoch, SignedRoster]:
         return self._decider.rounds.rosters if self._decider.begun else {}
 
-    def _peer_of(self, node: NodeId) -> PeerId | None:
+    def _member(self, node: NodeId) -> Member | None:
+        """As the newest roster that lists it does."""
         known = self._rosters()
-        for epoch in sorted(known, reverse=True):
-            member = known[epoch].roster.member(node)
-            if member is not None:
-                return member.peer
-        return None
+        newest_first = (known[epoch].roster.member(node) for epoch in sorted(known, reverse=True))
+        return next((member for member in newest_first if member is not None), None)
+
+    def _peer_of(self, node: NodeId) -> PeerId | None:
+        member = self._member(node)
+        return None if member is None else member.peer
+
+    def _calls_only(self, node: NodeId) -> bool:
+        """Whether nobody can call it."""
+        member = self._member(node)
+        return member is not None and member.role is Role.CLIENT
+
+    def _carrier(self) -> PeerId | None:
+        """Any member that everybody can call; another one the next time, should this one be gone."""
+        known = self._rosters()
+        members = known[max(known)].roster.members if known else ()
+        able = [member.peer for member in members if member.role is not Role.CLIENT]
+        return random.choice(able) if able else None  # noqa: S311  # only spreads the load
 
     # averaging and parts
 

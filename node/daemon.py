@@ -491,8 +491,12 @@ class Daemon:
                 self._spawn(self._courier.deliver(node, letter))
 
     def _hear(self, peer: PeerId, letter: bytes) -> None:
-        """A letter from a rostered peer: an event, or a question about the log or its answer."""
-        match self._courier.open(peer, letter):
+        """A letter from a rostered peer: an event, or a question about the log or its answer; or it is another's."""
+        opened = self._courier.open(peer, letter)
+        if opened is not None and (onward := self._courier.onward(letter)) is not None:
+            self._spawn(self._courier.deliver(onward, letter))
+            return
+        match opened:
             case None:
                 pass
             case LogRequest() as request, _:

@@ -118,9 +118,12 @@ class Engine:
     def pid(self) -> int:
         return self._child.pid
 
-    async def set_roster(self, peers: Mapping[PeerId, Sequence[str]]) -> None:
-        """Who is answered at all, and where they are. Replaces the roster before."""
-        await self._ask("roster", {"peers": {peer: list(addresses) for peer, addresses in peers.items()}})
+    async def set_roster(self, peers: Mapping[PeerId, Sequence[str]], *, calls_only: bool = False) -> None:
+        """Who is answered at all, and where they are: nowhere, for those who call us. Replaces the roster before.
+
+        One that `calls_only` cannot be called itself, and keeps lines open to all who can."""
+        known = {peer: list(addresses) for peer, addresses in peers.items()}
+        await self._ask("roster", {"peers": known, "calls_only": calls_only})
 
     async def send(self, peer: PeerId, envelope: bytes, *, timeout_seconds: float) -> None:
         """Hand one PeerEnvelope to a peer; refused as UNREACHABLE when it did not take it."""

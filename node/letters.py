@@ -19,6 +19,7 @@ from protocol.messages import (
     SignedReady,
     Vote,
 )
+from protocol.types import NodeId
 from protocol.v1 import barnraise_pb2 as wire
 
 _KINDS: dict[str, type[Message]] = {
@@ -53,6 +54,18 @@ def unseal(letter: bytes) -> tuple[Message, str]:
         for signed in message.readies:
             _check_promise(signed)
     return message, signature
+
+
+def addressed(letter: bytes, to: NodeId) -> bytes:
+    """The same letter, to be passed on by whoever gets it."""
+    envelope = wire.PeerEnvelope.FromString(letter)
+    envelope.to = to
+    return envelope.SerializeToString()
+
+
+def addressee(letter: bytes) -> NodeId:
+    """Who a letter is to be passed on to; empty for whoever gets it."""
+    return NodeId(wire.PeerEnvelope.FromString(letter).to)
 
 
 def _check_promise(signed: SignedReady) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -20,7 +20,7 @@ from protocol import p2pd
 from protocol.errors import Code, Refused
 from protocol.limits import ADDRESSES_MAX, PEER_MESSAGE_BYTES_MAX
 
-ENVELOPE_BYTES: Final = 4096  # what p2pd wraps around a message
+UNARY_BYTES_MAX: Final = 1 << 16  # what the rendezvous answers with: one record, and the few other bootstrap peers
 CONNECT_SECONDS: Final = 10.0  # a TCP and TLS handshake across the world, twice over
 STALL_SECONDS: Final = 60.0  # a peer that takes no byte for so long is let go
 LAST_WORD_SECONDS: Final = 5.0  # for the caller to say that it has said all, after we have
@@ -47,7 +47,8 @@ class GuardedP2P(P2P):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.roster: dict[PeerID, tuple[str, ...]] = {}
+        self.roster: Mapping[PeerID, tuple[str, ...]] = {}
+        self.calls_only = False  # nobody can call us, the roster says: we keep lines open instead
         self.bytes_sent = self.bytes_received = 0
         self.look_up: Callable[[PeerID], Awaitable[tuple[str, ...]]] | None = None
         self._calls: Counter[PeerID] = Counter()
@@ -63,7 +64,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]
                 no_listen=not listen,
                 identity_path=str(identity_path),
                 dht_mode="none",
-                persistent_conn_max_msg_size=PEER_MESSAGE_BYTES_MAX + ENVELOPE_BYTES,
+                persistent_conn_max_msg_size=UNARY_BYTES_MAX,
                 **p2pd.OPTIONS,
             )
         except P2PDaemonError as error:
@@ -77,12 +78,22 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         await self._child.wait()
 
     async def reach(self, peer: PeerID) -> None:
-        """Connect, unless we are: at the roster's addresses, then wherever the DHT says."""
-        if await self._connected(peer, self.roster.get(peer, ())):
+        """Connect, unless we are: at the roster's addresses, then wherever the DHT says. One without any calls us."""
+        known = self.roster.get(peer, ())
+        if not known:
+            if not await self._is_here(peer):
+                raise Refused(Code.UNREACHABLE, f"{peer} takes no calls, and keeps no line open to us")
+            return
+        if await self._connected(peer, known):
             return
         found = await self.look_up(peer) if self.look_up is not None else ()
         if not found or not await self._connected(peer, found):
             raise Refused(Code.UNREACHABLE, f"{peer} answers at none of its addresses")
+
+    async def keep_lines(self) -> None:
+        """Be connected to everyone who can be called. libp2p finds a dead connection within a minute."""
+        if self.calls_only:
+            await asyncio.gather(*(self._connected(peer, known) for peer, known in self.roster.items() if known))
 
     async def reached(self, rendezvous: str) -> bool:
         """Whether we are connected to the peer that a multiaddr with /p2p names."""
@@ -96,6 +107,12 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         """Ask p2pd again where it can be reached: a laptop goes from one network to another."""
         with suppress(P2PDaemonError):
             _, self._visible_maddrs = await self._client.identify()
+
+    async def _is_here(self, peer: PeerID) -> bool:
+        """Whether a connection stands, whoever opened it. Nothing is dialled."""
+        with suppress(P2PDaemonError):
+            return any(info.peer_id == peer for info in await self._client.list_peers())
+        return False
 
     async def _connected(self, peer: PeerID, addresses: Sequence[str]) -> bool:
         with suppress(P2PDaemonError, TimeoutError, ValueError):
@@ -120,22 +137,8 @@ class GuardedP2P(P2P):  # type: ignore[misc]
     def _make_process_args(*args: Any, **options: Any) -> list[str]:
         return p2pd.tied(P2P._make_process_args(*args, **options))
 
-    async def _add_protobuf_unary_handler(
-        self,
-        handle_name: str,
-        handler: Callable[[Message, P2PContext], Awaitable[Message]],
-        input_protobuf_type: type[Message],
-        balanced: bool = False,
-    ) -> None:
-        async def answer(request: bytes, remote: PeerID) -> bytes:
-            with self._admitted(remote):
-                self.bytes_received += len(request)
-                context = P2PContext(handle_name=handle_name, local_id=self.peer_id, remote_id=remote)
-                reply = (await handler(input_protobuf_type.FromString(request), context)).SerializeToString()
-                self.bytes_sent += len(reply)
-                return reply
-
-        await self._client.add_unary_handler(handle_name, answer, balanced=balanced)
+    async def _add_protobuf_unary_handler(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("p2pd reads a unary request whole before we learn who calls: nothing is offered that way")
 
     async def _add_protobuf_stream_handler(
         self,

@@ -36,6 +36,8 @@ from protocol.process import Channel, ChannelClosed, Frame, parent_channel
 from protocol.types import Exchange
 from protocol.v1 import barnraise_pb2
 
+LETTER_SECONDS: Final = 60.0  # for the largest letter on a line of 0.3 Mbit/s
+LINES_SECONDS: Final = 15.0  # a line that has dropped is missed for so long; a round waits longer than that
 EARLY_SECONDS: Final = 5.0  # how long a stream for a group that we do not know yet waits for our own Begin
 ADDRESS_SECONDS: Final = 900.0  # how long the DHT keeps where we are
 FETCH_SILENCE_SECONDS: Final = 10.0  # a peer from which nothing of a part comes for so long: another may have it
@@ -69,9 +71,15 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         self._averaging: dict[bytes, asyncio.Task[Any]] = {}
         self._registered = asyncio.Condition()
 
-    async def rpc_message(self, request: barnraise_pb2.PeerEnvelope, context: P2PContext) -> barnraise_pb2.PeerAck:
-        await self._deliver(context.remote_id, request.SerializeToString())
-        return barnraise_pb2.PeerAck()
+    async def rpc_message(
+        self, stream: Stream[barnraise_pb2.PeerEnvelope], context: P2PContext
+    ) -> Stream[barnraise_pb2.PeerAck]:
+        """One letter. A stream, so that no byte of it is read before its bringer is known."""
+        async with asyncio.timeout(LETTER_SECONDS):
+            letter = await anext(stream, None)
+        if letter is not None:
+            await self._deliver(context.remote_id, letter.SerializeToString())
+            yield barnraise_pb2.PeerAck()
 
     async def rpc_part(
         self, request: barnraise_pb2.PartRequest, context: P2PContext
@@ -106,8 +114,11 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
 
     async def send(self, peer: PeerID, envelope: bytes) -> None:
         await self._p2p.reach(peer)
-        request = barnraise_pb2.PeerEnvelope.FromString(envelope)
-        await self.get_stub(self._p2p, peer, namespace=self._run).rpc_message(request)
+        letter = as_aiter(barnraise_pb2.PeerEnvelope.FromString(envelope))
+        async with aclosing(await self.get_stub(self._p2p, peer, namespace=self._run).rpc_message(letter)) as answers:
+            async for _ in answers:
+                return
+        raise Refused(Code.UNREACHABLE, f"{peer} did not take a letter")
 
     async def fetch(self, peer: PeerID, digest: str, size: int) -> bytes:
         await self._p2p.reach(peer)
@@ -219,8 +230,9 @@ class Directory:
     async def keep(self) -> None:
         """Say where we are, again and again; join first, as soon as a rendezvous answers."""
         while self._rendezvous:
-            with suppress(P2PDaemonError, P2PHandlerError, TimeoutError, OSError):
-                await self._publish()
+            if not self._p2p.calls_only:
+                with suppress(P2PDaemonError, P2PHandlerError, TimeoutError, OSError):
+                    await self._publish()
             await asyncio.sleep(PUBLISH_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311  # only spreads the load
 
     async def look_up(self, peer: PeerID) -> tuple[str, ...]:
@@ -285,6 +297,7 @@ class Desk:
         self._channel = channel
         self._p2p: GuardedP2P | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._told = asyncio.Event()  # of a roster
 
     async def work(self) -> None:
         """Until the parent closes the channel or ends."""
@@ -324,6 +337,7 @@ class Desk:
         directory = Directory(p2p, run=settings["run"], rendezvous=settings["rendezvous"])
         p2p.look_up = directory.look_up
         self._spawn(directory.keep())
+        self._spawn(self._keep_lines(p2p))
         self._spawn(self._watch(p2p))
         await self._channel.send({"number": number, "peer": str(p2p.peer_id), "addresses": p2p.addresses()})
 
@@ -331,6 +345,14 @@ class Desk:
         """An engine without p2pd is of no use: end, and let the parent start another."""
         await p2p.ended()
         os._exit(1)
+
+    async def _keep_lines(self, p2p: GuardedP2P) -> None:
+        while True:
+            self._told.clear()
+            await p2p.keep_lines()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINES_SECONDS):
+                    await self._told.wait()
 
     async def _deliver(self, peer: PeerID, envelope: bytes) -> None:
         await self._channel.send({"message_from": str(peer)}, envelope)
@@ -340,6 +362,8 @@ class Desk:
             assert self._p2p is not None
             peers = frame.body["peers"]
             self._p2p.roster = {PeerID.from_base58(peer): tuple(addresses) for peer, addresses in peers.items()}
+            self._p2p.calls_only = frame.body["calls_only"]
+            self._told.set()
         self._spawn(self._answer(frame))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

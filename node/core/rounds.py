@@ -415,8 +415,9 @@ Outcome = tuple[Rounds, tuple[Effect, ...]]
 
 
 def leader(roster: Roster, ballot: Ballot, round_number: RoundNumber) -> NodeId:
-    """Rotates by round and attempt, so that a dead leader costs one attempt."""
-    return roster.members[(round_number + ballot.attempt) % len(roster.members)].node
+    """Rotates by round and attempt, so that a dead leader costs one attempt; among those whom everybody can call."""
+    able = [member for member in roster.members if member.role is not Role.CLIENT] or roster.members
+    return able[(round_number + ballot.attempt) % len(able)].node
 
 
 def group(begin: Begin, roster: Roster) -> tuple[tuple[NodeId, int], ...]:

@@ -629,6 +629,7 @@ class PeerEnvelope(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
     sender: _builtins.str
     """node id"""
     kind: _builtins.str
@@ -637,6 +638,8 @@ class PeerEnvelope(_message.Message):
     """its canonical bytes"""
     signature: _builtins.bytes
     """sender's key, purpose "peer-message" """
+    to: _builtins.str
+    """node id, when whoever gets it is to pass it on: between two that cannot be called"""
     def __init__(
         self,
         *,
@@ -644,10 +647,11 @@ class PeerEnvelope(_message.Message):
         kind: _builtins.str = ...,
         body: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
+        to: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "kind", b"kind", "sender", b"sender", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "kind", b"kind", "sender", b"sender", "signature", b"signature", "to", b"to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2, runtime_pb2
+from hivemind.utils.asyncio import as_aiter
 
 from coordinator.rendezvous import Rendezvous
 from node.engine import AveragingJob, Engine
@@ -79,6 +80,15 @@ class Swarm:
         home.mkdir()
         (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
         return await GuardedP2P.start(runtime_dir=home / "run", identity_path=home / "identity", listen=[LOCAL])
+
+
+async def arrives(engine, peer, letter):
+    """Sends until it is taken: lines are opened in the background."""
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(Refused):
+                return await engine.send(peer, letter, timeout_seconds=5)
+            await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager
@@ -225,6 +235,38 @@ async def test_in_an_all_gather_everyone_gets_everyones_bytes_and_sends_its_own_
         assert outcome.failed == {} and outcome.included == (index,)
         assert outcome.parts == dict(enumerate(encoded))
         assert outcome.bytes_sent == outcome.bytes_received == 2 * len(encoded[0])
+
+
+async def test_a_client_is_called_over_the_lines_that_it_keeps_open_itself(swarm, trio):
+    letter = barnraise_pb2.PeerEnvelope(kind="Ready", body=bytes(1000)).SerializeToString()
+    client, peers = await swarm.engine("client", listen=()), trio[:2]
+    try:
+        await asyncio.gather(*(engine.set_roster({client.peer: ()}) for engine in peers))
+        with pytest.raises(Refused, match="takes no calls"):
+            await peers[0].send(client.peer, letter, timeout_seconds=5)
+        await client.set_roster({engine.peer: engine.addresses for engine in peers}, calls_only=True)
+        await asyncio.gather(*(arrives(engine, client.peer, letter) for engine in peers))
+        keep_blob(swarm.folder / "client" / "blobs", digest := Digest("5e" * 32), bytes(300_000))
+        assert await peers[1].fetch_part(client.peer, digest, 300_000, timeout_seconds=10) == bytes(300_000)
+    finally:
+        await client.stop()
+    assert {peer for peer, _ in swarm.heard["client"]} == {engine.peer for engine in peers}
+
+
+async def test_a_client_opens_its_line_again_when_the_peer_was_gone(swarm, trio):
+    letter = barnraise_pb2.PeerEnvelope(kind="Ready").SerializeToString()
+    client, peer = await swarm.engine("client", listen=()), await swarm.engine("engine-0")
+    try:
+        roster = {peer.peer: peer.addresses}
+        for _ in range(2):
+            await client.set_roster(roster, calls_only=True)  # as at every tick of LINES_SECONDS
+            await peer.set_roster({client.peer: ()})
+            await arrives(peer, client.peer, letter)
+            await peer.stop()
+            peer = await swarm.engine("engine-0", listen=peer.addresses)
+    finally:
+        await asyncio.gather(client.stop(), peer.stop())
+    assert len(swarm.heard["client"]) == 2
 
 
 async def test_in_an_all_gather_a_member_that_never_comes_costs_only_its_own_part(sparse_trio):
@@ -467,11 +509,11 @@ async def test_a_stranger_gets_nothing(swarm):
             stranger.roster = {peer: engine.addresses}
             await stranger.reach(peer)
             stub = BarnraisePeer.get_stub(stranger, peer, namespace=RUN)
-            with pytest.raises(Exception, match="Unwelcome"):
-                await stub.rpc_message(barnraise_pb2.PeerEnvelope(kind="Ready", body=b"x"))
+            before = await engine.usage()
+            letter = barnraise_pb2.PeerEnvelope(kind="Ready", body=bytes(1 << 20))
+            assert [ack async for ack in await stub.rpc_message(as_aiter(letter))] == []
             request = barnraise_pb2.PartRequest(digest=digest, size=6)
             assert [part async for part in await stub.rpc_part(request)] == []
-            before = await engine.usage()
             assert await replies(stranger, engine, whole(os.urandom(32))) == []
             assert await engine.usage() == before  # no byte of it was read
     finally:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from node import courier as courier_module
+from node import letters
 from node.core.rounds import Rounds
 from node.courier import Courier
 from node.decider import Decider
@@ -17,10 +18,23 @@ from protocol.blobs import BlobStore, digest_of
 from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
+from protocol.identity import Key
 from protocol.limits import CHUNK_VALUES
-from protocol.messages import Begin, Ready, SignedReady
+from protocol.messages import Begin, LogRequest, Ready, SignedReady
 from protocol.state import Consumed
-from protocol.types import Ballot, Contribution, Digest, Head, Member, NodeId, Part, PeerId, Roster, SignedRoster
+from protocol.types import (
+    Ballot,
+    Contribution,
+    Digest,
+    Head,
+    Member,
+    NodeId,
+    Part,
+    PeerId,
+    Role,
+    Roster,
+    SignedRoster,
+)
 
 ME, *OTHERS = (NodeId(name) for name in ("me", "ash", "birch", "cedar"))
 HEAD = Head(0, Digest("00" * 32))
@@ -37,6 +51,7 @@ class Engine:
         self.blobs = {}
         self.stopped = set()
         self.asked = []
+        self.sent = []
         self.under_way = self.most_at_once = 0
         self.together = asyncio.Event()
         self.together.set()
@@ -44,6 +59,9 @@ class Engine:
     async def average(self, job, payload):
         self.job = job
         await asyncio.sleep(LONG_SECONDS)
+
+    async def send(self, peer, letter, *, timeout_seconds):
+        self.sent.append((peer, letter))
 
     async def fetch_part(self, peer, digest, size, *, timeout_seconds):
         self.asked.append(peer)
@@ -61,15 +79,15 @@ class Engine:
 
 
 class Stand:
-    def __init__(self, folder, archive=None, packing=None, journal=None):
+    def __init__(self, folder, archive=None, packing=None, journal=None, *, me=ME, roster=ROSTER):
         decider = Decider(None, lambda effect: None)
-        rosters = {0: SignedRoster(ROSTER, "s")}
+        rosters = {0: SignedRoster(roster, "s")}
         decider.begin(Rounds(head=HEAD, digest=Digest("11" * 32), consumed=Consumed(), rosters=rosters))
         self.blobs = BlobStore(folder)
         self.engine = Engine()
         self.courier = Courier(
             SimpleNamespace(parameters=VALUES, run="run"),
-            ME,
+            me,
             packing=packing or Packing(codec("int4"), codec("int4")),
             journal=journal,
             blobs=self.blobs,
@@ -105,6 +123,61 @@ def begin():
         SignedReady(Ready("run", 0, HEAD.hash, Ballot(0, 0), n, Contribution(n, 16, ()), None), "") for n in OTHERS
     )
     return Begin("run", 0, Ballot(0, 0), OTHERS[0], (SignedReady(ready, ""), *others))
+
+
+# letters
+
+ASH, BIRCH, OAK = (Key.generate() for _ in range(3))
+
+
+def peer_of(key):
+    return PeerId(f"peer of {key.public[:4]}")
+
+
+def with_clients(folder, me, *clients):
+    """One of three members, of whom some cannot be called."""
+    roles = {key.public: Role.CLIENT for key in clients}
+    members = (Member(k.public, peer_of(k), (), 1, roles.get(k.public, Role.PEER)) for k in (ASH, BIRCH, OAK))
+    return Stand(folder, me=me.public, roster=Roster("run", 0, tuple(members), 0))
+
+
+def letter_of(key):
+    return letters.seal(key, LogRequest("run", 0, key.public))[0]
+
+
+async def test_a_letter_between_two_that_nobody_can_call_goes_by_way_of_a_third(tmp_path):
+    ash, oak, birch = (with_clients(tmp_path / key.public[:4], key, ASH, BIRCH) for key in (ASH, OAK, BIRCH))
+    await ash.courier.deliver(BIRCH.public, letter_of(ASH))
+    ((carrier, letter),) = ash.engine.sent
+    assert carrier == peer_of(OAK)
+    assert oak.courier.open(peer_of(ASH), letter) is not None and oak.courier.onward(letter) == BIRCH.public
+    await oak.courier.deliver(BIRCH.public, letter)
+    assert oak.engine.sent == [(peer_of(BIRCH), letter)]
+    message, _ = birch.courier.open(peer_of(OAK), letter)
+    assert message == LogRequest("run", 0, ASH.public) and birch.courier.onward(letter) is None
+
+
+async def test_whoever_can_be_called_is_called(tmp_path):
+    for me, to, clients in ((ASH, OAK, (ASH, BIRCH)), (OAK, ASH, (ASH, BIRCH)), (ASH, BIRCH, ())):
+        stand = with_clients(tmp_path / f"{me.public[:4]}{len(clients)}", me, *clients)
+        await stand.courier.deliver(to.public, letter_of(me))
+        assert stand.engine.sent == [(peer_of(to), letter_of(me))]
+
+
+async def test_a_letter_that_anothers_peer_brings_is_refused(tmp_path):
+    stand = with_clients(tmp_path, OAK)
+    assert stand.courier.open(peer_of(BIRCH), letter_of(ASH)) is None
+    assert stand.courier.open(peer_of(ASH), letter_of(ASH)) is not None
+    for to in (OAK, BIRCH):  # all three can be called: nobody passes anything on
+        carried = letters.addressed(letter_of(ASH), to.public)
+        assert stand.courier.open(peer_of(BIRCH), carried) is None and stand.courier.onward(carried) is None
+
+
+async def test_nobody_passes_on_what_its_author_did_not_bring(tmp_path):
+    stand = with_clients(tmp_path, OAK, ASH, BIRCH)
+    carried = letters.addressed(letter_of(ASH), BIRCH.public)
+    assert stand.courier.open(peer_of(BIRCH), carried) is None
+    assert stand.courier.open(peer_of(ASH), carried[:-9]) is None
 
 
 # averaging
