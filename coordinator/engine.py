@@ -31,7 +31,16 @@ from protocol.exchange import packing_of
 from protocol.fold import fold, outer_of
 from protocol.identity import Key, libp2p_private_key_bytes, sign_rollback, sign_roster
 from protocol.limits import REASON_CHARACTERS_MAX
-from protocol.log import genesis_head, head_after, is_certified, line_head, next_head, next_turn, ranges_of
+from protocol.log import (
+    check_brought,
+    genesis_head,
+    head_after,
+    is_certified,
+    line_head,
+    next_head,
+    next_turn,
+    ranges_of,
+)
 from protocol.runspec import RunSpec
 from protocol.state import Consumed, Floats, write_base
 from protocol.types import (
@@ -156,6 +165,7 @@ class Coordinator:
             evaluate_every=spec.evaluate.every_rounds,
             base_every=spec.evaluate.base_every_rounds,
             entry_is_certified=is_certified,
+            check_brought=check_brought,
         )
 
     def _restore(self) -> machine.State:

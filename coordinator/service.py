@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -33,6 +33,7 @@ from coordinator.core.strikes import Kind
 from coordinator.store import Store, StoredNode
 from protocol import canonical, identity, invite
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
+from protocol.contribution import sign_grant
 from protocol.errors import Code, Exit, Refused
 from protocol.identity import Key, peer_id_of
 from protocol.limits import (
@@ -51,6 +52,7 @@ from protocol.types import (
     BaseCheckpoint,
     Digest,
     Epoch,
+    Lease,
     LogEntry,
     NodeId,
     Part,
@@ -459,7 +461,13 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 raise Refused(Code.FIELD, f"sequences {request.sequences}, expected 1 to {SEQUENCES_MAX}")
             effects = self._desk.submit(machine.LeasesAsked(session.node, request.sequences))
             granted = (e for e in effects if isinstance(e, machine.GrantLeases) and e.node == session.node)
-            return wire.LeaseReply(leases=[canonical.to_bytes(lease) for grant in granted for lease in grant.leases])
+            leases = (self._signed(lease) for grant in granted for lease in grant.leases)
+            return wire.LeaseReply(leases=map(canonical.to_bytes, leases))
+
+    def _signed(self, lease: Lease) -> Lease:
+        """With the grant that its node shows to the other members."""
+        run = self._desk.manifest.manifest.run
+        return replace(lease, signature=sign_grant(self._desk.key, run, lease.node, lease.range))
 
     async def _read_log(self, request: wire.ReadLogRequest, context: Context) -> wire.ReadLogReply:
         with self._session(context):

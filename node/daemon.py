@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import IO, Any, Final
 
 import structlog
@@ -27,8 +28,8 @@ from node.supply import Supply
 from node.training import Event as TrainerEvent
 from node.training import Exited, Failed, OutOfData, Skipped, Stepped
 from node.workbench import Workbench
+from protocol import contribution, p2pd
 from protocol import invite as invites
-from protocol import p2pd
 from protocol.blobs import BlobStore
 from protocol.console import printable
 from protocol.errors import Code, Exit, Refused
@@ -36,7 +37,7 @@ from protocol.exchange import packing_of, round_seconds
 from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
-from protocol.log import VOTE, is_certified, vote_bytes
+from protocol.log import PROPOSAL, VOTE, is_certified, vote_bytes
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.runspec import RunSpec
 from protocol.types import (
@@ -112,6 +113,7 @@ class Daemon:
             journal=self._journal,
             blobs=self._blobs,
             decider=decider,
+            grants_of=lambda ranges: self._supply.grants_of(ranges),
             log_file=self._log_file,
             on_event=self._trained,
         )
@@ -174,9 +176,10 @@ class Daemon:
 
     def _make_rules(self) -> rounds.Rules:
         sequences = {shard.digest: shard.sequences for shard in self._membership.opened.shards}
+        run = self._manifest.run
         return rounds.Rules(
             me=self._me,
-            run=self._manifest.run,
+            run=run,
             parameters=self._manifest.parameters,
             context=self._manifest.context,
             inner_steps=self._spec.rounds.steps,
@@ -190,7 +193,11 @@ class Daemon:
             attempt_seconds_max=self._spec.rounds.deadline_seconds,
             stale_rounds=self._spec.update.stale_rounds,
             sign=lambda body: self._key.sign(VOTE, vote_bytes(body)),
-            vote_is_valid=_vote_is_valid,
+            vote_is_valid=partial(_is_signed, VOTE),
+            sign_proposal=lambda body: self._key.sign(PROPOSAL, vote_bytes(body)),
+            proposal_is_valid=partial(_is_signed, PROPOSAL),
+            brings=lambda head, brought: contribution.sign(self._key, run, head.round, head.hash, brought),
+            is_brought=lambda head, brought: contribution.is_genuine(run, head.round, head.hash, brought),
             entry_is_certified=is_certified,
         )
 
@@ -626,9 +633,9 @@ class Daemon:
         )
 
 
-def _vote_is_valid(node: NodeId, body: VoteBody, signature: str) -> bool:
+def _is_signed(purpose: str, node: NodeId, body: VoteBody, signature: str) -> bool:
     try:
-        verify(node, VOTE, vote_bytes(body), signature)
+        verify(node, purpose, vote_bytes(body), signature)
     except Refused:
         return False
     return True

@@ -26,6 +26,7 @@ import structlog
 from node.core.backoff import wait_seconds
 from protocol import address, canonical, identity, tls
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, atomic_write, check_digest
+from protocol.contribution import grant_is_genuine, grant_of
 from protocol.errors import Code, Refused
 from protocol.identity import Key, coordinator_key, peer_id_of
 from protocol.invite import Invite
@@ -260,7 +261,7 @@ class Link:
         reply: wire.LeaseReply = await self._call("AcquireLeases", wire.LeaseRequest(sequences=sequences))
         leases = tuple(canonical.from_bytes(Lease, data) for data in reply.leases)
         for lease in leases:
-            check_lease(lease, self._key.public)
+            check_lease(lease, self.door.run, self._key.public)
         return leases
 
     async def read_log(self, from_round: int) -> Page:
@@ -548,9 +549,14 @@ def check_base(base: BaseCheckpoint, manifest: Manifest) -> None:
         raise Refused(Code.STATE_MISMATCH, "the first base checkpoint is not the manifest's first state")
 
 
-def check_lease(lease: Lease, node: NodeId) -> None:
+def check_lease(lease: Lease, run: RunId, node: NodeId) -> None:
+    """Refuse what no other member would let us count."""
     if lease.node != node or not 0 <= lease.range.start < lease.range.stop:
         raise Refused(Code.FIELD, f"lease {canonical.shown(lease.lease_id)} is not one of this node's")
+    if not grant_is_genuine(run, node, grant_of(lease)):
+        raise Refused(
+            Code.SIGNATURE, f"lease {canonical.shown(lease.lease_id)} was not granted by the run's coordinator"
+        )
 
 
 def check_rollbacks(rollbacks: Sequence[SignedRollback], run: RunId, *, known: int = 0) -> None:

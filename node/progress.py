@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 
 from node.core.rounds import holds
 from protocol import canonical
+from protocol.contribution import check_shape
 from protocol.errors import Code, Refused
 from protocol.limits import CHUNK_VALUES, VALUE_ABS_MAX
-from protocol.log import check_contribution
 from protocol.state import Consumed
 from protocol.types import Contribution, Head, LogEntry, RoundNumber
 
@@ -306,7 +306,7 @@ def _pieces(residual: Floats, shared: Floats | None, local: Floats | None) -> It
 
 
 def _checked(progress: Progress) -> Progress:
-    check_contribution(progress.contribution)
+    check_shape(progress.contribution)
     if min(progress.head.round, progress.branch, progress.missed) < 0:
         raise Refused(Code.CHECKPOINT_BAD, "saved progress with a number below zero")
     return progress

@@ -113,7 +113,7 @@ def _check(standing: Standing, door: Door, *, node: NodeId, peer: PeerId) -> Non
     check_rollbacks(standing.rollbacks, door.run)
     sequences = {shard.digest: shard.sequences for shard in standing.shards}
     for lease in standing.leases:
-        check_lease(lease, node)
+        check_lease(lease, door.run, node)
         if lease.range.stop > sequences.get(lease.range.shard, 0):
             raise Refused(Code.FIELD, f"lease {canonical.shown(lease.lease_id)} is of data that the run does not have")
 

@@ -17,11 +17,12 @@ from node.membership import Membership
 from node.status import Tally
 from node.training import Trainer
 from protocol.blobs import BlobStore
+from protocol.contribution import grant_of
 from protocol.errors import Code, Exit, Refused
 from protocol.log import ranges_of
 from protocol.runspec import RunSpec
 from protocol.state import Consumed
-from protocol.types import DataRange, Digest, Lease, Record, Shard
+from protocol.types import DataRange, Digest, Grant, Lease, Record, Shard
 
 ROUNDS_AHEAD: Final = 8  # data kept in hand, in rounds: a coordinator's outage is not felt for so long
 
@@ -55,6 +56,7 @@ class Supply:
         self._tally = tally
         self._shards: dict[Digest, Shard] = {shard.digest: shard for shard in membership.opened.shards}
         self._leases: dict[str, Lease] = {lease.lease_id: lease for lease in membership.leases}
+        self._grants = [grant_of(lease) for lease in membership.leases]  # a lease may be lost when its data is trained
         self._trainer: Trainer | None = None
         self._given = Consumed()  # to this trainer
         self._turn = asyncio.Lock()  # one gives or takes at a time
@@ -62,6 +64,11 @@ class Supply:
     @property
     def lease_ids(self) -> tuple[str, ...]:
         return tuple(self._leases)
+
+    def grants_of(self, ranges: Iterable[DataRange]) -> tuple[Grant, ...]:
+        """What proves that this data was granted to us."""
+        listed = tuple(ranges)
+        return tuple(grant for grant in self._grants if any(grant.range.overlaps(each) for each in listed))
 
     def wanted(self) -> int:
         """Sequences to have in hand at least; twice as many are asked for. They last through an outage.
@@ -88,6 +95,7 @@ class Supply:
                 await self._fetch(self._shards[lease.range.shard])
                 async with self._turn:
                     self._leases[lease.lease_id] = lease
+                    self._grants.append(grant_of(lease))
                     self._membership.keep(self._leases.values())
                     given += await self._top_up()
         except Refused as refused:
@@ -127,6 +135,7 @@ class Supply:
         What others brought while our lease was theirs would be trained here in vain: who slept finds much of it."""
         consumed = self._decider.rounds.consumed
         self._leases = {key: lease for key, lease in self._leases.items() if not consumed.covers(lease.range)}
+        self._grants = [grant for grant in self._grants if not consumed.covers(grant.range)]
         async with self._turn:
             await self._forget([each for each in ranges_of(record) if self._given.overlaps(each)])
             if again := await self._top_up():
@@ -135,6 +144,7 @@ class Supply:
     def clear(self) -> None:
         """The coordinator has taken everything back, and the trainer is gone."""
         self._leases.clear()
+        self._grants.clear()
         self._trainer = None
 
     def make_room(self) -> None:

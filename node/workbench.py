@@ -24,12 +24,12 @@ from node.pseudograd import PseudoGradient
 from node.replica import Replica
 from node.training import Event as TrainerEvent
 from node.training import Trainer, TrainerSpec, Vectors
-from protocol.blobs import BlobStore
+from protocol.blobs import BlobStore, digest_of
 from protocol.errors import Code, Refused
 from protocol.exchange import packing_of
 from protocol.fold import outer_of
 from protocol.runspec import RunSpec
-from protocol.types import BaseCheckpoint, DataRange, LogEntry, Manifest, NodeId, SignedRollback
+from protocol.types import BaseCheckpoint, DataRange, Grant, LogEntry, Manifest, NodeId, SignedRollback
 
 KEEP_SECONDS: Final = 1.0  # between two looks whether local progress is to be saved
 HELD_BYTES: Final = 16  # for each parameter: the state, what the trainer shares, its snapshot, and the residual
@@ -62,6 +62,7 @@ class Workbench:
         journal: Journal,
         blobs: BlobStore,
         decider: Decider,
+        grants_of: Callable[[tuple[DataRange, ...]], tuple[Grant, ...]],
         log_file: Callable[[str], IO[bytes]],
         on_event: Callable[[TrainerEvent], None],
     ) -> None:
@@ -72,6 +73,7 @@ class Workbench:
         self._settings = settings
         self._journal = journal
         self._decider = decider
+        self._grants_of = grants_of
         self._log_file = log_file
         self._on_event = on_event
         self._scratch = Home(settings.home).runtime
@@ -251,7 +253,8 @@ class Workbench:
                 await self._take_up_lost()
                 await asyncio.to_thread(self._gradient.encode)
             await asyncio.to_thread(self._progress.forget)
-            self._decider.step(rounds.SnapshotTaken(ranges))
+            update = await asyncio.to_thread(digest_of, self._gradient.payload)
+            self._decider.step(rounds.SnapshotTaken(ranges, self._grants_of(ranges), update))
             if self.trainer is not None and self.trainer.steps:  # made while that was written down
                 self._decider.step(rounds.Progressed(self.trainer.steps))
             state = self._decider.rounds
@@ -272,7 +275,8 @@ class Workbench:
     async def _save_progress(self, trainer: Trainer) -> None:
         state = self._decider.rounds
         seen = await trainer.peek()
-        brings = rounds.combine(state.carried, seen.ranges, state.consumed, self._decider.rules)
+        grants = self._grants_of(seen.ranges)
+        brings = rounds.combine(state.carried, seen.ranges, grants, state.consumed, self._decider.rules)
         missed = state.missed if state.carried is not None else 0  # fresh work begins to count anew
         progress = Progress(state.head, state.branch, missed, brings, offered=False)
         residual, vectors = self._gradient.residual, self._vectors

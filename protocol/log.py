@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import Final
 
 from protocol import canonical, identity
+from protocol.contribution import check_genuine, check_range, check_shape
 from protocol.errors import Code, Refused
-from protocol.limits import CHUNK_VALUES, MEMBERS_MAX, RANGES_MAX
+from protocol.limits import CHUNK_VALUES, MEMBERS_MAX
 from protocol.state import Consumed
 from protocol.types import (
     Certificate,
-    Contribution,
     DataRange,
     Digest,
     Exchange,
@@ -31,6 +31,7 @@ from protocol.types import (
 )
 
 VOTE: Final = "vote"  # the purpose that votes are signed for
+PROPOSAL: Final = "proposal"  # and that of proposals, which are signed over the same body
 HELPER_SHARES: Final = 2  # a helper has a public address and chose to reduce more; a peer has one share
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -142,7 +143,7 @@ def check_record_shape(record: Record, parameters: int) -> None:
     if not 0 < len(members) <= MEMBERS_MAX or len(set(members)) != len(members):
         raise Refused(Code.RECORD_BAD, f"{len(members)} contributions, expected 1 to {MEMBERS_MAX} distinct members")
     for contribution in record.contributions:
-        check_contribution(contribution)
+        check_shape(contribution)
     if not 0 < len(record.parts) <= MEMBERS_MAX:
         raise Refused(Code.RECORD_BAD, f"{len(record.parts)} parts, expected 1 to {MEMBERS_MAX}")
     index, stop, gathered = -1, 0, record.exchange is Exchange.ALL_GATHER
@@ -169,11 +170,17 @@ def check_members(record: Record, roster: Roster) -> None:
             raise Refused(Code.RECORD_BAD, f"{canonical.shown(node[:12])} is not in roster {roster.epoch}")
 
 
+def check_brought(record: Record) -> None:
+    """Refuse a record that gives a member what it did not bring, or weight that was not granted to it."""
+    for contribution in record.contributions:
+        check_genuine(record.run, record.round, record.previous, contribution)
+
+
 def check_ranges(record: Record, consumed: Consumed) -> None:
     """Refuse data that an earlier record consumed, or that the record names twice."""
     taken = Consumed()
     for span in ranges_of(record):
-        _check_range(span)
+        check_range(span)
         if consumed.overlaps(span) or taken.overlaps(span):
             where = f"[{span.start}, {span.stop}) of shard {span.shard[:12]} in pass {span.pass_number}"
             raise Refused(Code.RECORD_BAD, f"data {where} counts twice")
@@ -199,20 +206,6 @@ def _check_signers(certificate: Certificate, roster: Roster) -> None:
         raise Refused(Code.RECORD_BAD, what)
     if len(signers) < roster.quorum:
         raise Refused(Code.RECORD_BAD, f"{len(signers)} votes, {roster.quorum} of {len(roster.members)} certify")
-
-
-def check_contribution(contribution: Contribution) -> None:
-    if contribution.tokens < 0 or len(contribution.ranges) > RANGES_MAX:
-        what = f"{contribution.tokens} tokens in {len(contribution.ranges)} ranges, at most {RANGES_MAX} are allowed"
-        raise Refused(Code.RECORD_BAD, what)
-    for span in contribution.ranges:
-        _check_range(span)
-
-
-def _check_range(span: DataRange) -> None:
-    if span.pass_number < 0 or not 0 <= span.start < span.stop or not _DIGEST.fullmatch(span.shard):
-        what = f"data range [{span.start}, {span.stop}) in pass {span.pass_number} of {canonical.shown(span.shard)}"
-        raise Refused(Code.RECORD_BAD, what)
 
 
 def _check_gathered(record: Record, parameters: int) -> None:

@@ -22,10 +22,11 @@ from protocol.types import (
 
 @dataclass(frozen=True)
 class Accepted:
-    """The newest record a member has voted for in this round, and under which ballot."""
+    """The newest record a member has voted for in this round, under which ballot, and that its leader proposed it."""
 
     ballot: Ballot
     record: Record
+    signature: str  # as in Propose
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Propose:
+    """The leader's request to vote: for a record of its own, or for one that a member has voted for before."""
+
     run: RunId
     round: RoundNumber
     ballot: Ballot
     sender: NodeId
     record: Record
+    signature: str  # hex; the leader's, purpose "proposal", over a VoteBody: whoever votes can show whose record it is
+    accepted: Accepted | None = None  # that vote; none for a record of the leader's own
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,15 @@ class Lease:
     node: NodeId
     range: DataRange
     until_ms: int
+    signature: str = ""  # of the grant, hex; empty in the coordinator's own books
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The coordinator's word that a node may train on a range. It outlives the lease: the data may be trained by then."""
+
+    range: DataRange
+    signature: str  # hex; the coordinator's, purpose "grant", over run, node and range
 
 
 @dataclass(frozen=True)
@@ -127,11 +136,16 @@ class Ballot:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a member brings to a round: the data it trained on, and its weight in tokens."""
+    """What a member brings to a round: the data it trained on, its weight in tokens, and the proof of both.
+
+    Without tokens it is only somebody's presence, and proves nothing."""
 
     node: NodeId
     tokens: int
     ranges: tuple[DataRange, ...]
+    grants: tuple[Grant, ...] = ()  # they cover the ranges
+    update: Digest = Digest("")  # of its encoded vector, all of it
+    signature: str = ""  # hex; its member's, purpose "contribution", over all this and the round's head
 
 
 @dataclass(frozen=True)

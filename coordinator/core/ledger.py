@@ -14,6 +14,7 @@ from coordinator.core.rosters import may_follow
 from protocol import canonical, identity
 from protocol.errors import Refused
 from protocol.log import (
+    check_brought,
     check_certificate,
     check_members,
     check_ranges,
@@ -326,6 +327,7 @@ def _append(line: _Line, row: EntryRow, rosters: Mapping[int, Roster]) -> None:
     try:
         check_record_shape(record, line.manifest.parameters)
         check_members(record, own)
+        check_brought(record)
         check_ranges(record, line.consumed)
         check_certificate(row.entry, ballot)
     except Refused as refused:

@@ -28,6 +28,7 @@ from protocol.types import (
     NodeId,
     Part,
     PeerId,
+    Record,
     Role,
     Rollback,
     Roster,
@@ -60,6 +61,7 @@ class Rules:
     evaluate_every: int
     base_every: int
     entry_is_certified: Callable[[LogEntry, Roster], bool]
+    check_brought: Callable[[Record], None]  # refuses what a member did not bring, or was not granted
 
 
 @dataclass(frozen=True)
@@ -588,6 +590,7 @@ def _entry(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
         return state, ()
     try:
         check_record_shape(entry.record, rules.parameters)
+        rules.check_brought(entry.record)
         check_ranges(entry.record, state.consumed)
     except Refused as refusal:
         return _say(state, now, f"refused record {entry.record.round}: {refusal.what}"), ()

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from protocol.contribution import check_shape
 from protocol.errors import Refused
 from protocol.exchange import layout
 from protocol.limits import RANGES_MAX
 from protocol.log import (
-    check_contribution,
     check_members,
     check_ranges,
     check_record_shape,
@@ -47,6 +47,7 @@ from protocol.types import (
     Digest,
     Epoch,
     Exchange,
+    Grant,
     Head,
     LogEntry,
     NodeId,
@@ -64,6 +65,7 @@ from protocol.types import (
 )
 
 ROSTERS_KEPT = 64  # rosters that late certificates may still name
+INCLUSIVE_ATTEMPTS = 3  # in which a record must hold half of what could be in it; then any that is sound will do
 ATTEMPT_JUMP_MAX = 16  # how far ahead of ours a peer's attempt may pull us
 RESEND_SECONDS = 2.0  # a lost promise costs a round this much, not a timeout
 MISSED_SECONDS = 30.0  # a majority that is awaited for longer is worth a word
@@ -99,6 +101,10 @@ class Rules:
     stale_rounds: int  # missed in a row, after which what this node holds back is dropped
     sign: Callable[[VoteBody], str]
     vote_is_valid: Callable[[NodeId, VoteBody, str], bool]
+    sign_proposal: Callable[[VoteBody], str]
+    proposal_is_valid: Callable[[NodeId, VoteBody, str], bool]
+    brings: Callable[[Head, Contribution], Contribution]  # signed by this node for the round that follows this head
+    is_brought: Callable[[Head, Contribution], bool]  # its member's own, for that round, of data that was granted to it
     entry_is_certified: Callable[[LogEntry, Roster], bool]
 
 
@@ -119,6 +125,7 @@ class Rounds:
     ballot: Ballot = Ballot(Epoch(-1), 0)  # nothing below it is signed any more
     promised_at: float | None = None  # first, in this round
     ballot_is_new: bool = False  # no former life of this process can have led it
+    doubted: frozenset[NodeId] = frozenset()  # members whose promises are not counted in this attempt
     heard: Ballot = Ballot(Epoch(-1), 0)  # the highest that a peer has promised in this round
     accepted: Accepted | None = None
     contribution: Contribution | None = None  # the snapshot made for this round
@@ -204,9 +211,11 @@ class Progressed:
 
 @dataclass(frozen=True)
 class SnapshotTaken:
-    """The data trained on since the last snapshot."""
+    """The data trained on since the last snapshot, that it was granted, and the digest of what is brought."""
 
     ranges: tuple[DataRange, ...]
+    grants: tuple[Grant, ...]
+    update: Digest
 
 
 @dataclass(frozen=True)
@@ -469,8 +478,8 @@ def _apply(state: Rounds, event: Event, now: float, rules: Rules) -> Outcome:
             return _learn_rosters(state, (signed,), rules), ()
         case Progressed(steps):
             return (state if steps == state.steps else replace(state, steps=steps)), ()
-        case SnapshotTaken(ranges):
-            return _snapshot_taken(state, ranges, rules), ()
+        case SnapshotTaken():
+            return _snapshot_taken(state, event, rules), ()
         case WorkFound(missed, contribution, carried):
             return _work_found(state, missed, contribution, carried), ()
         case Received(message, signature):
@@ -506,7 +515,7 @@ def _advance(state: Rounds, now: float, rules: Rules) -> Outcome:
     if state.phase in (Phase.FOLDING, Phase.REWINDING):
         return state, ()
     if (due := _due(state)) is not None:
-        return _turn(state, due, now)
+        return _turn(state, due, now, rules)
     if state.committed is not None:
         missing = _missing(state, state.committed.record)
         return _fetch(state, state.committed.record, missing, now, rules) if missing else _fold(state)
@@ -593,10 +602,11 @@ def _round_is_over(state: Rounds, members: int, now: float, rules: Rules) -> boo
     return state.could_bring or now - state.wanted_since >= rules.gather_seconds
 
 
-def _snapshot_taken(state: Rounds, ranges: tuple[DataRange, ...], rules: Rules) -> Rounds:
+def _snapshot_taken(state: Rounds, event: SnapshotTaken, rules: Rules) -> Rounds:
     if not state.snapshot_asked:
         return state  # asked for before a rollback
-    contribution = combine(state.carried, ranges, state.consumed, rules)
+    contribution = combine(state.carried, event.ranges, event.grants, state.consumed, rules)
+    contribution = rules.brings(state.head, replace(contribution, update=event.update))
     if state.carried is None:
         state = replace(state, missed=0)
     return replace(state, contribution=contribution, carried=None, snapshot_asked=False, steps=0)
@@ -609,11 +619,17 @@ def _work_found(state: Rounds, missed: int, contribution: Contribution | None, c
 
 
 def combine(
-    carried: Contribution | None, ranges: tuple[DataRange, ...], consumed: Consumed, rules: Rules
+    carried: Contribution | None,
+    ranges: tuple[DataRange, ...],
+    grants: tuple[Grant, ...],
+    consumed: Consumed,
+    rules: Rules,
 ) -> Contribution:
-    """What was left over and what is new, without ranges that count elsewhere or twice."""
+    """What was left over and what is new, without ranges that count elsewhere or twice; not signed yet."""
     free = unused((carried.ranges if carried else ()) + ranges, consumed)[-RANGES_MAX:]
-    return Contribution(rules.me, _tokens(free, rules), free)
+    known = dict.fromkeys((carried.grants if carried else ()) + grants)
+    shown = tuple(grant for grant in known if any(grant.range.overlaps(span) for span in free))[-RANGES_MAX:]
+    return Contribution(rules.me, _tokens(free, rules), free, shown)
 
 
 def _tokens(ranges: tuple[DataRange, ...], rules: Rules) -> int:
@@ -730,44 +746,74 @@ def _averaging_seconds(state: Rounds, rules: Rules) -> float:
 
 def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady], now: float, rules: Rules) -> Outcome:
     """As leader: carry on with the highest record that anyone has voted for, else average afresh."""
+    promises = {node: signed for node, signed in promises.items() if node not in state.doubted}
+    if len(promises) < roster.quorum:
+        if now - (state.majority_since or now) >= rules.gather_seconds + _attempt_seconds(state, rules):
+            return _next_attempt(state, now, rules, "too few whose word is good")
+        return state, ()
     accepted = {node: s.ready.accepted for node, s in promises.items() if s.ready.accepted is not None}
     if accepted:
         witness = max(accepted, key=lambda node: accepted[node].ballot)
-        record = accepted[witness].record
-        if record.epoch not in state.rosters:
+        highest = accepted[witness]
+        if not {highest.record.epoch, highest.ballot.epoch} <= state.rosters.keys():
             if now - (state.majority_since or now) >= rules.gather_seconds + _attempt_seconds(state, rules):
                 return _next_attempt(state, now, rules, "nobody sent the roster of a record that has votes")
             return _ask_log(state, witness, now, rules)
-        proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
+        if not _was_proposed(state, highest, rules):
+            return replace(state, doubted=state.doubted | {witness}), ()
+        proposal = _proposal(state, highest.record, highest, rules)
         state = replace(state, phase=Phase.DECIDING, deadline=now + _attempt_seconds(state, rules), began_at=now)
         return state, (Send(roster.nodes, proposal),)
-    chosen: list[SignedReady] = []
-    taken = state.consumed
-    for node in roster.nodes:
-        signed = promises.get(node)
-        if signed is None:
-            continue
-        ranges, member = signed.ready.contribution.ranges, roster.member(node)
-        if member is None or not 0 < signed.ready.contribution.tokens <= member.weight_cap:
-            continue  # it only votes; or nobody would sign a record with it
-        if unused(ranges, taken) != ranges:
-            continue  # trained on data that counts elsewhere; it learns so from the log
-        taken = taken.with_ranges(ranges)
-        chosen.append(signed)
+    chosen = _chosen(state, roster, promises)
     if not chosen:
         if now - (state.majority_since or now) >= _attempt_seconds(state, rules) + rules.gather_seconds:
             return _next_attempt(state, now, rules, "nobody had trained")
         return state, ()
-    begin = Begin(rules.run, state.head.round, state.ballot, rules.me, tuple(chosen))
+    begin = Begin(rules.run, state.head.round, state.ballot, rules.me, chosen)
     deadline = now + _averaging_seconds(state, rules)
     state = replace(state, began_at=now, deadline=deadline, phase=Phase.DECIDING, begin=begin)
     return state, (Send(roster.nodes, begin),)
 
 
-def _next_attempt(state: Rounds, now: float, rules: Rules, why: str) -> Outcome:
+def _chosen(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]) -> tuple[SignedReady, ...]:
+    """Of these promises, in the roster's order, those whose contributions can be in one record."""
+    chosen: list[SignedReady] = []
+    taken = state.consumed
+    for member in roster.members:
+        signed = promises.get(member.node)
+        if signed is None or not 0 < signed.ready.contribution.tokens <= member.weight_cap:
+            continue  # it only votes; or nobody would sign a record with it
+        ranges = signed.ready.contribution.ranges
+        if unused(ranges, taken) != ranges:
+            continue  # trained on data that counts elsewhere; it learns so from the log
+        taken = taken.with_ranges(ranges)
+        chosen.append(signed)
+    return tuple(chosen)
+
+
+def _proposal(state: Rounds, record: Record, accepted: Accepted | None, rules: Rules) -> Propose:
+    body = VoteBody(rules.run, state.head.round, state.ballot, record_hash(record))
+    return Propose(rules.run, state.head.round, state.ballot, rules.me, record, rules.sign_proposal(body), accepted)
+
+
+def _was_proposed(state: Rounds, accepted: Accepted, rules: Rules) -> bool:
+    """Whether the leader of that ballot did propose this record, and an honest member could have voted for it."""
+    signed = state.rosters.get(accepted.ballot.epoch)
+    if signed is None:
+        return False
+    proposer = leader(signed.roster, accepted.ballot, state.head.round)
+    body = VoteBody(rules.run, state.head.round, accepted.ballot, record_hash(accepted.record))
+    genuine = rules.proposal_is_valid(proposer, body, accepted.signature)
+    return genuine and _record_is_sound(state, accepted.record, rules)
+
+
+def _next_attempt(
+    state: Rounds, now: float, rules: Rules, why: str, *, doubted: frozenset[NodeId] = frozenset()
+) -> Outcome:
     """Give up this attempt; nothing is lost, because the contribution and the residual are still there."""
     following = Ballot(state.ballot.epoch, state.ballot.attempt + 1)
-    return _move_to(replace(state, last_failure=why), max(_highest(state), following), now, rules)
+    state = replace(state, last_failure=why, doubted=doubted)
+    return _move_to(state, max(_highest(state), following), now, rules)
 
 
 def _move_to(state: Rounds, ballot: Ballot, now: float, rules: Rules) -> Outcome:
@@ -836,15 +882,17 @@ def _tell_log(state: Rounds, ready: Ready, now: float) -> Outcome:
 def _contribution_is_sound(ready: Ready, rules: Rules) -> bool:
     contribution = ready.contribution
     try:
-        check_contribution(contribution)
+        check_shape(contribution)
     except Refused:
         return False
-    return contribution.node == ready.sender and _is_trained(contribution, rules)
+    head = Head(ready.round, ready.previous)
+    return contribution.node == ready.sender and _counts(contribution, head, rules)
 
 
-def _is_trained(contribution: Contribution, rules: Rules) -> bool:
-    """Whether its weight is that of its data, and its data the run's."""
-    return contribution.tokens == _tokens(contribution.ranges, rules) and all(map(rules.is_data, contribution.ranges))
+def _counts(contribution: Contribution, head: Head, rules: Rules) -> bool:
+    """Whether its weight is that of its data, its data the run's, and both are proved; no weight needs no proof."""
+    sound = contribution.tokens == _tokens(contribution.ranges, rules) and all(map(rules.is_data, contribution.ranges))
+    return sound and (not contribution.tokens or rules.is_brought(head, contribution))
 
 
 def _ready(state: Rounds, ready: Ready, signature: str, now: float, rules: Rules) -> Outcome:
@@ -888,6 +936,7 @@ def _begun(state: Rounds, begin: Begin, now: float, rules: Rules) -> Outcome:
         and ready.ballot == begin.ballot
         and ready.previous == state.head.hash
         and roster.member(ready.sender) is not None
+        and _contribution_is_sound(ready, rules)
         for ready in readies
     )
     if not fit or len({ready.sender for ready in readies}) != len(readies):
@@ -924,7 +973,7 @@ def _claimed(state: Rounds, claim: Claim) -> Rounds:
 
 def _decide(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
     if now >= state.deadline:
-        return _next_attempt(state, now, rules, "no majority signed in time")
+        return _next_attempt(state, now, rules, "no majority signed in time", doubted=_doubted(state))
     if leader(roster, state.ballot, state.head.round) == rules.me:
         if state.proposal is None and state.begin is not None:
             return _propose(state, roster, now, rules)
@@ -935,10 +984,21 @@ def _decide(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
     missing = _missing(state, state.proposal.record)
     if missing:
         return _fetch(state, state.proposal.record, missing, now, rules)
-    accepted = Accepted(state.ballot, state.proposal.record)
+    accepted = Accepted(state.ballot, state.proposal.record, state.proposal.signature)
     if state.accepted == accepted:
         return state, ()
     return _vote(replace(state, accepted=accepted), state.proposal, rules)
+
+
+def _doubted(state: Rounds) -> frozenset[NodeId]:
+    """Whoever has voted for a record has its parts. When nobody has handed them out, those who say that they voted for
+    it are passed over in the next attempt, as if they had not answered: that is always safe, and so one liar costs a
+    round two attempts and does not hold it up for ever."""
+    if state.proposal is None or not _missing(state, state.proposal.record):
+        return frozenset()
+    record = state.proposal.record
+    said = {node: signed.ready.accepted for node, signed in state.readies.items()}
+    return frozenset(node for node, accepted in said.items() if accepted is not None and accepted.record == record)
 
 
 def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome:
@@ -969,7 +1029,7 @@ def _propose(state: Rounds, roster: Roster, now: float, rules: Rules) -> Outcome
     inside = {node for part in parts for node in part.included}
     contributions = tuple(contribution for contribution in record.contributions if contribution.node in inside)
     record = replace(record, contributions=contributions, parts=parts)
-    proposal = Propose(rules.run, state.head.round, state.ballot, rules.me, record)
+    proposal = _proposal(state, record, None, rules)
     return replace(state, begin=None), (Send(roster.nodes, proposal),)
 
 
@@ -1011,12 +1071,13 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
     if state.proposal is not None and state.proposal.ballot == proposal.ballot:
         return state, ()
     record = proposal.record
-    if record.epoch not in state.rosters:
+    named = {record.epoch} | ({proposal.accepted.ballot.epoch} if proposal.accepted is not None else set())
+    if not named <= state.rosters.keys():
         return _ask_log(state, proposal.sender, now, rules)
     accepted = state.accepted
     if accepted is not None and accepted.ballot == proposal.ballot and accepted.record != record:
         return state, ()
-    if not _record_is_sound(state, record, rules):
+    if not _is_rightly_proposed(state, proposal, roster, rules):
         return state, ()
     stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
     state = replace(
@@ -1032,6 +1093,25 @@ def _proposed(state: Rounds, proposal: Propose, now: float, rules: Rules) -> Out
     return state, stop
 
 
+def _is_rightly_proposed(state: Rounds, proposal: Propose, roster: Roster, rules: Rules) -> bool:
+    """Whether it is a sound record: one that has a vote already, or the leader's own, and then of all who brought
+    something, half at least, as far as is known here. Else a leader could leave out whom it likes."""
+    record, before = proposal.record, proposal.accepted
+    body = VoteBody(rules.run, proposal.round, proposal.ballot, record_hash(record))
+    if not rules.proposal_is_valid(proposal.sender, body, proposal.signature):
+        return False
+    if before is not None:
+        earlier = before.record == record and before.ballot < proposal.ballot
+        return earlier and _was_proposed(state, before, rules)
+    if record.leader != proposal.sender or record.epoch != proposal.ballot.epoch:
+        return False
+    if not _record_is_sound(state, record, rules):
+        return False
+    brought = _chosen(state, roster, _promises(state, roster, proposal.ballot))
+    enough = 2 * len(record.contributions) >= len(brought)
+    return enough or proposal.ballot.attempt >= INCLUSIVE_ATTEMPTS
+
+
 def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
     """Whether this node could sign the record: it follows its head, from its state, with data not yet used."""
     if record.run != rules.run or record.round != state.head.round or record.previous != state.head.hash:
@@ -1039,7 +1119,7 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
     signed = state.rosters.get(record.epoch)
     if record.state != state.digest or signed is None or signed.roster.branch != state.branch:
         return False
-    if not all(_is_trained(contribution, rules) for contribution in record.contributions):
+    if not all(each.tokens and _counts(each, state.head, rules) for each in record.contributions):
         return False
     try:
         check_members(record, signed.roster)
@@ -1209,17 +1289,18 @@ def _due(state: Rounds) -> SignedRollback | None:
     return None if due is None else state.rollbacks[due.number - 1]
 
 
-def _turn(state: Rounds, signed: SignedRollback, now: float) -> Outcome:
+def _turn(state: Rounds, signed: SignedRollback, now: float, rules: Rules) -> Outcome:
     """Go back; or, exactly at the head that stays, only go on from it: what was trained there is as good as before."""
     rollback = signed.rollback
     stop: tuple[Effect, ...] = (StopAveraging(),) if state.phase is Phase.AVERAGING else ()
     other = state.last is not None and record_hash(state.last.record) != rollback.to.hash
     if state.head.round > rollback.to.round or other:
         return replace(state, phase=Phase.REWINDING), (*stop, Rewind(signed))
+    head, brought = head_after(rollback), state.contribution
     fresh = replace(
-        _anew(state, head_after(rollback), now),
+        _anew(state, head, now),
         branch=rollback.number,
-        contribution=state.contribution,
+        contribution=rules.brings(head, brought) if brought is not None and brought.tokens else brought,
         carried=state.carried,
         missed=state.missed,
         snapshot_asked=state.snapshot_asked,

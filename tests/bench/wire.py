@@ -19,9 +19,10 @@ import numpy as np
 from node import letters
 from node.engine import AveragingOutcome, Engine
 from protocol.codec import NAMES
+from protocol.contribution import sign, sign_grant
 from protocol.exchange import Packing, packing_of
 from protocol.identity import Key
-from protocol.log import VOTE, record_hash, vote_bytes
+from protocol.log import PROPOSAL, VOTE, record_hash, vote_bytes
 from protocol.messages import Begin, Claim, Commit, Message, Propose, Ready, SignedReady, Vote
 from protocol.runspec import UpdateSection
 from protocol.types import (
@@ -32,6 +33,7 @@ from protocol.types import (
     Digest,
     Epoch,
     Exchange,
+    Grant,
     Part,
     Record,
     RoundNumber,
@@ -98,8 +100,9 @@ class Talk:
         brought = tuple(self._brought(key, number) for key in self._keys)
         link = (RUN, round_number, _digest("previous"), ballot.epoch, leader)
         record = Record(*link, brought, parts, _digest("state"), self._exchange)
-        await self._to_others(lead, Propose(RUN, round_number, ballot, leader, record))
         body = VoteBody(RUN, round_number, ballot, record_hash(record))
+        proposed = self._keys[lead].sign(PROPOSAL, vote_bytes(body))
+        await self._to_others(lead, Propose(RUN, round_number, ballot, leader, record, proposed))
         votes = [
             Vote(RUN, round_number, ballot, key.public, body.record, key.sign(VOTE, vote_bytes(body)))
             for key in self._keys
@@ -113,7 +116,9 @@ class Talk:
         ranges = tuple(
             DataRange(0, _digest(f"shard {index}"), number * 400, number * 400 + 400) for index in range(RANGES)
         )
-        return Contribution(key.public, TOKENS, ranges)
+        grants = tuple(Grant(span, sign_grant(key, RUN, key.public, span)) for span in ranges)
+        told = Contribution(key.public, TOKENS, ranges, grants, _digest("update"))
+        return sign(key, RUN, RoundNumber(number), _digest("previous"), told)
 
     def _part(self, index: int, outcome: AveragingOutcome) -> Part:
         data, (start, stop) = outcome.parts[index], self._spans[index]

@@ -28,7 +28,7 @@ RECORD = Record(
     "k.run", 3, H, 1, "n1", (Contribution("n1", 2048, (RANGE,)),), (Part(0, 0, 65536, H, 34816, "n1", ("n1", "n2")),), H
 )
 ROSTER = Roster("k.run", 1, (Member("n1", "p1", ("/ip4/1.2.3.4/tcp/1",), 10**6, Role.CLIENT),), 17)
-READY = Ready("k.run", 3, H, Ballot(1, 2), "n1", RECORD.contributions[0], Accepted(Ballot(1, 1), RECORD))
+READY = Ready("k.run", 3, H, Ballot(1, 2), "n1", RECORD.contributions[0], Accepted(Ballot(1, 1), RECORD, "sig"))
 BEGIN = Begin(
     "k.run", 3, Ballot(1, 2), "n1", (SignedReady(READY, "00"), SignedReady(replace(READY, accepted=None), ""))
 )

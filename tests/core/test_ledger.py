@@ -10,6 +10,7 @@ from coordinator.core import leases as data
 from coordinator.core.leases import Cursor, Leases
 from coordinator.core.ledger import Books, EntryRow, EvaluationRow, balances, check, first_wrong
 from protocol import identity
+from protocol.contribution import sign, sign_grant
 from protocol.identity import Key, peer_id_of
 from protocol.limits import CHUNK_VALUES
 from protocol.log import VOTE, genesis_head, head_after, next_head, ranges_of, record_hash, vote_bytes
@@ -20,6 +21,7 @@ from protocol.types import (
     Certificate,
     Contribution,
     DataRange,
+    Grant,
     LogEntry,
     Manifest,
     Member,
@@ -63,6 +65,12 @@ class Run:
         roster = Roster(RUN, epoch, members, 7, floor=self.head.round, branch=self.branch)
         self.change(rosters=self.books.rosters | {epoch: identity.sign_roster(OWNER, replace(roster, **changes))})
 
+    def brings(self, node, leases):
+        ranges = tuple(lease.range for lease in leases)
+        grants = tuple(Grant(span, sign_grant(OWNER, RUN, node, span)) for span in ranges)
+        told = Contribution(node, 32, ranges, grants, "22" * 32)
+        return sign(KEYS[node], RUN, self.head.round, self.head.hash, told)
+
     def round(self, *, own_epoch=None, **changes):
         """One record: each member trains on two sequences, one lease is left half used, one is given back."""
         newest = self.books.rosters[max(self.books.rosters)].roster
@@ -70,7 +78,7 @@ class Run:
         leases, contributions = self.books.leases, []
         for node in roster.nodes:
             leases, granted = data.grant(leases, node, sequences=2, largest=2, until_ms=9)
-            contributions.append(Contribution(node, 32, tuple(lease.range for lease in granted)))
+            contributions.append(self.brings(node, granted))
         leases, (kept,) = data.grant(leases, NODES[0], sequences=1, largest=1, until_ms=9)
         if self.head.round % 2:
             leases = data.give_back(leases, [kept.lease_id])

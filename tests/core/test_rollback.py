@@ -9,14 +9,31 @@ from coordinator.core import machine
 from coordinator.core.rosters import next_members
 from node.core import rounds
 from protocol.log import head_after, line_head, next_head, next_turn, on_line, record_hash, turned
-from protocol.messages import Accepted, Begin, Commit, LogRequest, Propose, Ready, Vote
+from protocol.messages import Begin, Commit, LogRequest, Ready, Vote
 from protocol.state import Consumed
 from protocol.types import Ballot, Digest, Head, Member, NodeId, Rollback, Roster, SignedRollback, SignedRoster
 from tests.core.test_machine import ZERO as START
 from tests.core.test_machine import Coordinator
 from tests.core.test_machine import beat as beats
 from tests.core.test_machine import brings as contributes
-from tests.core.test_rounds import GENESIS, RUN, STATE, A, B, C, D, E, Node, brings, data, entry_of, ready, record_of
+from tests.core.test_rounds import (
+    GENESIS,
+    RUN,
+    STATE,
+    A,
+    B,
+    C,
+    D,
+    E,
+    Node,
+    accepts,
+    brings,
+    data,
+    entry_of,
+    proposes,
+    ready,
+    record_of,
+)
 
 ZERO = Digest("0" * 64)
 F = NodeId("f")
@@ -103,7 +120,7 @@ def test_a_node_beyond_the_head_that_stays_rewinds_and_listens_to_nobody_meanwhi
     assert node.see(rounds.RollbacksArrived((signed,))).did(rounds.Rewind) == [rounds.Rewind(signed)]
     assert node.state.phase is rounds.Phase.REWINDING
     late = record_of(brings(B, data(40, 44)), round_number=2, previous=node.state.head.hash)
-    node.see(rounds.Received(Propose(RUN, 2, Ballot(0, 0), A, late)), rounds.Progressed(99))
+    node.see(rounds.Received(proposes(Ballot(0, 0), A, late)), rounds.Progressed(99))
     assert not node.effects
     entry = entry_of(first, (A, B))
     node.see(rounds.Rewound(head_after(signed.rollback), 1, OLDER, Consumed().with_ranges((data(0, 4),)), entry))
@@ -128,7 +145,7 @@ def test_a_node_exactly_there_only_turns_and_keeps_what_it_trained():
 
 def test_what_was_accepted_on_an_undone_branch_is_not_proposed_again():
     node = Node(A, B).trained(data(0, 4))
-    node.state = replace(node.state, accepted=Accepted(Ballot(0, 0), record_of(brings(B, data(4, 8)))))
+    node.state = replace(node.state, accepted=accepts(Ballot(0, 0), record_of(brings(B, data(4, 8)))))
     node.see(rounds.RollbacksArrived((back_to(1, 0),)), rounds.RosterArrived(roster(A, B, epoch=1, branch=1)))
     assert node.sent(Ready)[0].accepted is None
 
@@ -177,9 +194,9 @@ def test_a_record_under_another_branchs_roster_is_not_signed():
     record = record_of(brings(A, data(0, 4)), previous=head_after(signed.rollback).hash)
     node.see(rounds.PartsArrived(frozenset(part.digest for part in record.parts)))
     for ballot in (Ballot(0, 0), Ballot(1, 0)):  # a roster of branch 0, and a record that names one
-        node.see(rounds.Received(Propose(RUN, 0, ballot, A, record)))
+        node.see(rounds.Received(proposes(ballot, A, record)))
         assert not node.sent(Vote)
-    node.see(rounds.Received(Propose(RUN, 0, Ballot(1, 0), A, replace(record, epoch=1))))
+    node.see(rounds.Received(proposes(Ballot(1, 0), A, replace(record, epoch=1))))
     assert node.sent(Vote)
 
 
@@ -213,7 +230,7 @@ def test_a_node_that_forgot_its_promises_signs_nothing_under_the_rosters_of_that
     assert not node.see(rounds.Progressed(99)).effects
     record = record_of(brings(B, data(0, 4)), nodes=(A, B, C))
     node.see(rounds.PartsArrived(frozenset(part.digest for part in record.parts)))
-    assert not node.see(rounds.Received(Propose(RUN, 0, Ballot(0, 0), A, record))).sent(Vote)
+    assert not node.see(rounds.Received(proposes(Ballot(0, 0), A, record))).sent(Vote)
     node.see(rounds.RosterArrived(roster(A, B, C, epoch=1, branch=0)))
     assert node.did(rounds.TakeSnapshot)
 

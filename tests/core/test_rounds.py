@@ -25,9 +25,11 @@ from protocol.types import (
     Part,
     PeerId,
     Record,
+    Rollback,
     Roster,
     Seal,
     Signature,
+    SignedRollback,
     SignedRoster,
     VoteBody,
 )
@@ -66,6 +68,10 @@ def rules(me=A):
         stale_rounds=8,
         sign=lambda body: f"{me} signs",
         vote_is_valid=lambda node, body, signature: signature == f"{node} signs",
+        sign_proposal=lambda body: f"{me} proposes",
+        proposal_is_valid=lambda node, body, signature: signature == f"{node} proposes",
+        brings=lambda head, contribution: contribution,
+        is_brought=lambda head, contribution: not contribution.signature.startswith("forged"),
         entry_is_certified=lambda entry, roster: len(entry.certificate.signatures) >= roster.quorum,
     )
 
@@ -100,6 +106,19 @@ def entry_of(record, signers, ballot=Ballot(0, 0)):
     return LogEntry(record, Certificate(record_hash(record), ballot, votes))
 
 
+def proposes(ballot, sender, record, accepted=None):
+    return Propose(RUN, record.round, ballot, sender, record, f"{sender} proposes", accepted)
+
+
+def accepts(ballot, record, by=A):
+    """A vote for what the leader of that ballot has proposed."""
+    return Accepted(ballot, record, f"{by} proposes")
+
+
+def snapshot(*ranges):
+    return rounds.SnapshotTaken(ranges, (), Digest(""))
+
+
 class Node:
     """A machine, its clock, and everything it wanted done."""
 
@@ -132,7 +151,7 @@ class Node:
     def trained(self, *ranges, at=None):
         """Trains a whole round, and promises."""
         self.see(rounds.Progressed(STEPS), at=at)
-        return self.see(rounds.SnapshotTaken(ranges))
+        return self.see(snapshot(*ranges))
 
 
 # training and promising
@@ -177,7 +196,7 @@ def test_a_node_with_nothing_to_bring_still_promises_to_a_waiting_majority():
 def test_a_majority_that_waits_at_a_later_attempt_is_seen_too():
     node = Node(A, B).see(rounds.Progressed(1))
     assert node.see(ready(B, ballot=Ballot(0, 3))).did(rounds.TakeSnapshot)
-    assert node.see(rounds.SnapshotTaken((data(0, 1),))).sent(Ready)[0].ballot == Ballot(0, 3)
+    assert node.see(snapshot(data(0, 1))).sent(Ready)[0].ballot == Ballot(0, 3)
 
 
 @pytest.mark.parametrize("why", ["finishing", "time"])
@@ -185,7 +204,7 @@ def test_what_earlier_rounds_left_over_is_brought_without_a_new_step(why):
     node = Node(A, carried=brings(A, data(0, 4)))
     event, at = (rounds.Finishing(), 0.0) if why == "finishing" else (rounds.Ticked(), 100.0)
     assert node.see(event, at=at).did(rounds.TakeSnapshot)
-    assert node.see(rounds.SnapshotTaken(())).sent(Ready)[0].contribution == brings(A, data(0, 4))
+    assert node.see(snapshot()).sent(Ready)[0].contribution == brings(A, data(0, 4))
 
 
 def test_a_paused_member_votes_for_those_who_have_trained_and_keeps_its_own_work():
@@ -203,7 +222,7 @@ def test_a_node_that_promised_with_nothing_and_then_trained_brings_that_if_nobod
     node.see(rounds.ActivityChanged(active=True, trains=True), rounds.Progressed(STEPS - 1))
     assert not node.did(rounds.TakeSnapshot)
     assert node.see(rounds.Progressed(STEPS)).did(rounds.TakeSnapshot)
-    (promise,) = node.see(rounds.SnapshotTaken((data(8, 12),))).sent(Ready)
+    (promise,) = node.see(snapshot(data(8, 12))).sent(Ready)
     assert promise.contribution == brings(B, data(8, 12)) and promise.ballot == Ballot(0, 1)
 
 
@@ -262,7 +281,7 @@ def test_a_restarted_node_does_not_use_a_ballot_that_it_may_have_led():
 
 
 def test_a_restarted_node_says_what_it_had_voted_for():
-    accepted = Accepted(Ballot(0, 0), record_of(brings(B, data(0, 4))))
+    accepted = accepts(Ballot(0, 0), record_of(brings(B, data(0, 4))))
     node = Node(A, B, ballot=Ballot(0, 0), accepted=accepted).trained(data(8, 9))
     assert node.sent(Ready)[0].accepted == accepted
 
@@ -271,8 +290,8 @@ def test_a_restarted_node_signs_no_second_record_in_one_ballot():
     record = record_of(brings(A, data(0, 4)))
     other = replace(record, contributions=(brings(A, data(4, 8)),))
     have = frozenset(part.digest for part in record.parts)
-    node = Node(A, B, me=B, ballot=Ballot(0, 0), accepted=Accepted(Ballot(0, 0), record), have=have)
-    assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, other))).sent(Vote)
+    node = Node(A, B, me=B, ballot=Ballot(0, 0), accepted=accepts(Ballot(0, 0), record), have=have)
+    assert not node.see(Received(proposes(Ballot(0, 0), A, other))).sent(Vote)
 
 
 def test_a_restarted_node_signs_for_no_roster_older_than_the_newest_that_it_knows():
@@ -280,7 +299,7 @@ def test_a_restarted_node_signs_for_no_roster_older_than_the_newest_that_it_know
     record = record_of(brings(A, data(0, 4)))
     have = frozenset(part.digest for part in record.parts)
     node = Node(me=B, rosters=rosters, have=have)
-    assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record))).sent(Vote)
+    assert not node.see(Received(proposes(Ballot(0, 0), A, record))).sent(Vote)
 
 
 def test_a_node_that_leaves_signs_nothing_more_until_it_is_opened_again():
@@ -288,7 +307,7 @@ def test_a_node_that_leaves_signs_nothing_more_until_it_is_opened_again():
     assert rounds.seal(node.state, linked=True) == Seal(0, 0)
     record = record_of(brings(A, data(0, 4)))
     have = frozenset(part.digest for part in record.parts)
-    proposal = Received(Propose(RUN, 0, Ballot(0, 2), A, record))
+    proposal = Received(proposes(Ballot(0, 2), A, record))
     sealed = Node(A, B, me=B, sealed=0, ballot=Ballot(0, 0), have=have)
     assert not sealed.see(proposal).sent(Vote)
     assert not sealed.trained(data(8, 9)).sent(Ready)
@@ -304,9 +323,9 @@ def test_a_seal_outlives_the_round_that_it_was_made_in():
     node.see(rounds.LogArrived((entry_of(record, (A, C)),)), rounds.PartsArrived({p.digest for p in record.parts}))
     node.see(rounds.Folded(0, STATE))
     assert node.state.head.round == 1
-    later = record_of(brings(A, data(4, 8)), round_number=1, previous=node.state.head.hash)
+    later = replace(record_of(brings(A, data(4, 8)), round_number=1, previous=node.state.head.hash), leader=B)
     node.see(rounds.PartsArrived({p.digest for p in later.parts}))
-    proposal = Received(Propose(RUN, 1, Ballot(0, 0), B, later))
+    proposal = Received(proposes(Ballot(0, 0), B, later))
     assert not node.see(proposal).sent(Vote)
     assert not node.see(rounds.Progressed(STEPS)).did(rounds.TakeSnapshot)
     node.see(rounds.Unsealed())
@@ -314,7 +333,7 @@ def test_a_seal_outlives_the_round_that_it_was_made_in():
 
 
 def test_a_node_that_has_voted_in_the_open_round_leaves_without_a_seal():
-    accepted = Accepted(Ballot(0, 0), record_of(brings(B, data(0, 4))))
+    accepted = accepts(Ballot(0, 0), record_of(brings(B, data(0, 4))))
     assert rounds.seal(Node(A, B, ballot=Ballot(0, 0), accepted=accepted).state, linked=True) is None
 
 
@@ -476,7 +495,7 @@ def test_a_long_round_makes_no_leader_wait_longer_than_the_runs_deadline():
 def test_a_record_is_signed_only_with_its_parts_on_disk():
     record = record_of(brings(A, data(0, 4)))
     node = Node(A, B, me=B).trained(data(8, 12))
-    node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
+    node.see(Received(proposes(Ballot(0, 0), A, record)))
     assert node.did(rounds.FetchParts)
     assert not node.sent(Vote)
     node.see(rounds.PartsArrived(frozenset(part.digest for part in record.parts)))
@@ -486,13 +505,13 @@ def test_a_record_is_signed_only_with_its_parts_on_disk():
 def test_a_node_that_is_not_ready_yet_signs_nothing():
     """Seed 2225 of the simulation: its disk was an old one, and the coordinator had not said so yet."""
     node = Node(A, B, me=B, active=False)
-    node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record_of(brings(A, data(0, 4))))))
+    node.see(Received(proposes(Ballot(0, 0), A, record_of(brings(A, data(0, 4))))))
     assert not node.effects and node.state.phase is Phase.TRAINING
 
 
 def test_parts_that_nobody_had_are_asked_for_again():
     record = record_of(brings(A, data(0, 4)))
-    node = Node(A, B, me=B).see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
+    node = Node(A, B, me=B).see(Received(proposes(Ballot(0, 0), A, record)))
     lost = frozenset(part.digest for part in record.parts)
     assert not node.see(rounds.PartsLost(lost)).did(rounds.FetchParts)
     assert node.see(rounds.Ticked(), at=2.0).did(rounds.FetchParts)
@@ -519,7 +538,7 @@ def test_a_record_that_does_not_fit_is_not_signed(change):
     record = record_of(brings(A, data(0, 4)))
     have = frozenset(part.digest for part in record.parts)
     spent = Consumed().with_ranges((data(900, 901),))
-    proposal = Propose(RUN, 0, Ballot(0, 0), A, replace(record, **change))
+    proposal = proposes(Ballot(0, 0), A, replace(record, **change))
     assert not Node(A, B, me=B, have=have, consumed=spent).see(Received(proposal)).sent(Vote)
     assert Node(A, B, me=B, have=have).see(Received(replace(proposal, record=record))).sent(Vote)
 
@@ -527,13 +546,13 @@ def test_a_record_that_does_not_fit_is_not_signed(change):
 def test_nothing_is_signed_below_a_promise():
     record = record_of(brings(A, data(0, 4)))
     node = Node(A, B, me=B, have=frozenset(part.digest for part in record.parts), ballot=Ballot(0, 2))
-    assert not node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record))).sent(Vote)
+    assert not node.see(Received(proposes(Ballot(0, 0), A, record))).sent(Vote)
 
 
 def test_a_re_proposal_keeps_the_records_hash():
     record = record_of(brings(B, data(0, 4)), nodes=(A, B, C))
     node = Node(A, B, C).trained(data(8, 12))
-    accepted = Accepted(Ballot(0, 0), record)
+    accepted = accepts(Ballot(0, 0), record)
     node.see(ready(B, ballot=Ballot(0, 3), accepted=accepted), ready(C, ballot=Ballot(0, 3)))
     proposal = node.sent(Propose)[0]
     assert (proposal.ballot, record_hash(proposal.record)) == (Ballot(0, 3), record_hash(record))
@@ -543,8 +562,8 @@ def test_the_newest_of_several_accepted_records_is_proposed_again():
     old, new = record_of(brings(B, data(0, 4))), record_of(brings(C, data(4, 8)))
     node = Node(A, B, C).trained(data(8, 12))
     node.see(
-        ready(B, ballot=Ballot(0, 3), accepted=Accepted(Ballot(0, 1), old)),
-        ready(C, ballot=Ballot(0, 3), accepted=Accepted(Ballot(0, 2), new)),
+        ready(B, ballot=Ballot(0, 3), accepted=accepts(Ballot(0, 1), old, by=B)),
+        ready(C, ballot=Ballot(0, 3), accepted=accepts(Ballot(0, 2), new, by=C)),
     )
     assert node.sent(Propose)[0].record == new
 
@@ -552,7 +571,7 @@ def test_the_newest_of_several_accepted_records_is_proposed_again():
 def test_a_joiner_asks_for_the_roster_of_a_record_that_is_proposed_again():
     record = record_of(brings(A, data(0, 4)))
     node = Node(me=C, rosters={1: signed_roster(A, C, epoch=1)})
-    node.see(Received(Propose(RUN, 0, Ballot(1, 0), A, record)))
+    node.see(Received(proposes(Ballot(1, 0), A, record)))
     assert node.did(rounds.Send) == [rounds.Send((A,), LogRequest(RUN, 0, C))]
 
 
@@ -669,7 +688,7 @@ def test_steps_made_while_a_record_is_folded_are_kept():
 def test_a_snapshot_that_arrives_after_the_fold_counts_for_the_next_round():
     node = Node(A, B).see(rounds.Progressed(STEPS))
     folding(node, brings(B, data(8, 12)))
-    node.see(rounds.Folded(0, STATE), rounds.SnapshotTaken((data(0, 4),)))
+    node.see(rounds.Folded(0, STATE), snapshot(data(0, 4)))
     assert node.sent(Ready)[0].round == 1
     assert node.state.contribution == brings(A, data(0, 4))
 
@@ -686,5 +705,139 @@ def test_signatures_name_what_is_signed():
     node = Node(A, B, me=B, have=frozenset(part.digest for part in record_of(brings(A, data(0, 4))).parts))
     node.rules = replace(node.rules, sign=lambda body: signed.append(body) or "s")
     record = record_of(brings(A, data(0, 4)))
-    node.see(Received(Propose(RUN, 0, Ballot(0, 0), A, record)))
+    node.see(Received(proposes(Ballot(0, 0), A, record)))
     assert signed == [VoteBody(RUN, 0, Ballot(0, 0), record_hash(record))]
+
+
+# liars
+
+
+def test_nothing_is_heard_of_a_member_that_did_not_bring_what_it_says():
+    forged = replace(brings(B, data(0, 4)), signature="forged")
+    node = Node(A, B).trained(data(8, 12))
+    assert not node.see(ready(B, forged)).sent(Begin)
+    assert node.see(ready(B, brings(B, data(0, 4)))).sent(Begin)
+
+
+def test_no_leader_can_put_weight_into_a_members_name():
+    record = record_of(replace(brings(A, data(0, 4)), signature="forged"), brings(B, data(4, 8)))
+    node = Node(A, B, me=B).see(rounds.PartsArrived({p.digest for p in record.parts}))
+    assert not node.see(Received(proposes(Ballot(0, 0), A, record))).sent(Vote)
+    honest = record_of(brings(A, data(0, 4)), brings(B, data(4, 8)))
+    assert node.see(Received(proposes(Ballot(0, 0), A, honest))).sent(Vote)
+
+
+def test_a_group_with_a_forged_member_is_not_averaged_with():
+    node = Node(A, B, me=B).trained(data(4, 8))
+    (mine,) = node.sent(Ready)
+    forged = Ready(RUN, 0, GENESIS, Ballot(0, 0), A, replace(brings(A, data(0, 4)), signature="forged"), None)
+    begin = Begin(RUN, 0, Ballot(0, 0), A, (SignedReady(forged, "s"), SignedReady(mine, "s")))
+    assert not node.see(Received(begin)).did(rounds.Average)
+
+
+def test_a_member_that_only_votes_proves_nothing():
+    node = Node(A, B, C).trained(data(8, 12))
+    nothing = replace(brings(B), signature="forged")
+    assert node.see(ready(B, nothing), ready(C, brings(C, data(0, 4)))).sent(Begin)
+
+
+@pytest.mark.parametrize("proposer", [B, C])
+def test_a_vote_for_what_its_leader_never_proposed_is_not_believed(proposer):
+    """One member that says it has voted for a record of its own would decide the round."""
+    invented = replace(record_of(brings(B, data(0, 4)), nodes=(B,)), leader=B)
+    node = Node(A, B, C).trained(data(8, 12))
+    lie = ready(B, brings(B, data(0, 4)), accepted=accepts(Ballot(0, 0), invented, by=proposer))
+    node.see(lie, ready(C, brings(C, data(4, 8))))
+    assert not node.sent(Propose)
+    assert B not in {signed.ready.sender for signed in node.sent(Begin)[0].readies}
+
+
+def test_a_liar_that_is_needed_for_the_majority_costs_attempts_and_decides_nothing():
+    invented = replace(record_of(brings(B, data(0, 4)), nodes=(B,)), leader=B)
+    node = Node(A, B).trained(data(8, 12))
+    node.see(ready(B, brings(B, data(0, 4)), accepted=accepts(Ballot(0, 0), invented, by=B)), at=1.0)
+    assert not node.sent(Propose) and not node.sent(Begin)
+    node.see(rounds.Ticked(), at=60.0)
+    assert node.state.ballot == Ballot(0, 1)
+
+
+def test_a_record_whose_parts_nobody_has_holds_a_round_up_for_two_attempts():
+    """Its leader has signed it, and says that it has voted for it, and hands nothing out."""
+    hidden = record_of(brings(B, data(0, 4)))
+    hidden = replace(hidden, leader=B)
+    node = Node(A, B, C, ballot=Ballot(0, 1)).trained(data(8, 12))
+    lie = accepts(Ballot(0, 1), hidden, by=B)
+    told = [ready(B, ballot=Ballot(0, 3), accepted=lie), ready(C, brings(C, data(4, 8)), ballot=Ballot(0, 3))]
+    (again,) = node.see(*told, at=1.0).sent(Propose)
+    assert again.record == hidden and again.accepted == lie, "it may have had a majority"
+    node.see(rounds.PartsLost({part.digest for part in hidden.parts}), rounds.Ticked(), at=30.0)
+    assert node.state.ballot == Ballot(0, 4) and node.state.doubted == {B}
+    node.see(ready(B, ballot=Ballot(0, 6), accepted=lie), at=31.0)
+    assert node.state.ballot == Ballot(0, 6) and node.state.doubted == {B}
+    fresh = node.see(ready(C, brings(C, data(4, 8)), ballot=Ballot(0, 6)), rounds.Ticked(), at=33.0).sent(Begin)[0]
+    assert {signed.ready.sender for signed in fresh.readies} == {A, C}
+
+
+def test_who_has_the_parts_is_heard_though_others_were_doubted_before():
+    record = record_of(brings(B, data(0, 4)), brings(C, data(4, 8)))
+    node = Node(A, B, C, ballot=Ballot(0, 2), doubted=frozenset({B})).trained(data(8, 12))
+    told = accepts(Ballot(0, 0), record)
+    promises = [ready(n, ballot=Ballot(0, 3), accepted=told) for n in (B, C)]
+    assert node.see(*promises).sent(Propose)[0].record == record
+
+
+def promised(node, *others):
+    """Everybody has promised the first ballot, and node is waiting for its leader."""
+    for place, other in enumerate(others):
+        node.see(ready(other, brings(other, data(4 * place, 4 * place + 4))))
+    return node.trained(data(100, 104))
+
+
+def test_a_leader_cannot_leave_most_members_out():
+    node = promised(Node(A, B, C, D, E, me=E), A, B, C, D)
+    alone = record_of(brings(A, data(0, 4)))
+    node.see(rounds.PartsArrived({part.digest for part in alone.parts}))
+    assert not node.see(Received(proposes(Ballot(0, 0), A, alone))).sent(Vote)
+
+
+def test_a_record_of_half_of_them_is_signed_for_lines_do_fail():
+    node = promised(Node(A, B, C, D, E, me=E), A, B, C, D)
+    half = record_of(*(brings(n, data(4 * i, 4 * i + 4)) for i, n in enumerate((A, B, C))))
+    node.see(rounds.PartsArrived({part.digest for part in half.parts}))
+    assert node.see(Received(proposes(Ballot(0, 0), A, half))).sent(Vote)
+
+
+def test_after_some_attempts_any_sound_record_is_better_than_none():
+    node = Node(A, B, C, D, E, me=E, ballot=Ballot(0, 4))
+    for place, other in enumerate((A, B, C, D)):
+        node.see(ready(other, brings(other, data(4 * place, 4 * place + 4)), ballot=Ballot(0, 5)))
+    node.trained(data(100, 104))
+    alone = record_of(brings(A, data(0, 4)))
+    node.see(rounds.PartsArrived({part.digest for part in alone.parts}))
+    assert node.see(Received(proposes(Ballot(0, 5), A, alone))).sent(Vote)
+
+
+def test_an_old_record_is_proposed_again_only_with_the_vote_that_it_has():
+    old = record_of(brings(B, data(0, 4)), nodes=(A, B, C))
+    node = Node(A, B, C, me=C).see(rounds.PartsArrived({part.digest for part in old.parts}))
+    assert not node.see(Received(proposes(Ballot(0, 1), B, old))).sent(Vote)
+    assert not node.see(Received(proposes(Ballot(0, 1), B, old, accepts(Ballot(0, 0), old, by=B)))).sent(Vote)
+    assert not node.see(Received(proposes(Ballot(0, 1), B, old, accepts(Ballot(0, 1), old, by=B)))).sent(Vote)
+    assert node.see(Received(proposes(Ballot(0, 1), B, old, accepts(Ballot(0, 0), old)))).sent(Vote)
+
+
+def test_a_proposal_that_its_leader_did_not_sign_cannot_be_shown_to_others_and_gets_no_vote():
+    record = record_of(brings(A, data(0, 4)))
+    node = Node(A, B, me=B).see(rounds.PartsArrived({part.digest for part in record.parts}))
+    unsigned = replace(proposes(Ballot(0, 0), A, record), signature="B proposes")
+    assert not node.see(Received(unsigned)).sent(Vote)
+
+
+def test_what_is_brought_is_signed_again_for_the_head_that_a_rollback_leaves():
+    node = Node(A, B)
+    node.rules = replace(node.rules, brings=lambda head, brought: replace(brought, signature=f"for {head.hash[:4]}"))
+    node.trained(data(0, 4))
+    assert node.state.contribution.signature == "for 0000"
+    turn = Rollback(RUN, 1, Head(0, GENESIS), Head(0, GENESIS), "why", 0)
+    node.see(rounds.RollbacksArrived((SignedRollback(turn, "s"),)))
+    assert node.state.contribution.signature == f"for {node.state.head.hash[:4]}" != "for 0000"

@@ -27,8 +27,9 @@ from coordinator.folder import RunFolder
 from coordinator.orders import RollbackOrder
 from coordinator.plan import plan
 from coordinator.store import Evaluation, StoredNode
-from protocol import address, console, identity, invite, runspec
+from protocol import address, console, contribution, identity, invite, runspec
 from protocol.codec import codec
+from protocol.contribution import sign_grant
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.fold import fold
@@ -39,6 +40,7 @@ from protocol.types import (
     Certificate,
     Contribution,
     DataRange,
+    Grant,
     LogEntry,
     Member,
     Part,
@@ -695,7 +697,10 @@ def keep_books(folder, store, rounds=4, *, undone=2, later=1, lie_at=None):
         contributions = []
         for node in keys:
             leases, granted = data.grant(leases, node, sequences=2, largest=2, until_ms=9)
-            contributions.append(Contribution(node, 32, tuple(lease.range for lease in granted)))
+            ranges = tuple(lease.range for lease in granted)
+            grants = tuple(Grant(span, sign_grant(folder.key(), manifest.run, node, span)) for span in ranges)
+            told = Contribution(node, 32, ranges, grants, "22" * 32)
+            contributions.append(contribution.sign(keys[node], manifest.run, head.round, head.hash, told))
         leases, _ = data.grant(leases, members[0].node, sequences=1, largest=1, until_ms=9)
         before = "33" * 32 if place == lie_at else state.digest()
         record = Record(

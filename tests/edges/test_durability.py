@@ -34,7 +34,7 @@ from coordinator.engine import Coordinator
 from coordinator.folder import OURS, Published, RunFolder
 from coordinator.ingest import Corpus, Skipped
 from coordinator.store import Store, StoredNode, backup_of
-from protocol import blobs, canonical, identity
+from protocol import blobs, canonical, contribution, identity
 from protocol.blobs import BlobStore
 from protocol.codec import codec
 from protocol.errors import Code, Refused
@@ -49,6 +49,7 @@ from protocol.types import (
     BlobRef,
     Certificate,
     Contribution,
+    Grant,
     Head,
     LogEntry,
     Manifest,
@@ -108,11 +109,9 @@ class Nodes:
         nodes = state.roster.roster.nodes
         held = [state.leases.of(node)[0 if after is None else -1].range for node in nodes]
         used = [replace(each, stop=(each.start + each.stop + 1) // 2) for each in held]
-        given = tuple(
-            Contribution(node, 32 * (span.stop - span.start), (span,)) for node, span in zip(nodes, used, strict=True)
-        )
-        part = Part(0, 0, PARAMETERS, blobs.digest_of(packed), len(packed), nodes[0], nodes)
         run, epoch = coordinator.manifest.manifest.run, state.roster.roster.epoch
+        given = tuple(self.brings(coordinator, node, span, head) for node, span in zip(nodes, used, strict=True))
+        part = Part(0, 0, PARAMETERS, blobs.digest_of(packed), len(packed), nodes[0], nodes)
         record = Record(run, head.round, head.hash, epoch, nodes[0], given, (part,), replica.digest())
         body = vote_bytes(VoteBody(run, record.round, Ballot(epoch, 0), record_hash(record)))
         votes = tuple(Signature(key.public, key.sign(VOTE, body)) for key in KEYS if key.public in nodes)
@@ -120,6 +119,13 @@ class Nodes:
         (self.folder / part.digest).write_bytes(packed)
         (self.folder / f"{len(self.entries()):04d}.entry").write_bytes(canonical.to_bytes(entry))
         return entry
+
+    def brings(self, coordinator, node, span, head):
+        run = coordinator.manifest.manifest.run
+        grant = Grant(span, contribution.sign_grant(coordinator.key, run, node, span))
+        told = Contribution(node, 32 * (span.stop - span.start), (span,), (grant,), "22" * 32)
+        key = next(key for key in KEYS if key.public == node)
+        return contribution.sign(key, run, head.round, head.hash, told)
 
 
 class Desk:

@@ -17,12 +17,13 @@ from coordinator.core.strikes import Kind
 from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
 from node.link import Beat, Door, Link
-from protocol import canonical, identity, invite, tls
+from protocol import canonical, contribution, identity, invite, tls
 from protocol.blobs import BlobStore, digest_of
+from protocol.contribution import grant_of
 from protocol.errors import Code, Exit, Refused
 from protocol.identity import Key, peer_id_of
 from protocol.limits import BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION, ROSTERS_RECALLED_MAX
-from protocol.log import VOTE, check_certificate, genesis_head, head_after, record_hash, vote_bytes
+from protocol.log import VOTE, check_brought, check_certificate, genesis_head, head_after, record_hash, vote_bytes
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -76,7 +77,9 @@ class RealDesk:
         self.heartbeat_seconds = 1.0
         self.over = False
         self.skew_ms = 0
-        self.rules = machine.Rules(self.run, PARAMETERS, 1, 0, 60.0, 60.0, 32, 64, 10**9, 1, 100, certified)
+        self.rules = machine.Rules(
+            self.run, PARAMETERS, 1, 0, 60.0, 60.0, 32, 64, 10**9, 1, 100, certified, check_brought
+        )
         self.state = machine.State(
             genesis_head(manifest), genesis_head(manifest), GENESIS, Consumed(), self.store.load_leases(self.shards)
         )
@@ -203,7 +206,8 @@ class World:
             Part(i, i * 65536, (i + 1) * 65536, digest_of(data), len(data), node, (node,))
             for i, data in enumerate(parts)
         )
-        told = Contribution(node, 16, (lease.range,))
+        told = Contribution(node, 16, (lease.range,), (grant_of(lease),), digest_of(b"an update"))
+        told = contribution.sign(link._key, self.desk.run, head.round, head.hash, told)
         record = Record(self.desk.run, head.round, head.hash, roster.epoch, node, (told,), named, GENESIS)
         ballot, digest = Ballot(roster.epoch, 0), record_hash(record)
         vote = link._key.sign(VOTE, vote_bytes(VoteBody(self.desk.run, head.round, ballot, digest)))

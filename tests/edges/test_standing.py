@@ -13,6 +13,7 @@ from node.membership import Membership
 from node.standing import LIFE, Standing, begin_life, raise_life
 from protocol import identity
 from protocol.blobs import digest_of
+from protocol.contribution import sign_grant
 from protocol.errors import Refused
 from protocol.identity import Key, peer_id_of
 from protocol.log import genesis_head
@@ -52,7 +53,8 @@ def rollback(number, *, key=COORDINATOR, run=RUN):
 
 
 def lease(*, node=NODE.public, shard=SHARD.digest, start=0, stop=128):
-    return Lease("1f", node, DataRange(0, shard, start, stop), 5_000)
+    data = DataRange(0, shard, start, stop)
+    return Lease("1f", node, data, 5_000, sign_grant(COORDINATOR, RUN, node, data))
 
 
 def base(round_number=0, state=GENESIS):

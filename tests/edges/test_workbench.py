@@ -57,6 +57,11 @@ def brings(*spans, node=ME):
     return Contribution(node, sum(each.stop - each.start for each in spans) * CONTEXT, spans)
 
 
+def plain(contribution):
+    """Without what says whose it is, and for which round."""
+    return replace(contribution, update="", signature="")
+
+
 class Trainer:
     """It has trained on what it is said to have trained on."""
 
@@ -107,6 +112,10 @@ def rules():
         stale_rounds=8,
         sign=lambda body: "s",
         vote_is_valid=lambda *_: True,
+        sign_proposal=lambda body: "s",
+        proposal_is_valid=lambda *_: True,
+        brings=lambda head, contribution: replace(contribution, signature=f"for {head.round}"),
+        is_brought=lambda head, contribution: contribution.signature == f"for {head.round}",
         entry_is_certified=lambda *_: True,
     )
 
@@ -132,6 +141,7 @@ class Stand:
             journal=self.journal,
             blobs=self.blobs,
             decider=self.decider,
+            grants_of=lambda ranges: (),
             log_file=lambda name: None,
             on_event=lambda event: None,
         )
@@ -212,10 +222,10 @@ async def test_a_fold_that_waits_for_a_snapshot_finds_it_in_the_round_that_it_wa
     trainer.may_answer.set()
     await asyncio.gather(snapshot, fold)
     assert stand.rounds.head.round == 1
-    assert stand.rounds.carried == brings(span(0, 4)), "it was held when the round ended without it"
+    assert plain(stand.rounds.carried) == brings(span(0, 4)), "it was held when the round ended without it"
     assert stand.rounds.missed == 1
     found, _ = stand.progress()
-    assert found == Progress(GENESIS, 0, 0, brings(span(0, 4)), offered=True)
+    assert replace(found, contribution=plain(found.contribution)) == Progress(GENESIS, 0, 0, brings(span(0, 4)), True)
 
 
 async def test_the_file_is_gone_before_a_round_hears_more_than_it_says(stand):
@@ -227,7 +237,7 @@ async def test_the_file_is_gone_before_a_round_hears_more_than_it_says(stand):
     stand.decider.step = lambda event: (seen.append(stand.progress()), step(event))
     await stand.bench.take_snapshot()
     assert seen == [None]
-    assert stand.rounds.contribution == brings(span(0, 4))
+    assert plain(stand.rounds.contribution) == brings(span(0, 4))
 
 
 async def test_a_snapshot_that_a_rollback_made_needless_is_not_taken(stand):
@@ -258,8 +268,10 @@ async def test_work_that_an_open_round_was_offered_is_brought_to_it_again_in_the
     await stand.bench.take_snapshot()
     node = await again(stand)
     await node.bench.take_up_saved()
-    assert node.rounds.contribution == brings(span(0, 4)) and node.rounds.carried is None
+    assert node.rounds.contribution == stand.rounds.contribution and node.rounds.carried is None
+    assert plain(node.rounds.contribution) == brings(span(0, 4))
     assert node.bench.payload == stand.bench.payload != b""
+    assert node.rounds.contribution.update == digest_of(node.bench.payload)
 
 
 async def test_work_that_rounds_went_by_without_weighs_what_it_would_if_the_node_had_stayed(stand):
@@ -300,17 +312,17 @@ async def test_of_a_trainer_that_died_what_was_saved_is_taken_up(stand):
     await saved(stand, span(0, 4), steps=3)
     await stand.bench.lost_trainer()
     assert stand.bench.trainer is None
-    assert stand.rounds.carried == brings(span(0, 4)) and stand.rounds.contribution is None
+    assert plain(stand.rounds.carried) == brings(span(0, 4)) and stand.rounds.contribution is None
     assert np.allclose(stand.u, STEP)
     await stand.bench.lost_trainer()
-    assert stand.rounds.carried == brings(span(0, 4)) and np.allclose(stand.u, STEP), "and only once"
+    assert plain(stand.rounds.carried) == brings(span(0, 4)) and np.allclose(stand.u, STEP), "and only once"
 
 
 async def test_a_round_that_asks_while_the_trainer_is_dead_gets_what_was_saved(stand):
     await saved(stand, span(0, 4), snapshot_asked=True)
     stand.bench.trainer.dead = True
     await stand.bench.take_snapshot()
-    assert stand.rounds.contribution == brings(span(0, 4))
+    assert plain(stand.rounds.contribution) == brings(span(0, 4))
     assert stand.bench.payload == codec("int4").encode(stand.u)
     assert np.allclose(stand.u, STEP)
 
@@ -322,12 +334,12 @@ async def test_what_a_round_was_offered_is_not_taken_up_a_second_time(stand):
     await stand.bench.take_snapshot()
     before = stand.u.copy()
     await stand.bench.lost_trainer()
-    assert stand.rounds.contribution == brings(span(0, 4)) and stand.rounds.carried is None
+    assert plain(stand.rounds.contribution) == brings(span(0, 4)) and stand.rounds.carried is None
     assert np.array_equal(stand.u, before)
     await stand.fold(brings(span(8, 9), node=PEER))
     stand.with_trainer()
     await stand.bench.lost_trainer()
-    assert stand.rounds.carried == brings(span(0, 4)) and np.array_equal(stand.u, before)
+    assert plain(stand.rounds.carried) == brings(span(0, 4)) and np.array_equal(stand.u, before)
 
 
 async def test_work_that_diverged_is_not_taken_up(stand):
@@ -340,7 +352,7 @@ async def test_a_dead_trainer_leaves_the_work_that_was_held_back_before(stand):
     stand.u[:] = 1
     await saved(stand, span(0, 4), carried=brings(span(20, 22)), missed=2)
     await stand.bench.lost_trainer()
-    assert stand.rounds.carried == brings(span(20, 22), span(0, 4)) and stand.rounds.missed == 2
+    assert plain(stand.rounds.carried) == brings(span(20, 22), span(0, 4)) and stand.rounds.missed == 2
     assert np.allclose(stand.u, 1 + STEP)
 
 

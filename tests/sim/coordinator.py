@@ -25,7 +25,7 @@ from protocol.types import (
     SignedRoster,
 )
 from tests.sim.faults import CLOCK_JUMP_SECONDS
-from tests.sim.invariants import GENESIS, GENESIS_STATE, RUN, SHARDS, state_after
+from tests.sim.invariants import GENESIS, GENESIS_STATE, RUN, SHARDS, check_brought, granted, state_after
 from tests.sim.node import HEARTBEAT_SECONDS, LOG_PAGE, PARAMETERS, certified, named
 from tests.sim.process import Process
 
@@ -114,6 +114,7 @@ class SimCoordinator(Process):
             evaluate_every=1,
             base_every=50,
             entry_is_certified=certified,
+            check_brought=check_brought,
         )
         self.start()
 
@@ -301,7 +302,7 @@ class SimCoordinator(Process):
     def lease(self, node: NodeId, sequences: int) -> tuple[tuple[Lease, ...]]:
         self.granted = ()
         self._event(machine.LeasesAsked(node, sequences))
-        return (self.granted,)
+        return (tuple(replace(lease, signature=granted(node, lease.range)) for lease in self.granted),)
 
     def page(self, start: int) -> Page:
         entries = tuple(self.store.line[start : start + LOG_PAGE])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -12,11 +12,13 @@ from coordinator.core.leases import Leases
 from coordinator.core.machine import State
 from node.core.rounds import Phase, Rounds, Rules
 from protocol.canonical import digest
+from protocol.errors import Code, Refused
 from protocol.log import head_after, ranges_of, record_hash
 from protocol.messages import Begin, Message, Propose, Ready, Vote
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
+    Contribution,
     DataRange,
     Digest,
     Epoch,
@@ -265,6 +267,35 @@ class Truth:
 
 def sign(node: NodeId, body: VoteBody) -> str:
     return f"{node} {body.round} {body.ballot.epoch} {body.ballot.attempt} {body.record}"
+
+
+def sign_proposal(node: NodeId, body: VoteBody) -> str:
+    return f"{node} proposes {body.round} {body.ballot.epoch} {body.ballot.attempt} {body.record}"
+
+
+def granted(node: NodeId, data: DataRange) -> str:
+    """The coordinator's signature."""
+    return f"{node} may train on {data}"
+
+
+def brings(head: Head, contribution: Contribution) -> Contribution:
+    return replace(contribution, signature=_brought(head, contribution))
+
+
+def is_brought(head: Head, contribution: Contribution) -> bool:
+    """As protocol/contribution.py has it."""
+    node, grants = contribution.node, contribution.grants
+    proved = Consumed().with_ranges(grant.range for grant in grants if grant.signature == granted(node, grant.range))
+    return contribution.signature == _brought(head, contribution) and all(map(proved.covers, contribution.ranges))
+
+
+def check_brought(record: Record) -> None:
+    if not all(is_brought(Head(record.round, record.previous), each) for each in record.contributions):
+        raise Refused(Code.RECORD_BAD, f"record {record.round} holds what nobody brought")
+
+
+def _brought(head: Head, contribution: Contribution) -> str:
+    return f"{contribution.node} brings {digest((head.round, head.hash, replace(contribution, signature='')))}"
 
 
 def state_after(state: Digest, record: Record) -> Digest:

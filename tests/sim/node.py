@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from node.core import rounds, session
 from node.core.rounds import Rounds, group
 from node.progress import Carry, Drop, Offer, Progress, Settle, resume
 from protocol.canonical import digest
+from protocol.contribution import grant_of
 from protocol.exchange import layout
 from protocol.log import head_after, next_head, ranges_of, record_hash
 from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message, Vote
@@ -23,6 +24,7 @@ from protocol.types import (
     Digest,
     Epoch,
     Exchange,
+    Grant,
     Lease,
     LogEntry,
     NodeId,
@@ -33,7 +35,20 @@ from protocol.types import (
     VoteBody,
 )
 from tests.sim.faults import SLOW
-from tests.sim.invariants import CONTEXT, GENESIS, GENESIS_STATE, RUN, Known, Spans, sign, span, state_after
+from tests.sim.invariants import (
+    CONTEXT,
+    GENESIS,
+    GENESIS_STATE,
+    RUN,
+    Known,
+    Spans,
+    brings,
+    is_brought,
+    sign,
+    sign_proposal,
+    span,
+    state_after,
+)
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -41,6 +56,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 PARAMETERS = 16 * 65536
+UPDATE = digest("an encoded vector")
 TICK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 3.0
 ASK_SECONDS = 3.0  # after which a question to the coordinator is asked again
@@ -138,6 +154,10 @@ class SimNode(Process):
             stale_rounds=swarm.stale_rounds,
             sign=lambda body: sign(self.me, body),
             vote_is_valid=lambda node, body, signature: signature == sign(node, body),
+            sign_proposal=lambda body: sign_proposal(self.me, body),
+            proposal_is_valid=lambda node, body, signature: signature == sign_proposal(node, body),
+            brings=brings,
+            is_brought=is_brought,
             entry_is_certified=certified,
         )
         world.at(luck.uniform(0, swarm.start_seconds) if index >= 2 else 0.0, self.start)
@@ -194,6 +214,7 @@ class SimNode(Process):
             accepted=promise[2] if promise else None,
         )
         self.session = session.Session(sequences_wanted=4)
+        self.grants = [grant_of(lease) for lease in disk.leases.values()]
         self.queue: list[DataRange] = []
         self.since_snapshot: list[DataRange] = []
         self.brought: Spans = []  # handed to a round, not certified yet
@@ -338,9 +359,15 @@ class SimNode(Process):
 
     def _save_progress(self, *, offered: bool) -> None:
         state = self.rounds
-        brings = rounds.combine(state.carried, tuple(self.since_snapshot), state.consumed, self.rules)
-        if brings.ranges:
-            self.disk.progress = Progress(state.head, state.branch, state.missed, brings, offered)
+        ranges = tuple(self.since_snapshot)
+        brought = rounds.combine(state.carried, ranges, self._grants_of(ranges), state.consumed, self.rules)
+        if offered:
+            brought = brings(state.head, replace(brought, update=UPDATE))
+        if brought.ranges:
+            self.disk.progress = Progress(state.head, state.branch, state.missed, brought, offered)
+
+    def _grants_of(self, ranges: tuple[DataRange, ...]) -> tuple[Grant, ...]:
+        return tuple(grant for grant in self.grants if any(grant.range.overlaps(each) for each in ranges))
 
     # the coordinator
 
@@ -405,6 +432,7 @@ class SimNode(Process):
         def answer(granted: tuple[Lease, ...]) -> None:
             answered.append(1)
             self.disk.leases |= {lease.lease_id: lease for lease in granted}
+            self.grants += map(grant_of, granted)
             if self.session.trainer_ready:  # else the next one gets it
                 self.queue += [lease.range for lease in granted]
             self.session_event(session.LeasesArrived(_sequences([lease.range for lease in granted])))
@@ -555,7 +583,7 @@ class SimNode(Process):
             self.disk.progress = None  # before a round hears of more than it says
         ranges, self.since_snapshot, self.steps = tuple(self.since_snapshot), [], 0
         self.brought += map(span, ranges)
-        self.rounds_event(rounds.SnapshotTaken(ranges))
+        self.rounds_event(rounds.SnapshotTaken(ranges, self._grants_of(ranges), UPDATE))
 
     def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
         world = self.world
