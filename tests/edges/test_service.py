@@ -1067,6 +1067,21 @@ async def test_an_uncertified_record_changes_nothing(world):
         )
 
 
+async def test_a_record_with_weight_that_was_never_granted_gets_no_credit(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(4)
+    for forged in (
+        replace(lease, range=replace(lease.range, stop=lease.range.stop + 1)),
+        replace(lease, range=replace(lease.range, pass_number=1)),
+        replace(lease, signature=""),
+    ):
+        await link.push_entry(world.decide(link, roster, [b"x" * 9], forged))
+    assert world.desk.store.entry_count == 0
+    assert "record 0: " in world.desk.state.events[-1][1]
+    await link.push_entry(world.decide(link, roster, [b"x" * 9], lease))
+    assert world.desk.store.entry_count == 1
+
+
 async def test_the_log_is_read_in_bounded_pages(world, monkeypatch):
     monkeypatch.setattr(door, "PAGE_ENTRIES_MAX", 3)
     link, roster = await world.training()
