@@ -122,7 +122,9 @@ class Reader:
             try:
                 yield from self._read(source, before)
             except OSError as error:  # pyarrow's errors of damaged streams are OSErrors too
-                raise Refused(Code.DATA_BAD, f"{shown(str(source.path))}: {shown(error.strerror or str(error))}") from error
+                raise Refused(
+                    Code.DATA_BAD, f"{shown(str(source.path))}: {shown(error.strerror or str(error))}"
+                ) from error
             self.bytes_done = before + source.size
 
     def _find_in(self, folder: Path) -> Iterator[Source]:

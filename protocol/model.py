@@ -217,7 +217,9 @@ def _check_values(value: Any, place: str) -> None:
             pass
         case int() | float():
             if not -INTEGER_MAX <= value <= INTEGER_MAX:  # also refuses NaN
-                raise Refused(Code.MODEL_BAD, f"{canonical.shown(place)} is {canonical.shown(str(value))}, at most {INTEGER_MAX}")
+                raise Refused(
+                    Code.MODEL_BAD, f"{canonical.shown(place)} is {canonical.shown(str(value))}, at most {INTEGER_MAX}"
+                )
         case _:
             raise Refused(Code.MODEL_BAD, f"{canonical.shown(place)} is a {type(value).__name__}, not JSON")
 
