@@ -101,6 +101,7 @@ class Engine:
             "listen": list(listen),
             "rendezvous": list(rendezvous),
             "codecs": [packing.up.name, packing.down.name],
+            "rule": packing.rule.value,
             "residual_decay": residual_decay,
             "parameters": parameters,
             "blob_dir": str(blob_dir),

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,6 +25,7 @@ from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import aiter_with_timeout
 
 from node.leftover import Leftover, encode
+from protocol import robust
 from protocol.codec import Codec
 from protocol.errors import Refused
 from protocol.exchange import Packing
@@ -109,7 +110,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         self,
         part_values: Sequence[int],
         weights: Sequence[int],
-        codec: Codec,
+        packing: Packing,
         down: Codec | None,
         *,
         start: int,
@@ -124,7 +125,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         self._before = before
         self._residual_decay = residual_decay
         self._weights = weights
-        self._codec = codec
+        self._codec, self._rule = packing.up, packing.rule
         self._down = down
         self._received: list[list[bytes]] = [[] for _ in weights]
         self._means: list[asyncio.Future[bytes]] = [asyncio.get_running_loop().create_future() for _ in part_values]
@@ -186,10 +187,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             return
         self.included = included
         try:
-            for part_index, mean in enumerate(self._means):
-                encoded = await asyncio.to_thread(self._mean_of, part_index)
-                if not mean.done():
-                    mean.set_result(encoded)
+            await self._publish(included)
             if self._left.size:
                 self.leftover = Leftover(self._start, self._left)
         except Refused as refused:
@@ -198,24 +196,36 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         self._received = [[] for _ in self._weights]
         self.finished.set()
 
-    def _mean_of(self, part_index: int) -> bytes:
-        """In float32, in the roster's order, so that anyone who repeats it gets the same bits, but for sparse means."""
+    async def _publish(self, included: tuple[int, ...]) -> None:
+        """The means one by one, as soon as each is encoded."""
         if self._down is None:
-            (only,) = self.included
-            return self._received[only][part_index]
-        values = self.part_shapes[part_index].numel()
-        total = sum(self._weights[index] for index in self.included)
-        mean = np.zeros(values, np.float32)
-        for index in self.included:
-            mean += self._codec.decode(self._received[index][part_index], values) * np.float32(
-                self._weights[index] / total
-            )
-        if not self._down.sparse:
-            return self._down.encode(mean)
-        end = self._ends[part_index]
-        at = end - values
-        encoded, self._left[at:end] = encode(mean, self._start + at, self._down, self._before, self._residual_decay)
-        return encoded
+            (only,) = included
+            encodings = iter(self._received[only])
+        else:
+            encodings = self._encoded_means(included, self._down)
+        for mean in self._means:
+            encoded = await asyncio.to_thread(next, encodings)
+            if not mean.done():
+                mean.set_result(encoded)
+
+    def _encoded_means(self, included: tuple[int, ...], down: Codec) -> Iterator[bytes]:
+        """In the roster's order, so that anyone who repeats it gets the same bits, but for sparse means."""
+        slices = []
+        for index in included:
+            slices.append(b"".join(self._received[index]))
+            self._received[index] = []
+        tokens = [self._weights[index] for index in included]
+        chunks = robust.means(self._rule, self._codec, slices, tokens, self._ends[-1])
+        for part, end in zip(self.part_shapes, self._ends, strict=True):
+            mean = np.empty(part.numel(), np.float32)
+            at = end - mean.size
+            for start, chunk in itertools.islice(chunks, -(-mean.size // CHUNK_VALUES)):
+                mean[start - at : start - at + chunk.size] = chunk
+            if down.sparse:
+                encoded, self._left[at:end] = encode(mean, self._start + at, down, self._before, self._residual_decay)
+                yield encoded
+            else:
+                yield down.encode(mean)
 
     def _fail(self, reason: str) -> None:
         self.included = ()
@@ -272,7 +282,7 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         self.tensor_part_reducer = SpanReducer(
             pieces(plan.spans[self.index], self._step),
             self._weights,
-            self._up,
+            packing,
             None if gathers else self._down,
             start=plan.spans[self.index][0],
             before=before,

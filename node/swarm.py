@@ -33,6 +33,7 @@ from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CHUNK_VALUES, MEMBERS_MAX
 from protocol.process import Channel, ChannelClosed, Frame, parent_channel
+from protocol.robust import Rule
 from protocol.types import Exchange
 from protocol.v1 import barnraise_pb2
 
@@ -324,10 +325,11 @@ class Desk:
         except Refused as refused:
             await self._channel.send({"number": number, "refused": refused.reason.code, "what": refused.what})
             raise ChannelClosed from refused
+        up, down = map(codec, settings["codecs"])
         self._peer = BarnraisePeer(
             p2p,
             run=settings["run"],
-            packing=Packing(*map(codec, settings["codecs"])),
+            packing=Packing(up, down, Rule(settings["rule"])),
             residual_decay=settings["residual_decay"],
             parameters=settings["parameters"],
             blob_dir=Path(settings["blob_dir"]),

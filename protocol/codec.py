@@ -20,6 +20,7 @@ from protocol.limits import CHUNK_VALUES, PARAMETERS_MAX
 assert sys.byteorder == "little", "encoded bytes are the machine's own words; no big-endian machine trains models today"
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Octets = npt.NDArray[np.uint8]
 Data = bytes | bytearray | memoryview
 
@@ -30,6 +31,8 @@ _HALF_MAX: Final = np.float32(65504)  # largest finite fp16
 _HALF_INFINITE: Final = 0x7C00  # bits of fp16 infinity; NaNs, and anything negative, are above
 _FLOAT_INFINITE: Final = 0x7F800000  # bits of float32 infinity; NaNs are above
 _HALF_STEP: Final = 2.0**-24  # smallest fp16 above zero
+_EVEN_BYTES: Final = np.uint64(0x00FF00FF00FF00FF)
+_ONES: Final = np.uint64(0x0001000100010001)  # a word times this has the sum of the word's quarters in its highest
 
 
 class _Room:
@@ -101,6 +104,18 @@ class Codec(ABC):
         for start, stop, begin, end in self._chunks(values):
             self._check_chunk(octets[begin:end], stop - start, room)
 
+    def squares(self, data: Data, values: int) -> float:
+        """The sum of the squares of what decode gives, to the same bits on every machine. The caller has checked `data`.
+
+        In float64, halves added to halves: a library's sum adds in whatever order suits the processor."""
+        self._check_size(data, values)
+        room = _Room(values)
+        octets = np.frombuffer(data, np.uint8)
+        total = 0.0
+        for start, stop, begin, end in self._chunks(values):
+            total += halved(self._chunk_squares(octets[begin:end], stop - start, room))
+        return total
+
     @abstractmethod
     def error_max(self, peak: float) -> float:
         """How far a decoded value may be from the original where the block's largest magnitude is `peak`."""
@@ -116,6 +131,10 @@ class Codec(ABC):
 
     @abstractmethod
     def _decode_chunk(self, octets: Octets, out: Floats, room: _Room) -> None: ...
+
+    @abstractmethod
+    def _chunk_squares(self, octets: Octets, values: int, room: _Room) -> Doubles:
+        """Numbers that add up to the sum of a chunk's squares, each of them exact."""
 
     def _chunks(self, values: int) -> Iterator[tuple[int, int, int, int]]:
         """For each chunk: its values [start, stop) and its bytes [begin, end)."""
@@ -163,6 +182,9 @@ class Half(Codec):
     def _decode_chunk(self, octets: Octets, out: Floats, room: _Room) -> None:
         np.copyto(out, octets.view(np.float16))
 
+    def _chunk_squares(self, octets: Octets, values: int, room: _Room) -> Doubles:
+        return np.square(octets.view(np.float16), dtype=np.float64)
+
     def _finite(self, octets: Octets) -> bool:
         words = np.bitwise_and(octets.view(np.uint16), 0x7FFF)
         return bool(words.max(initial=0) < _HALF_INFINITE)
@@ -195,6 +217,10 @@ class _Blockwise(Codec):
 
     @abstractmethod
     def _unpack(self, codes: Octets, out: Floats) -> None: ...
+
+    @abstractmethod
+    def _code_squares(self, codes: Octets, blocks: int, room: _Room) -> npt.NDArray[np.int64]:
+        """The sum of the squares of each block's codes, as whole numbers."""
 
     def _encode_chunk(self, values: Floats, out: Octets, room: _Room) -> None:
         blocks = _blocks(values.size)
@@ -233,6 +259,12 @@ class _Blockwise(Codec):
             np.multiply(table, scales, out=table)
             out[:] = table.reshape(-1)[: out.size]
 
+    def _chunk_squares(self, octets: Octets, values: int, room: _Room) -> Doubles:
+        blocks = _blocks(values)
+        scales = octets[: 2 * blocks].view(np.float16).astype(np.float64)
+        squares: Doubles = scales * scales * self._code_squares(octets[2 * blocks :], blocks, room)
+        return squares
+
 
 class Int8(_Blockwise):
     """Codes -127..127, one byte each: 8.25 bits."""
@@ -255,6 +287,14 @@ class Int8(_Blockwise):
     def _unpack(self, codes: Octets, out: Floats) -> None:
         np.copyto(out[: codes.size], codes.view(np.int8))
         out[codes.size :] = 0
+
+    def _code_squares(self, codes: Octets, blocks: int, room: _Room) -> npt.NDArray[np.int64]:
+        table = room.magnitudes[: blocks * BLOCK_VALUES]
+        np.copyto(table[: codes.size], codes.view(np.int8))
+        table[codes.size :] = 0
+        np.multiply(table, table, out=table)
+        sums: npt.NDArray[np.int64] = np.add.reduce(table.reshape(blocks, BLOCK_VALUES), axis=1, dtype=np.int64)
+        return sums
 
 
 class Int4(_Blockwise):
@@ -297,6 +337,21 @@ class Int4(_Blockwise):
         np.take(self._pairs, codes, out=out.view(np.uint64)[: codes.size], mode="clip")
         out[2 * codes.size :] = 0
 
+    def _code_squares(self, codes: Octets, blocks: int, room: _Room) -> npt.NDArray[np.int64]:
+        """The squares of both values of a byte fit in it; eight bytes are added in one word, then its quarters."""
+        both, low = room.octets[: blocks * BLOCK_VALUES].reshape(2, -1)
+        np.right_shift(codes, 4, out=both[: codes.size])
+        np.bitwise_and(codes, 15, out=low[: codes.size])
+        for halves in (both, low):
+            halves[codes.size :] = self._middle
+            halves -= self._middle
+            halves *= halves
+        both += low
+        words = both.view(np.uint64).reshape(blocks, BLOCK_VALUES // 16)
+        quarters = (words & _EVEN_BYTES) + (words >> np.uint64(8) & _EVEN_BYTES)
+        sums = quarters[:, 0] + quarters[:, 1] + quarters[:, 2] + quarters[:, 3]
+        return (sums * _ONES >> np.uint64(48)).astype(np.int64)
+
 
 class Sparse2(Codec):
     """The largest 64 of every 4096 values at 2 bits each: 0.164 bits (SparseLoCo, arXiv 2508.15706, section 3).
@@ -334,6 +389,16 @@ class Sparse2(Codec):
         for start, positions, kept in self._blocks_of(octets, out.size):
             out[start + positions] = kept
 
+    def _chunk_squares(self, octets: Octets, values: int, room: _Room) -> Doubles:
+        sums: list[Doubles] = []
+        for _, _, rows, width, begin, end in _sparse_tables(values):
+            kept, block = width // SPARSE_SHARE, octets[begin:end]
+            levels = np.square(block[: 4 * rows].view(np.float16).reshape(rows, 2), dtype=np.float64)
+            codes = block[block.size - rows * -(-kept // 4) :].reshape(rows, -1)
+            large = np.add.reduce(np.bitwise_count(codes & 0xAA), axis=1, dtype=np.int64)  # the second bit of each code
+            sums += [levels[:, 0] * (kept - large), levels[:, 1] * large]
+        return np.concatenate(sums)
+
     def _blocks_of(self, octets: Octets, values: int) -> Iterator[tuple[int, npt.NDArray[np.int64], Floats]]:
         """For the whole blocks, then for a shorter last one: where they begin, which positions are kept, as what."""
         for start, stop, rows, width, begin, end in _sparse_tables(values):
@@ -342,6 +407,15 @@ class Sparse2(Codec):
                 raise Refused(Code.UPDATE_BAD, "sparse2 update holds a value after its last")
             positions += np.arange(0, rows * width, width)[:, None]
             yield start, positions.reshape(-1), kept.reshape(-1)
+
+
+def halved(numbers: Doubles) -> float:
+    """Their sum. Halves are added to halves: the same additions on every machine. `numbers` is changed."""
+    while (size := numbers.size) > 1:
+        half = size // 2
+        numbers[:half] += numbers[size - half :]
+        numbers = numbers[: size - half]
+    return float(numbers[0]) if numbers.size else 0.0
 
 
 _CODECS: Final[dict[str, Codec]] = {each.name: each for each in (Half(), Int8(), Int4(), Sparse2())}

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 
 from protocol.codec import Codec, codec
 from protocol.log import spans
+from protocol.robust import Rule
 from protocol.runspec import RunSpec, UpdateSection
 from protocol.types import Exchange, Role
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The codecs of a run: `up` for what members bring, `down` for the means of an all-reduce."""
+    """The codecs of a run: `up` for what members bring, `down` for the means of an all-reduce; and how those are taken."""
 
     up: Codec
     down: Codec
+    rule: Rule = Rule.MEAN
 
     def exchange(self, roles: Sequence[Role]) -> Exchange:
         """For a group of members in these roles: an all-gather of what is sparse, unless that sends more.
@@ -51,8 +53,8 @@ class Packing:
 
 
 def packing_of(update: UpdateSection) -> Packing:
-    """The codecs that a run file names."""
-    return Packing(codec(update.codec), codec(update.mean_codec))
+    """The codecs and the rule that a run file names."""
+    return Packing(codec(update.codec), codec(update.mean_codec), Rule(update.robust))
 
 
 def round_seconds(spec: RunSpec, parameters: int, members: int) -> float:

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from protocol import robust
 from protocol.codec import Data, Floats
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
@@ -77,9 +78,7 @@ def fold(state: State, record: Record, parts: Mapping[int, Data], packing: Packi
 def _means(record: Record, parts: Mapping[int, Data], packing: Packing) -> Iterator[tuple[int, Floats]]:
     """Where each chunk of the mean pseudo-gradient starts, and its values, lent until the next.
 
-    Contributions that everybody gathered are averaged here: sum over the parts, in their order, of tokens_i / tokens
-    times what part i decodes to, where the factor is rounded to float32 first.
-    """
+    Contributions that everybody gathered are averaged here, by the run's rule, in the order of the parts."""
     codec = packing.of(record.exchange)
     if record.exchange is Exchange.ALL_REDUCE:
         for part in record.parts:
@@ -87,17 +86,8 @@ def _means(record: Record, parts: Mapping[int, Data], packing: Packing) -> Itera
                 yield part.start + start, mean
         return
     tokens = {contribution.node: contribution.tokens for contribution in record.contributions}
-    total = sum(tokens.values())
-    factors = [np.float32(tokens[part.reducer] / total) for part in record.parts]
-    decoded = (codec.decode_chunks(parts[part.index], part.stop) for part in record.parts)
-    room = np.empty(CHUNK_VALUES, np.float32)
-    for pieces in zip(*decoded, strict=True):
-        start, mean = pieces[0][0], room[: pieces[0][1].size]
-        mean.fill(0)
-        for (_, piece), factor in zip(pieces, factors, strict=True):
-            piece *= factor
-            mean += piece
-        yield start, mean
+    gathered, weights = [parts[part.index] for part in record.parts], [tokens[part.reducer] for part in record.parts]
+    yield from robust.means(packing.rule, codec, gathered, weights, record.parts[0].stop)
 
 
 def check_update(state: State, record: Record, parts: Mapping[int, Data], packing: Packing) -> None:

@@ -175,6 +175,7 @@ class UpdateSection(_Section):
 
     codec: Literal["fp16", "int8", "int4", "sparse2"] = "int4"
     mean: Literal["auto", "fp16", "int8", "int4", "sparse2"] = "auto"
+    robust: Literal["clip", "mean", "trimmed", "centered"] = "clip"  # protocol/robust.py
     outer: Literal["average", "nesterov"] = "average"
     outer_learning_rate: Rate = 1.0
     outer_momentum: Beta = 0.0
@@ -192,6 +193,13 @@ class UpdateSection(_Section):
     def _means_fit(self) -> Self:
         if self.mean == "sparse2" and self.codec != "sparse2":
             raise _rule('mean = "sparse2" needs codec = "sparse2"', "mean")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_fits(self) -> Self:
+        if self.codec == "sparse2" and self.robust in ("trimmed", "centered"):
+            text = f'robust = "{self.robust}" takes the middle of each value, and with codec = "sparse2" most are zeros'
+            raise _rule(f"{text}; clip or mean fits", "robust")
         return self
 
     @model_validator(mode="after")
@@ -545,6 +553,7 @@ deadline_seconds = 300     # an exchange that takes longer is tried again; more 
 [update]
 codec = "int4"             # how nodes pack their changes: fp16, int8, int4, or sparse2 (0.16 bits per parameter)
 mean = "auto"              # how means of them are packed: auto (like codec; int4 for sparse2), fp16, int8, int4 or sparse2
+robust = "clip"            # what spoils a mean: clip (lengths to their median), trimmed, centered; mean trusts everybody
 outer = "average"          # average, or nesterov (then set outer_momentum, as in 0.9)
 outer_learning_rate = 1.0  # 2.0 suits sparse2 with muon
 outer_momentum = 0.0

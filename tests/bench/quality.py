@@ -30,9 +30,10 @@ from node.trainer import Learner
 from node.training import TrainerSpec, Vectors
 from protocol import model
 from protocol.blobs import digest_of
-from protocol.codec import Codec, Floats, Octets, codec
-from protocol.exchange import Packing
+from protocol.codec import Codec, Doubles, Floats, Octets, codec
+from protocol.exchange import Packing, layout
 from protocol.fold import Outer, OuterKind, fold
+from protocol.robust import Rule, means
 from protocol.runspec import RoundsSection, cosine_share
 from protocol.state import State, initial_state
 from protocol.types import Contribution, DataRange, Digest, Epoch, Exchange, NodeId, Part, Record, Role, RunId
@@ -72,6 +73,9 @@ class Whole(Codec):
     def _decode_chunk(self, octets: Octets, out: Floats, room: object) -> None:
         out[:] = octets.view(np.float32)
 
+    def _chunk_squares(self, octets: Octets, values: int, room: object) -> Doubles:
+        return np.square(octets.view(np.float32), dtype=np.float64)
+
 
 FP32 = Whole()
 INT4, SPARSE2 = codec("int4"), codec("sparse2")
@@ -87,6 +91,7 @@ class Recipe:
     outer: Outer = AVERAGE
     schedule: tuple[tuple[int, int], ...] = GROWING
     residual_decay: float = 1.0
+    paces: tuple[int, ...] = (1,)  # a worker makes every so-many-th step, and brings so many tokens fewer
 
 
 RECIPES = (
@@ -114,7 +119,7 @@ RECIPES = (
 
 
 def defaults() -> tuple[Recipe, ...]:
-    """What the defaults were chosen from: outer step, rounds and residual decay, for each codec."""
+    """What the defaults were chosen from: the robust rule; outer step, rounds and residual decay, for each codec."""
     base = Recipe("Muon, fp32, growing rounds", MUON, Packing(FP32, FP32))
     codecs = (("int4", Packing(INT4, INT4), 1.0, (0.95,)), ("sparse2", Packing(SPARSE2, INT4), 0.95, (1.0, 0.8)))
     outers = (
@@ -126,6 +131,10 @@ def defaults() -> tuple[Recipe, ...]:
         ("Nesterov 0.9, 0.5", Outer(OuterKind.NESTEROV, 0.9, 0.5)),
     )
     rows = [base]
+    rows += [replace(base, name=f"int4, {rule.value}", packing=Packing(INT4, INT4, rule)) for rule in Rule]
+    for rule in (Rule.MEAN, Rule.CLIP):
+        uneven = replace(base, packing=Packing(INT4, INT4, rule), paces=(1, 2, 4, 8))
+        rows.append(replace(uneven, name=f"int4, {rule.value}, steps of a half, a quarter and an eighth"))
     for name, packing, decay, others in codecs:
         usual = replace(base, packing=packing, residual_decay=decay)
         rows += [replace(usual, name=f"{name}, outer {what}", outer=outer) for what, outer in outers]
@@ -210,6 +219,7 @@ class Worker:
         )
         self.learner = Learner(spec, self.vectors)
         up = recipe.packing.up if recipe.packing else FP32
+        self.steps = 0  # since it last brought something
         self.gradient = PseudoGradient(
             self.vectors.shared, self.vectors.snapshot, up, residual_decay=recipe.residual_decay
         )
@@ -218,6 +228,7 @@ class Worker:
         inputs, targets = text.batch(number, worker)
         loss = self.learner.step(inputs, targets, lambda: False)
         assert loss is not None and loss == loss, "a step was rejected"
+        self.steps += 1
 
     def bring(self) -> bytes:
         self.gradient.expect_snapshot()
@@ -227,6 +238,7 @@ class Worker:
 
     def take(self, state: State, parts: Sequence[Part]) -> None:
         self.vectors.shared[:] = state.params
+        self.steps = 0
         self.gradient.settle(parts)
         self.learner.merge()
 
@@ -259,7 +271,8 @@ def train(setting: Setting, recipe: Recipe, folder: Path) -> Outcome:
                 each.learner.rate_share = cosine_share(done / setting.steps, setting.decay_to)
             for number in range(done, done + steps):
                 for index, each in enumerate(workers):
-                    each.step(text, number, index)
+                    if not (number - done) % recipe.paces[index % len(recipe.paces)]:
+                        each.step(text, number, index)
             done, rounds = done + steps, rounds + 1
             left = exchange(state, workers, recipe, left)
         parameters = state.params.size
@@ -273,26 +286,37 @@ def exchange(
     """One round: the record that a swarm would have certified, folded by everyone. What sparse means left out."""
     packing, size = recipe.packing, state.params.size
     assert packing is not None
+    tokens = [worker.steps for worker in workers]
     payloads = [worker.bring() for worker in workers]
     nodes = [NodeId(f"n{index}") for index in range(len(workers))]
     parts: dict[int, bytes] = {}
     how = packing.exchange([Role.PEER] * len(workers))
     if how is Exchange.ALL_REDUCE:
-        mean = sum(packing.up.decode(payload, size) for payload in payloads) / np.float32(len(payloads))
-        mean = np.ascontiguousarray(mean, np.float32)
-        if packing.down.sparse:
-            parts[0], left = leftover.encode(mean, 0, packing.down, before, recipe.residual_decay)
-            before = leftover.Leftover(0, left)
-        else:
-            parts[0] = packing.down.encode(mean)
-        listed = (Part(0, 0, size, digest_of(parts[0]), len(parts[0]), nodes[0], tuple(nodes)),)
+        shares, left = layout(how, size, [Role.PEER] * len(workers)), np.zeros(size, np.float32)
+        for index, (start, stop) in enumerate(shares):
+            if start == stop:
+                continue
+            slices = [payload[slice(*map(packing.up.encoded_bytes, (start, stop)))] for payload in payloads]
+            mean = np.empty(stop - start, np.float32)
+            for at, chunk in means(packing.rule, packing.up, slices, tokens, stop - start):
+                mean[at : at + chunk.size] = chunk
+            if packing.down.sparse:
+                encoded = leftover.encode(mean, start, packing.down, before, recipe.residual_decay)
+                parts[index], left[start:stop] = encoded
+            else:
+                parts[index] = packing.down.encode(mean)
+        before = leftover.Leftover(0, left) if packing.down.sparse else None
+        listed = tuple(
+            Part(i, *shares[i], digest_of(data), len(data), nodes[i], tuple(nodes)) for i, data in parts.items()
+        )
     else:
         parts = dict(enumerate(payloads))
         listed = tuple(
             Part(i, 0, size, digest_of(parts[i]), len(parts[i]), node, (node,)) for i, node in enumerate(nodes)
         )
     used = tuple(
-        Contribution(node, 1, (DataRange(int(state.round), SHARD, 2 * i, 2 * i + 1),)) for i, node in enumerate(nodes)
+        Contribution(node, tokens[i], (DataRange(int(state.round), SHARD, 2 * i, 2 * i + 1),))
+        for i, node in enumerate(nodes)
     )
     record = Record(RunId("run"), state.round, NOBODY, Epoch(0), nodes[0], used, listed, NOBODY, how)
     fold(state, record, parts, packing, recipe.outer)

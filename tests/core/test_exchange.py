@@ -12,6 +12,7 @@ from protocol.exchange import Packing, layout, packing_of
 from protocol.fold import Outer, OuterKind, fold
 from protocol.limits import CHUNK_VALUES as CHUNK
 from protocol.log import check_record_shape, spans
+from protocol.robust import Rule
 from protocol.runspec import UpdateSection
 from protocol.state import initial_state
 from protocol.types import Contribution, DataRange, Exchange, Part, Record, Role
@@ -39,9 +40,9 @@ def gathered(packing=SPARSE, who=(0, 1, 2)):
 
 
 def test_the_mean_is_packed_like_what_is_brought_unless_that_is_sparse():
-    assert packing_of(UpdateSection()) == Packing(codec("int4"), codec("int4"))
-    assert packing_of(UpdateSection(codec="fp16")) == Packing(codec("fp16"), codec("fp16"))
-    assert packing_of(UpdateSection(codec="sparse2")) == SPARSE
+    assert packing_of(UpdateSection()) == Packing(codec("int4"), codec("int4"), Rule.CLIP)
+    assert packing_of(UpdateSection(codec="fp16")) == Packing(codec("fp16"), codec("fp16"), Rule.CLIP)
+    assert packing_of(UpdateSection(codec="sparse2", robust="mean")) == SPARSE
     assert packing_of(UpdateSection(codec="sparse2", mean="fp16")).down is codec("fp16")
     assert packing_of(UpdateSection(codec="sparse2", mean="sparse2")).down is codec("sparse2")
 

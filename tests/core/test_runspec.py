@@ -155,6 +155,8 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_the_range(tex
         ('[update]\nouter = "nesterov"', 'outer = "nesterov" needs an outer_momentum between 0 and 1'),
         ('[update]\nouter = "average"\nouter_momentum = 0.9', 'outer = "average" needs outer_momentum = 0'),
         ('[update]\nmean = "sparse2"', 'mean = "sparse2" needs codec = "sparse2"'),
+        ('[update]\ncodec = "sparse2"\nrobust = "trimmed"', "clip or mean fits"),
+        ('[update]\nrobust = "centered"\ncodec = "sparse2"', "clip or mean fits"),
         ("[rounds]\ngather_seconds = 60\ndeadline_seconds = 60", "deadline_seconds must be more than gather_seconds"),
         ("[leases]\nseconds = 29", "at least 3 times [coordinator] heartbeat_seconds"),
         ("[leases]\nsequences = 3", "sequences must be at least 4"),

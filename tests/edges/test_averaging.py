@@ -29,6 +29,7 @@ from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.identity import Key, libp2p_private_key_bytes
 from protocol.limits import CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
+from protocol.robust import Rule, means
 from protocol.types import Digest, Exchange, PeerId, RunId
 from protocol.v1 import barnraise_pb2
 
@@ -56,7 +57,7 @@ class Swarm:
         self.heard = defaultdict(list)
 
     async def engine(
-        self, name: str, *, up: str = "int4", down: str = "int4", rendezvous=(), listen=(LOCAL,)
+        self, name: str, *, up: str = "int4", down: str = "int4", rule=Rule.MEAN, rendezvous=(), listen=(LOCAL,)
     ) -> Engine:
         home = self.folder / name
         (home / "blobs").mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ class Swarm:
             run=RUN,
             listen=listen,
             rendezvous=rendezvous,
-            packing=Packing(codec(up), codec(down)),
+            packing=Packing(codec(up), codec(down), rule),
             parameters=VALUES,
             blob_dir=home / "blobs",
             on_message=lambda peer, envelope: self.heard[name].append((peer, envelope)),
@@ -190,6 +191,38 @@ async def test_everyone_ends_with_the_same_bytes_of_the_weighted_mean(swarm, nam
         assert outcome.bytes_received == sum(sizes) - own + 2 * own
     assert sum(usage.sent for usage in usages) == sum(usage.received for usage in usages)
     assert sum(usage.sent for usage in usages) < 4 * sum(sizes) * 1.01
+
+
+def spoilt(attack, vector):
+    match attack:
+        case "times 100":
+            return vector * 100
+        case "a sign flip":
+            return vector * -20
+        case "as large as the codec goes":
+            return np.full_like(vector, 6e4)
+
+
+async def test_each_reducer_applies_the_rule_to_its_span_and_a_shout_is_heard_like_a_word(swarm):
+    how = codec("int4")
+    async with engines_of(swarm, 3, rule=Rule.CLIP) as engines:
+        for attack in ("times 100", "a sign flip", "as large as the codec goes"):
+            brought = vectors(3)
+            honest = mean_of(how, [how.encode(vector) for vector in brought], WEIGHTS)
+            brought[0] = spoilt(attack, brought[0])
+            encoded = [how.encode(vector) for vector in brought]
+            job = job_of(*(engine.peer for engine in engines))
+            outcomes = await asyncio.gather(
+                *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=True))
+            )
+            assert all(outcome.failed == {} and outcome.included == (0, 1, 2) for outcome in outcomes)
+            assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts
+            for index, (start, stop) in enumerate(SPANS):
+                slices = [data[how.encoded_bytes(start) : how.encoded_bytes(stop)] for data in encoded]
+                wanted = np.concatenate([m.copy() for _, m in means(Rule.CLIP, how, slices, WEIGHTS, stop - start)])
+                assert outcomes[0].parts[index] == how.encode(wanted)
+                peak = np.linalg.norm(how.decode(outcomes[0].parts[index], stop - start))
+                assert peak < 2 * np.linalg.norm(honest[start:stop]), attack
 
 
 async def test_a_peer_without_weight_sends_nothing_and_still_reduces_and_gets_every_mean(trio):
