@@ -213,17 +213,6 @@ class Coordinator:
 
     async def _listen(self, owned: AsyncExitStack) -> None:
         names = self._spec.coordinator
-        tls_key, tls_certificate = self._folder.tls()
-        door = await service.serve(
-            service.CoordinatorService(self), listen=names.listen, key=tls_key, certificate=tls_certificate
-        )
-        owned.push_async_callback(door.stop, 1.0)
-        page_at = address.parse(names.http)
-        assert page_at is not None
-        page = await web.serve(
-            self, host=page_at.host, port=page_at.port, hosts=tuple(a.rpartition(":")[0] for a in names.addresses)
-        )
-        owned.push_async_callback(page.stop)
         identity = self._folder.runtime / IDENTITY
         p2pd.write_identity(identity, libp2p_private_key_bytes(self._folder.peer_key()))
         where = address.parse(names.p2p)
@@ -237,6 +226,18 @@ class Coordinator:
             log=self._folder.log_file("rendezvous"),
         )
         self.rendezvous = self._rendezvous.addresses
+        page_at = address.parse(names.http)
+        assert page_at is not None
+        page = await web.serve(
+            self, host=page_at.host, port=page_at.port, hosts=tuple(a.rpartition(":")[0] for a in names.addresses)
+        )
+        owned.push_async_callback(page.stop)
+        # Last: whoever is let in is told at once where to find the others.
+        tls_key, tls_certificate = self._folder.tls()
+        door = await service.serve(
+            service.CoordinatorService(self), listen=names.listen, key=tls_key, certificate=tls_certificate
+        )
+        owned.push_async_callback(door.stop, 1.0)
         p2p_port = int(self.rendezvous[0].split("/")[4]) if self.rendezvous else where.port
         self.ports = {"grpc": door.port, "http": page.port, "p2p": p2p_port}
         self.store.set("ports", json.dumps(self.ports).encode())

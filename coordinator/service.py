@@ -30,8 +30,9 @@ import structlog
 
 from coordinator.core import machine, quotas, strikes
 from coordinator.core.strikes import Kind
+from coordinator.gate import INNER, Gate, Passage
 from coordinator.store import Store, StoredNode
-from protocol import canonical, identity, invite
+from protocol import address, canonical, identity, invite
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
 from protocol.contribution import sign_grant
 from protocol.errors import Code, Exit, Refused
@@ -96,10 +97,10 @@ OPTIONS: Final = (
     ("grpc.max_concurrent_streams", 2 * CALLS_PER_NODE_MAX),  # per connection
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the one that counts where nothing else is sent; gRPC's own is a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.server_handshake_timeout_ms", 5_000),
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: 4 MiB of zeros must be 4 MiB on the line too
 )
 
@@ -151,6 +152,15 @@ class Nonce:
     until_ms: int
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Where a call came from."""
+
+    connection: str  # no other has had this name
+    host: str
+    passage: Passage | None  # none if it came past the gate
+
+
 @dataclass
 class Session:
     """What the door remembers of one connected node."""
@@ -158,7 +168,7 @@ class Session:
     node: NodeId
     token: str
     incarnation: bytes
-    connection: str  # it is good on no other
+    caller: Caller  # it is good on no other connection
     calls: int = 0
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
@@ -169,28 +179,32 @@ class Session:
 class Server:
     """A listening door."""
 
-    def __init__(self, server: grpc.aio.Server, port: int) -> None:
+    def __init__(self, server: grpc.aio.Server, gate: Gate, port: int) -> None:
         self.port = port
+        self.gate = gate
         self._server = server
 
     async def stop(self, grace: float | None = None) -> None:
         await self._server.stop(grace)
+        self.gate.stop()
 
 
 async def serve(service: CoordinatorService, *, listen: str, key: bytes | Path, certificate: bytes | Path) -> Server:
-    """Listen on host:port, with the certificate whose fingerprint is in the invites.
+    """Listen on host:port behind a gate, with the certificate whose fingerprint is in the invites.
 
     TLS 1.3 only: the one cipher left to TLS 1.2 needs an RSA certificate, and ours is ECDSA. grpcio has no other way.
     """
     pair = tuple(file.read_bytes() if isinstance(file, Path) else file for file in (key, certificate))
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
     wire_grpc.add_CoordinatorServicer_to_server(service, server)
-    try:
-        port = server.add_secure_port(listen, grpc.ssl_server_credentials([(pair[0], pair[1])]))
-    except RuntimeError as error:
-        raise Refused(Code.PORT_IN_USE, f"{listen} cannot be listened on: {error}") from None
+    gate = Gate(server.add_secure_port(f"{INNER}:0", grpc.ssl_server_credentials([(pair[0], pair[1])])))
+    where = address.parse(listen)
+    if where is None:
+        raise Refused(Code.FIELD, f"{canonical.shown(listen)} is not host:port")
+    port = await gate.listen(where.host, where.port)
+    service.gate = gate
     await server.start()
-    return Server(server, port)
+    return Server(server, gate, port)
 
 
 class CoordinatorService(wire_grpc.CoordinatorServicer):
@@ -198,6 +212,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     def __init__(self, desk: Desk) -> None:
         self.refusals: Counter[str] = Counter()
+        self.gate: Gate | None = None
         self._desk = desk
         self._nonces: OrderedDict[bytes, Nonce] = OrderedDict()
         self._sessions: dict[str, Session] = {}
@@ -256,6 +271,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             retry_seconds = 0.0
             log.exception("a call failed", call=act.__name__, id=what[-8:])
         self.refusals[code.code] += 1
+        if self.gate is not None and (passage := self._caller(context).passage) is not None:
+            self.gate.blame(passage)
         later = (("retry-after", f"{retry_seconds:.3f}"),) if retry_seconds else ()
         await context.abort(_status(code), what, (("barnraise-code", code.code), *later))
         raise AssertionError("abort raises")
@@ -266,13 +283,15 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         _check_version(request.protocol)
         node = _node(request.node)
         now_ms = self._desk.now_ms()
-        _pass_by("joins from this network, or from all", self._joins.take(_host(context), now=time.monotonic()))
+        _pass_by(
+            "joins from this network, or from all", self._joins.take(self._caller(context).host, now=time.monotonic())
+        )
         while self._nonces and next(iter(self._nonces.values())).until_ms <= now_ms:
             self._nonces.popitem(last=False)
         if len(self._nonces) >= NONCES_MAX:
             _pass_by("challenges without an answer", NONCE_SECONDS)
         nonce = secrets.token_bytes(32)
-        self._nonces[nonce] = Nonce(node, context.peer(), now_ms + NONCE_SECONDS * 1000)
+        self._nonces[nonce] = Nonce(node, self._caller(context).connection, now_ms + NONCE_SECONDS * 1000)
         return wire.ChallengeReply(nonce=nonce, coordinator_ms=now_ms)
 
     async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenReply:
@@ -294,8 +313,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         signed = identity.sign_pass(self._desk.key, body)
         admitted_ms = known.admitted_ms if known else now_ms
         self._desk.store.save_node(StoredNode(node, peer, name, token, signed, admitted_ms))
-        session = self._new_session(node, request.incarnation, context.peer())
-        self._joins.welcome(_host(context))
+        session = self._new_session(node, request.incarnation, self._caller(context))
+        self._joins.welcome(session.caller.host)
         life, silent = self._begin_life(session, request.life)
         forgot = silent is not None and silent != self._desk.state.silent.get(node)
         self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot))
@@ -321,7 +340,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         nonce = self._nonces.pop(request.nonce, None)
         if nonce is None or nonce.until_ms <= now_ms:
             raise Refused(Code.CHALLENGE, f"an answer to no challenge of the last {NONCE_SECONDS} seconds")
-        if nonce.node != request.node or nonce.connection != context.peer():
+        if nonce.node != request.node or nonce.connection != self._caller(context).connection:
             raise Refused(Code.CHALLENGE, "an answer to a challenge that another node or connection was given")
         identity.verify(request.node, "open", self._proof(request.nonce), request.signature.hex())
 
@@ -357,9 +376,22 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     # sessions
 
-    def _new_session(self, node: NodeId, incarnation: bytes, connection: str) -> Session:
-        session = Session(node, secrets.token_hex(32), incarnation, connection)
-        self._end_session(node)
+    def _caller(self, context: Context) -> Caller:
+        """gRPC writes ipv4:1.2.3.4:5 and ipv6:%5B::1%5D:5."""
+        connection = context.peer()
+        host, _, port = unquote(connection).partition(":")[2].rpartition(":")
+        passage = self.gate.passage(int(port)) if self.gate is not None else None
+        if passage is None:
+            return Caller(connection, host.strip("[]"), None)
+        return Caller(f"{connection}#{passage.number}", passage.host, passage)
+
+    def _new_session(self, node: NodeId, incarnation: bytes, caller: Caller) -> Session:
+        session = Session(node, secrets.token_hex(32), incarnation, caller)
+        older = self._end_session(node)
+        if older is not None and older.caller.passage is not None and older.caller.passage is not caller.passage:
+            older.caller.passage.close()  # one connection is enough for one node
+        if self.gate is not None and caller.passage is not None:
+            self.gate.welcome(caller.passage)
         self._sessions[session.token] = self._session_of[node] = session
         return session
 
@@ -369,17 +401,20 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         session.life, silent = self._desk.store.begin_life(session.node, life, newest, session.incarnation)
         return session.life, silent
 
-    def _end_session(self, node: NodeId) -> None:
+    def _end_session(self, node: NodeId) -> Session | None:
         older = self._session_of.pop(node, None)
         if older is not None:
             del self._sessions[older.token]
+            if self.gate is not None and older.caller.passage is not None:
+                self.gate.dismiss(older.caller.passage)
+        return older
 
     @contextmanager
     def _session(self, context: Context) -> Iterator[Session]:
         """The session that the call belongs to, while it runs."""
         token = dict(context.invocation_metadata() or ()).get("session", "")
         session = self._sessions.get(str(token))
-        if session is None or session.connection != context.peer():
+        if session is None or session.caller.connection != self._caller(context).connection:
             raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
         self._check_welcome(session.node)
         if session.calls >= CALLS_PER_NODE_MAX:
@@ -835,11 +870,6 @@ def _pass_by(what: str, wait_seconds: float) -> None:
     """Refuse what came too often, with the time after which it may come again."""
     if wait_seconds:
         raise Refused(Code.BUSY, f"too many {what}; {wait_seconds:.1f} s from now on", retry_seconds=wait_seconds)
-
-
-def _host(context: Context) -> str:
-    """The IP address of the other end; gRPC writes ipv4:1.2.3.4:5 and ipv6:%5B::1%5D:5."""
-    return unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _take(writer: Writer, chunk: wire.BlobChunk) -> None:

@@ -88,6 +88,7 @@ OPTIONS: Final = (
     ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the one that counts where nothing else comes; gRPC's own is a minute
     ("grpc.max_reconnect_backoff_ms", 10_000),  # gRPC's own two minutes would outlast the outage
     ("grpc.enable_http_proxy", 0),  # the pin was checked without one
     ("grpc.use_local_subchannel_pool", 1),

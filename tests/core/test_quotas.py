@@ -1,8 +1,13 @@
 """Quotas, against a clock of our own."""
 
+import heapq
+import random
+
 import pytest
 
+from coordinator.core import quotas
 from coordinator.core.quotas import Buckets, Crowd, Rate, block_of, take
+from node.core.backoff import wait_seconds
 
 RATE = Rate(burst=3, per_second=2)
 
@@ -83,3 +88,22 @@ def test_a_local_address_has_the_common_bound_alone_for_it_may_be_a_proxys():
     crowd = Crowd(Rate(1, 1), Rate(4, 1))
     crowd.welcome("127.0.0.1")
     assert [bool(crowd.take("127.0.0.1", now=0.0)) for _ in range(5)] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_thousand_nodes_are_back_within_a_minute_and_never_more_at_once_than_is_let_in(seed):
+    luck = random.Random(seed)
+    crowd = Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
+    tries = [(0.0, f"{luck.randrange(1, 100)}.{number // 256}.{number % 256}.1", 0) for number in range(1000)]
+    back = []
+    while tries:
+        now, host, failures = heapq.heappop(tries)
+        if (wait := crowd.take(host, now=now)) == 0:
+            back.append(now)
+        else:
+            heapq.heappush(
+                tries, (now + wait + wait_seconds(failures=failures, luck=luck.random()), host, failures + 1)
+            )
+    assert max(back) < 60
+    for second in range(60):
+        assert sum(second <= each < second + 1 for each in back) <= quotas.JOINS.burst + quotas.JOINS.per_second

@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 import time
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import grpc
@@ -214,8 +215,8 @@ class World:
         return LogEntry(record, Certificate(digest, ballot, (Signature(node, vote),)))
 
 
-@pytest.fixture
-async def world(tmp_path):
+@asynccontextmanager
+async def a_world(tmp_path):
     desk = RealDesk(tmp_path)
     key, cert = tmp_path / "tls.key", tmp_path / "tls.pem"
     tls.make_certificate(key, cert, [])
@@ -227,6 +228,12 @@ async def world(tmp_path):
         await link.close()
     await server.stop(None)
     desk.store.close()
+
+
+@pytest.fixture
+async def world(tmp_path):
+    async with a_world(tmp_path) as world:
+        yield world
 
 
 async def refused(awaitable):
