@@ -166,6 +166,7 @@ class Coordinator:
             base_every=spec.evaluate.base_every_rounds,
             entry_is_certified=is_certified,
             check_brought=check_brought,
+            manifest=genesis_head(self.manifest.manifest).hash,
         )
 
     def _restore(self) -> machine.State:

@@ -105,10 +105,10 @@ class Courier:
                 raise Refused(Code.SIGNATURE, "a letter by another hand")
             if isinstance(message, LogReply):
                 coordinator = coordinator_key(self._manifest.run)
-                for signed in message.rosters:
-                    check_roster(coordinator, signed)
-                for rollback in message.rollbacks:
-                    check_rollback(coordinator, rollback)
+                signed_of = [check_roster(coordinator, signed).run for signed in message.rosters]
+                signed_of += [check_rollback(coordinator, signed).run for signed in message.rollbacks]
+                if any(run != self._manifest.run for run in signed_of):
+                    raise Refused(Code.SIGNATURE, "a roster or rollback of another run")
         except Refused as refused:
             log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -53,6 +54,7 @@ from protocol.types import (
     Seal,
     Shard,
     SignedRollback,
+    SignedRoster,
     VoteBody,
 )
 
@@ -148,6 +150,7 @@ class Daemon:
             workbench=self._workbench,
             tally=self._tally,
             spawn=self._spawn,
+            pass_on=self._pass_on,
         )
 
     # opening
@@ -522,6 +525,15 @@ class Daemon:
             self._fail(refused)
             return
         self._decider.post(rounds.LogArrived(reply.entries, reply.rosters))
+
+    async def _pass_on(self, signed: SignedRoster) -> None:
+        """A new roster, to one member drawn by lot: a coordinator that tells its nodes different stories is found out."""
+        await self._courier.tell_engine()
+        others = [node for node in signed.roster.nodes if node != self._me]
+        if others:
+            state = self._decider.rounds
+            told = LogReply(self._manifest.run, state.head.round, self._me, (), (signed,), state.rollbacks)
+            self._send((secrets.choice(others),), told)
 
     async def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
         """Average with the group; whatever happens, say what is held."""

@@ -92,7 +92,11 @@ class Journal:
         return tuple(found)
 
     def save_roster(self, signed: SignedRoster) -> None:
-        atomic_write(self.folder / "rosters" / f"{signed.roster.epoch:08d}.json", canonical.to_bytes(signed))
+        atomic_write(self._roster(signed.roster.epoch), canonical.to_bytes(signed))
+
+    def roster(self, epoch: Epoch) -> SignedRoster | None:
+        path = self._roster(epoch)
+        return canonical.from_bytes(SignedRoster, path.read_bytes()) if path.exists() else None
 
     def rosters(self) -> dict[Epoch, SignedRoster]:
         signed = (
@@ -131,6 +135,9 @@ class Journal:
         for path in (self.folder / "log").glob("*.json"):
             if int(path.stem) < round_number:
                 path.unlink()
+
+    def _roster(self, epoch: Epoch) -> Path:
+        return self.folder / "rosters" / f"{epoch:016d}.json"
 
     def _log(self, round_number: RoundNumber) -> Path:
         return self.folder / "log" / f"{round_number:08d}.json"

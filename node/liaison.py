@@ -24,9 +24,11 @@ from node.membership import Membership
 from node.status import Tally
 from node.supply import Supply
 from node.workbench import Workbench
+from protocol import canonical
 from protocol.blobs import BlobStore
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
+from protocol.log import genesis_head
 from protocol.types import Digest, Epoch, LogEntry, Part, RoundNumber, SignedRollback, SignedRoster
 
 STUCK_SECONDS: Final = 30.0  # without a record folded: the page that was read may be of a branch that is no more
@@ -51,6 +53,7 @@ class Liaison:
         workbench: Workbench,
         tally: Tally,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        pass_on: Callable[[SignedRoster], Coroutine[Any, Any, None]],
     ) -> None:
         self._link = link
         self._membership = membership
@@ -63,17 +66,31 @@ class Liaison:
         self._workbench = workbench
         self._tally = tally
         self._spawn = spawn
+        self._pass_on = pass_on
         self._wanted_before: frozenset[Digest] = frozenset()
         self._known_round = RoundNumber(0)
 
     # what the coordinator signed, whoever brings it
 
     def learn_roster(self, signed: SignedRoster) -> None:
-        if signed.roster.epoch not in self._decider.rounds.rosters:
+        """Go by it if it is new, and pass it on. Refuses, whoever brings it, a second roster of an epoch, and one of
+        a run by another manifest: the coordinator tells its nodes different stories."""
+        roster, rosters = signed.roster, self._decider.rounds.rosters
+        if roster.run != self._decider.rules.run:
+            return
+        manifest = genesis_head(self._membership.opened.manifest.manifest).hash
+        if roster.manifest != manifest:
+            two = f"{manifest[:12]} shown to this node, {roster.manifest[:12]} in roster {roster.epoch}"
+            raise Refused(Code.TWO_STORIES, f"the coordinator has signed two manifests: {two}")
+        known = rosters.get(roster.epoch) or self._journal.roster(roster.epoch)
+        if known is not None and known.roster != roster:
+            two = " and ".join(canonical.digest(each)[:12] for each in (known.roster, roster))
+            raise Refused(Code.TWO_STORIES, f"the coordinator has signed two rosters {roster.epoch}: {two}")
+        if roster.epoch not in rosters:
             self._journal.save_roster(signed)
             self._decider.step(rounds.RosterArrived(signed))
-            self._spawn(self._courier.tell_engine())
-            log.info("roster", epoch=signed.roster.epoch, members=len(signed.roster.members))
+            self._spawn(self._pass_on(signed))
+            log.info("roster", epoch=roster.epoch, members=len(roster.members))
 
     def learn_rollbacks(self, arrived: Iterable[SignedRollback]) -> None:
         new = self.save_rollbacks(arrived, known=self._decider.rounds.rollbacks)

@@ -208,7 +208,12 @@ class Link:
         self._hello = _Hello("", "", (), "", 0)
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)  # one link is one running process
         self._silent_epoch: Epoch | None = None
+        self._manifest: Manifest | None = None
         self._opening = asyncio.Lock()
+
+    def expect(self, manifest: Manifest) -> None:
+        """What this coordinator said its run is: it may not say anything else from here on."""
+        self._manifest = manifest
 
     async def open(
         self, *, life: int, invite: str = "", name: str = "", addresses: Sequence[str] = (), software: str = ""
@@ -406,6 +411,10 @@ class Link:
     def _opened(self, reply: wire.OpenReply, skew_seconds: float) -> Opened:
         signed = canonical.from_bytes(SignedManifest, reply.manifest)
         manifest = check_manifest(signed, self.door.run)
+        if self._manifest not in (None, manifest):
+            two = " and ".join(canonical.digest(each)[:12] for each in (self._manifest, manifest))
+            raise Refused(Code.TWO_STORIES, f"the coordinator has signed two manifests of this run: {two}")
+        self.expect(manifest)
         base = canonical.from_bytes(BaseCheckpoint, reply.base)
         check_base(base, manifest)
         return Opened(

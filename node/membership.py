@@ -55,6 +55,8 @@ class Membership:
         """Be let in. A first join fails at once when nobody answers; a member goes on with what it knows."""
         where, link = self._folder / STANDING, self._link
         self._standing = Standing.load(where, link.door, node=self._node, peer=link.peer)
+        if self._standing is not None:
+            link.expect(self._standing.manifest.manifest)
         failures = 0
         while self._opened is None:
             try:

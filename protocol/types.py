@@ -59,6 +59,8 @@ class Roster:
     issued_ms: int
     floor: RoundNumber = RoundNumber(0)  # members act under it from this round on: those before it are decided
     branch: int = 0  # it decides only where the log has followed so many rollbacks
+    manifest: Digest = Digest("")  # digest of the run's: whoever was shown another one finds it here
+    after: Epoch = Epoch(-1)  # of the newest roster that the coordinator knew of
 
     @property
     def quorum(self) -> int:

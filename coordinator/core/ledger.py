@@ -247,8 +247,8 @@ def _rosters(books: Books, manifest: Manifest) -> dict[int, Roster]:
 def _check_succession(key: str, last: Roster, roster: Roster) -> None:
     if roster.branch < last.branch:
         raise Wrong("rosters", key, says=f"branch {roster.branch}", wanted=f"branch {last.branch} or later")
-    if roster.branch > last.branch or roster.epoch != last.epoch + 1:
-        return  # the first of a branch need not meet older ones
+    if roster.branch > last.branch or roster.after != last.epoch:
+        return  # the first of a branch need not meet older ones; one that is missing would have stood between
     if roster.floor < last.floor:
         raise Wrong("rosters", key, says=f"from round {roster.floor} on", wanted=f"round {last.floor} or later")
     left = set(last.nodes) - set(roster.nodes)  # seals are not kept; take it that everybody who left gave one

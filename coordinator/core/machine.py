@@ -62,6 +62,7 @@ class Rules:
     base_every: int
     entry_is_certified: Callable[[LogEntry, Roster], bool]
     check_brought: Callable[[Record], None]  # refuses what a member did not bring, or was not granted
+    manifest: Digest  # the run's: every roster names it
 
 
 @dataclass(frozen=True)
@@ -784,10 +785,29 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     members = next_members([signed.roster for signed in state.rosters], desired, seals, state.silent)
     if members is None:
         return _held(state, {member.node for member in desired}, now, rules)
-    issued_ms = int(now * 1000)
-    roster = Roster(rules.run, state.next_epoch, members, issued_ms, floor=state.head.round, branch=state.branch)
-    state = replace(state, next_epoch=Epoch(state.next_epoch + 1), issuing=roster.epoch, held_since=None)
+    roster = Roster(
+        rules.run,
+        _fresh_epoch(state, now),
+        members,
+        int(now * 1000),
+        floor=state.head.round,
+        branch=state.branch,
+        manifest=rules.manifest,
+        after=max(state.history, default=Epoch(-1)),
+    )
+    state = replace(state, next_epoch=Epoch(roster.epoch + 1), issuing=roster.epoch, held_since=None)
     return state, (SignRoster(roster),)
+
+
+def _fresh_epoch(state: State, now: float) -> Epoch:
+    """The next number; after a restart one that no roster has, though the database may have forgotten the newest.
+
+    It may be a backup, and no node that knows better be here. Those it lacks were issued since the newest that it has,
+    and no coordinator signs and saves one in a millisecond."""
+    newest = state.history.get(max(state.history, default=Epoch(-1)))
+    if newest is None or newest.roster.issued_ms >= int(state.started * 1000):
+        return state.next_epoch
+    return Epoch(state.next_epoch + max(0, int(now * 1000) - newest.roster.issued_ms))
 
 
 def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:

@@ -49,7 +49,7 @@ def refusal(cls, data):
 
 def test_the_bytes_of_a_value_never_change():
     assert canonical.to_bytes(ROSTER) == (
-        b'{"branch":0,"epoch":1,"floor":0,"issued_ms":17,"members":[{"addresses":["/ip4/1.2.3.4/tcp/1"],"node":"n1","peer":"p1",'
+        b'{"after":-1,"branch":0,"epoch":1,"floor":0,"issued_ms":17,"manifest":"","members":[{"addresses":["/ip4/1.2.3.4/tcp/1"],"node":"n1","peer":"p1",'
         b'"role":"client","weight_cap":1000000}],"run":"k.run"}'
     )
     assert canonical.digest(RANGE) == "42f35ae79cb12f79450bf326026505eb16ca5767ee3c4104683d1938dcf476a9"

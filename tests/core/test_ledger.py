@@ -62,7 +62,8 @@ class Run:
     def roster(self, *nodes, epoch=None, **changes):
         epoch = len(self.books.rosters) if epoch is None else epoch
         members = tuple(Member(n, peer_id_of(KEYS[n].public_bytes), (), 1000) for n in nodes)
-        roster = Roster(RUN, epoch, members, 7, floor=self.head.round, branch=self.branch)
+        after = max(self.books.rosters, default=-1)
+        roster = Roster(RUN, epoch, members, 7, floor=self.head.round, branch=self.branch, after=after)
         self.change(rosters=self.books.rosters | {epoch: identity.sign_roster(OWNER, replace(roster, **changes))})
 
     def brings(self, node, leases):

@@ -66,6 +66,7 @@ RULES = machine.Rules(
     base_every=3,
     entry_is_certified=lambda entry, roster: len(entry.certificate.signatures) >= roster.quorum,
     check_brought=lambda record: None,
+    manifest=GENESIS,
 )
 
 
@@ -181,6 +182,31 @@ def test_a_certified_record_closes_the_rosters_before_its_own():
     coordinator.see(EntryArrived(coordinator.entry(brings(A, 0, 1), epoch=1)))
     assert [signed.roster.epoch for signed in coordinator.state.rosters] == [1]
     assert set(coordinator.state.history) == {0, 1}
+
+
+def test_a_coordinator_with_an_old_database_gives_no_roster_a_number_that_it_has_forgotten():
+    """Nodes bring back what it forgot, unless none that know it come in time."""
+    old = Coordinator().join(A, B)
+    before = old.state
+    old.see(NodeOpened(C, C, "node C", ()), beat(C), at=500.0)
+    forgotten = old.state.roster.roster
+    assert forgotten.epoch == before.roster.roster.epoch + 1
+    old.state = replace(before, nodes={}, started=501.0)
+    old.join(A, C)
+    old.see(beat(A), beat(C), at=501.0 + machine.RESTART_PATIENCE * RULES.absent_seconds)
+    known, *issued = sorted(old.state.history)
+    assert known == before.roster.roster.epoch == old.state.history[issued[0]].roster.after
+    assert forgotten.epoch < issued[0] and issued == list(range(issued[0], issued[0] + len(issued))), "it skips once"
+
+
+def test_a_coordinator_whose_clock_went_back_goes_on_counting():
+    coordinator = Coordinator()
+    coordinator.now = 900.0
+    coordinator.join(A, B)
+    coordinator.state = replace(coordinator.state, nodes={}, started=100.0)
+    coordinator.see(NodeOpened(A, A, "node A", ()), NodeOpened(C, C, "node C", ()), at=160.0)
+    coordinator.see(beat(A), beat(C))
+    assert list(coordinator.state.history) == [0, 1, 2]
 
 
 # leases

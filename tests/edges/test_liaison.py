@@ -1,5 +1,6 @@
 """The liaison with a coordinator made of a few lines: in which order a node brings it what it has forgotten."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from node.journal import Journal
 from node.liaison import Liaison
 from node.link import News, Page
 from node.status import Tally
-from protocol.errors import Code, Refused
+from protocol import canonical
+from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
+from protocol.log import genesis_head
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -19,18 +22,21 @@ from protocol.types import (
     Digest,
     Head,
     LogEntry,
+    Manifest,
     Record,
     Rollback,
     Roster,
+    SignedManifest,
     SignedRollback,
     SignedRoster,
 )
 
 HEAD = Head(5, Digest("55" * 32))
+MANIFEST = Manifest("run", "run", "{}", "{}", None, 256, 65536, Digest("22" * 32), Digest("11" * 32), 16, 2)
 
 
-def roster(epoch):
-    return SignedRoster(Roster("run", epoch, (), 0), "s")
+def roster(epoch, *, run="run", manifest=MANIFEST, issued_ms=0):
+    return SignedRoster(Roster(run, epoch, (), issued_ms, manifest=genesis_head(manifest).hash), "s")
 
 
 def rollback(number):
@@ -76,9 +82,10 @@ class Stand:
         fields = {"head": HEAD, "digest": Digest("11" * 32), "consumed": Consumed()}
         self.decider.begin(Rounds(**fields | state))
         self.lost = []
+        self.passed_on = []
         self.liaison = Liaison(
             self.coordinator,
-            SimpleNamespace(online=True, life=1),
+            SimpleNamespace(online=True, life=1, opened=SimpleNamespace(manifest=SignedManifest(MANIFEST, "s"))),
             heartbeat_seconds=0.0,
             decider=self.decider,
             journal=self.journal,
@@ -88,6 +95,7 @@ class Stand:
             workbench=SimpleNamespace(trainer=None),
             tally=Tally(),
             spawn=lambda work: None,
+            pass_on=self.passed_on.append,
         )
 
     def _rotten(self, digest):
@@ -146,3 +154,62 @@ async def test_a_part_that_rotted_here_does_not_end_the_node_that_is_asked_for_i
     await stand.liaison.beat()
     await stand.liaison.beat()
     assert not stand.coordinator.calls
+
+
+# two stories
+
+
+def test_a_roster_is_learned_once_and_passed_on(tmp_path):
+    stand = Stand(tmp_path)
+    stand.liaison.learn_roster(roster(3))
+    stand.liaison.learn_roster(roster(3))
+    assert stand.decider.rounds.rosters == stand.journal.rosters() == {3: roster(3)}
+    assert stand.passed_on == [roster(3)]
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+def test_a_second_roster_of_one_epoch_stops_the_node_and_both_are_named(tmp_path, restarted):
+    first, second = roster(3), roster(3, issued_ms=1)
+    stand = Stand(tmp_path)
+    stand.liaison.learn_roster(first)
+    if restarted:  # or the roster is one of so long ago that only the disk knows it
+        stand = Stand(tmp_path)
+    with pytest.raises(Refused) as caught:
+        stand.liaison.learn_roster(second)
+    assert caught.value.reason is Code.TWO_STORIES and caught.value.reason.exit is Exit.INTEGRITY
+    assert all(canonical.digest(each.roster)[:12] in caught.value.what for each in (first, second))
+    assert stand.journal.rosters() == {3: first}
+
+
+async def test_whoever_is_shown_another_manifest_than_others_finds_it_in_the_next_roster(tmp_path):
+    stand = Stand(tmp_path)
+    other = replace(MANIFEST, context=32)
+    stand.coordinator.news = {"roster": roster(0, manifest=other)}
+    with pytest.raises(Refused, match="two manifests") as caught:
+        await stand.liaison.beat()
+    assert caught.value.reason is Code.TWO_STORIES
+    assert genesis_head(MANIFEST).hash[:12] in caught.value.what and genesis_head(other).hash[:12] in caught.value.what
+    assert not stand.journal.rosters()
+
+
+def test_a_roster_of_another_run_of_the_same_coordinator_is_not_heard(tmp_path):
+    stand = Stand(tmp_path)
+    stand.liaison.learn_roster(roster(3, run="else"))
+    assert not stand.decider.rounds.rosters and not stand.journal.rosters()
+
+
+def test_a_second_rollback_under_a_number_stops_the_node(tmp_path):
+    stand = Stand(tmp_path, rollbacks=(rollback(1),), branch=1)
+    stand.liaison.learn_rollbacks([rollback(1)])
+    again = SignedRollback(replace(rollback(1).rollback, reason="else"), "s")
+    with pytest.raises(Refused) as caught:
+        stand.liaison.learn_rollbacks([again])
+    assert caught.value.reason is Code.TWO_STORIES and caught.value.reason.exit is Exit.INTEGRITY
+    assert not stand.journal.rollbacks()
+
+
+async def test_a_story_that_differs_ends_the_heartbeat_where_an_outage_does_not(tmp_path):
+    stand = Stand(tmp_path, rosters={3: roster(3)})
+    stand.coordinator.news = {"roster": roster(3, issued_ms=1)}
+    with pytest.raises(Refused, match="two rosters 3"):
+        await stand.liaison.heartbeat()

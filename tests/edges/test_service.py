@@ -18,6 +18,7 @@ from coordinator.core.strikes import Kind
 from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
 from node.link import Beat, Door, Link
+from node.membership import STANDING, Membership
 from protocol import canonical, contribution, identity, invite, tls
 from protocol.blobs import BlobStore, digest_of
 from protocol.contribution import grant_of
@@ -79,7 +80,20 @@ class RealDesk:
         self.over = False
         self.skew_ms = 0
         self.rules = machine.Rules(
-            self.run, PARAMETERS, 1, 0, 60.0, 60.0, 32, 64, 10**9, 1, 100, certified, check_brought
+            self.run,
+            PARAMETERS,
+            1,
+            0,
+            60.0,
+            60.0,
+            32,
+            64,
+            10**9,
+            1,
+            100,
+            certified,
+            check_brought,
+            genesis_head(manifest).hash,
         )
         self.state = machine.State(
             genesis_head(manifest), genesis_head(manifest), GENESIS, Consumed(), self.store.load_leases(self.shards)
@@ -462,6 +476,26 @@ def test_nothing_older_than_tls_1_3_is_spoken(tmp_path):
 async def test_a_manifest_of_another_signer_is_refused(world):
     world.desk.manifest = identity.sign_manifest(Key.generate(), world.desk.manifest.manifest)
     assert (await refused(world.link().open(life=1, invite=world.invite()))).reason is Code.SIGNATURE
+
+
+async def test_a_second_manifest_of_the_same_run_stops_a_node_now_and_after_a_restart(world, tmp_path):
+    shown = invite.decode(world.invite())
+
+    def member():
+        return Membership(link._key.public, link, shown, "heron", tmp_path / "journal")
+
+    link = world.link()
+    await member().begin(known=False)
+    kept = (tmp_path / "journal" / STANDING).read_bytes()
+    other = replace(world.desk.manifest.manifest, context=32)
+    world.desk.manifest = identity.sign_manifest(world.desk.key, other)
+    again = await refused(link.open(life=1))
+    link = world.again(link)
+    restarted = await refused(member().begin(known=True))
+    for refusal in (again, restarted):
+        assert (refusal.reason, refusal.reason.exit) == (Code.TWO_STORIES, Exit.INTEGRITY)
+        assert canonical.digest(other)[:12] in refusal.what
+    assert (tmp_path / "journal" / STANDING).read_bytes() == kept
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ class SimCoordinator(Process):
             base_every=50,
             entry_is_certified=certified,
             check_brought=check_brought,
+            manifest=GENESIS.hash,
         )
         self.start()
 
