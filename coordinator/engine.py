@@ -468,7 +468,7 @@ class Coordinator:
             raise Refused(Code.RUN_MISSING, f"round {order.to}, the log has 0 to {head.round}")
         self.submit(machine.RollbackAsked(self._record_head(order.to), order.reason))
         if self.state.branch == branch:
-            raise Refused(Code.STATE_MISMATCH, "the log has yet to follow a rollback that nodes remember")
+            raise Refused(Code.ORDER_REFUSED, self.state.events[-1][1])
         if head.round == order.to:
             return f"round {order.to} stays; the run goes on with a new roster of those who are here"
         return f"{head.round - order.to} rounds are undone; the run goes on from round {order.to}"
@@ -580,8 +580,10 @@ class Coordinator:
         """Go back by itself, or warn, if the watch says so."""
         self._watch, verdict = watch.watch(self._watch, round_number, heldout, self._watch_rules)
         if isinstance(verdict, watch.GoBack):
-            reason = verdict.reason[:REASON_CHARACTERS_MAX]
+            reason, branch = verdict.reason[:REASON_CHARACTERS_MAX], self.state.branch
             self.submit(machine.RollbackAsked(self._record_head(verdict.to), reason))
+            if self.state.branch == branch:  # refused so soon after a start: the next measurement orders it again
+                self._watch = replace(self._watch, said=False)
         elif verdict is not None:
             self.submit(machine.Noticed(verdict))
 

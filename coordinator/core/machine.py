@@ -678,6 +678,10 @@ def _rollback_asked(state: State, to: Head, reason: str, now: float, rules: Rule
         return _say(state, now, "no rollback: the log has yet to follow one that nodes remember"), (Announce(),)
     if number > ROLLBACKS_MAX:
         return _say(state, now, f"no rollback: the run has had {ROLLBACKS_MAX}"), (Announce(),)
+    left = state.started + RESTART_PATIENCE * rules.absent_seconds - now
+    if state.history and left > 0:  # its number may be one that a lost disk forgot
+        what = f"no rollback yet: for {left:.0f} s nodes may still bring back what they know of the run"
+        return _say(state, now, what), (Announce(),)
     rollback = Rollback(rules.run, number, to, state.head, reason, int(now * 1000))
     return state, (SignRollback(rollback),)
 

@@ -199,6 +199,20 @@ def test_a_coordinator_with_an_old_database_gives_no_roster_a_number_that_it_has
     assert forgotten.epoch < issued[0] and issued == list(range(issued[0], issued[0] + len(issued))), "it skips once"
 
 
+def test_nothing_is_taken_back_before_nodes_could_say_what_a_restarted_coordinator_has_forgotten():
+    """Else its number may be that of a rollback which they have followed."""
+    coordinator = Coordinator().join(A, B)
+    coordinator.state = replace(coordinator.state, started=100.0)
+    asked, patience = (
+        machine.RollbackAsked(coordinator.state.head, "why"),
+        machine.RESTART_PATIENCE * RULES.absent_seconds,
+    )
+    assert not of(machine.SignRollback, coordinator.see(beat(A), beat(B), asked, at=99.0 + patience))
+    assert coordinator.state.events[-1][1].startswith("no rollback yet: for 1 s")
+    (order,) = of(machine.SignRollback, coordinator.see(asked, at=100.0 + patience))
+    assert order.rollback.number == 1
+
+
 def test_a_coordinator_whose_clock_went_back_goes_on_counting():
     coordinator = Coordinator()
     coordinator.now = 900.0

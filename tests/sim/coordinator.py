@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -74,6 +75,12 @@ class Store:
     marks: list[strikes.Mark] = field(default_factory=list)
     parts: set[Digest] = field(default_factory=set)
 
+    def copied(self) -> Store:
+        fresh = copy.copy(self)
+        fresh.line, fresh.undone, fresh.rosters = list(self.line), list(self.undone), dict(self.rosters)
+        fresh.members, fresh.lives, fresh.silent = dict(self.members), dict(self.lives), dict(self.silent)
+        return fresh  # what is in the archive stays there
+
     def begin_life(self, node: NodeId, life: int, newest: Epoch, process: int) -> tuple[int, Epoch]:
         stored, before = self.lives.get(node, (0, -1))
         if process == before:
@@ -97,6 +104,7 @@ class SimCoordinator(Process):
     def __init__(self, world: World) -> None:
         super().__init__(world, "coordinator")
         self.store = Store()
+        self.backup: Store | None = None
         self.unavailable = False
         self.sessions: dict[NodeId, tuple[int, int]] = {}  # which process, and its life
         self.granted: tuple[Lease, ...] = ()
@@ -186,6 +194,8 @@ class SimCoordinator(Process):
     def _tick(self) -> None:
         self.later(TICK_SECONDS, self._tick)
         self._event(machine.Ticked())
+        if self.world.weather.coordinator_backups and self.alive and self.world.luck.random() < 0.02:
+            self.backup = self.store.copied()
 
     def _event(self, event: machine.Event) -> None:
         if not self.alive:
@@ -261,7 +271,8 @@ class SimCoordinator(Process):
 
     def _check(self, before: machine.State | None) -> None:
         truth, state = self.world.truth, self.state
-        truth.data_adds_up(state.leases, state.consumed)
+        if self.backup is None:  # what an older database granted is forgotten: its data comes in a later pass
+            truth.data_adds_up(state.leases, state.consumed)
         if before is None or state.head is not before.head:
             known = truth.heads[state.head.hash]
             truth.replica_is_true(state.head, known.state, state.consumed, state.branch, self.name)

@@ -45,6 +45,7 @@ class Weather:
     dead_links: float = 0.0
     exoduses: float = 0.0  # half or all of the nodes go at once, and come back at once
     rollbacks: float = 0.0
+    coordinator_backups: float = 0.0  # its database is put back as it was some time ago
 
 
 CALM = Weather()
@@ -80,7 +81,7 @@ def weather(luck: Random) -> Weather:
     chosen = {}
     for kind in fields(Weather):
         worst = getattr(WORST, kind.name)
-        if luck.random() < 0.5:
+        if worst and luck.random() < 0.5:  # the others have tests of their own
             chosen[kind.name] = worst * 10 ** -luck.uniform(0, 1.5)
     return Weather(**chosen)
 
@@ -111,6 +112,7 @@ class Trouble:
             (weather.dead_links, self._cut_link),
             (weather.exoduses, self._exodus),
             (weather.rollbacks, self._roll_back),
+            (weather.coordinator_backups, self._put_back_coordinator),
         ):
             self._recur(per_minute / 60, strike)
         self.world.at(RESEARCHER_SECONDS, self._look_after)
@@ -243,6 +245,14 @@ class Trouble:
             coordinator.start()
 
         self.world.at(self._long(30, 600), back)
+
+    def _put_back_coordinator(self) -> None:
+        coordinator = self.world.coordinator
+        coordinator.kill()
+        if coordinator.backup is not None:
+            self.world.struck("coordinator's database put back")
+            coordinator.store = coordinator.backup.copied()
+        self.world.at(self._long(1, 120), coordinator.start)
 
     def _part(self) -> None:
         self._split("partition", both_ways=True)
