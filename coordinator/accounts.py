@@ -19,31 +19,38 @@ if TYPE_CHECKING:
 SHORT_ID: Final = 8  # characters that tell nodes apart on a screen
 
 
-def ledger_facts(books: Books) -> dict[str, Any]:
+def ledger_facts(books: Books, now_ms: int) -> dict[str, Any]:
     from coordinator import view
     from coordinator.core.ledger import balances
+    from coordinator.core.strikes import shut
 
-    nodes = [dict(vars(each)) for each in balances(books)]
+    out = {node: shut(trail, now_ms) for node, trail in books.trails.items()}
+    nodes = [
+        dict(vars(each)) | {"shut_out": mark.reason if (mark := out.get(each.node)) is not None else None}
+        for each in balances(books, now_ms)
+    ]
     gone = [each.rollback for _, each in sorted(books.rollbacks.items())]
     return {
         "nodes": nodes,
         "tokens": sum(each["tokens"] for each in nodes),
         "undone_tokens": sum(each["undone_tokens"] for each in nodes),
+        "frozen_tokens": sum(each["frozen_tokens"] for each in nodes),
         "records": len(books.entries),
         "undone_records": sum(1 for row in books.entries if row.undone_by is not None),
         "rollbacks": [view.rollback(each) for each in gone],
     }
 
 
-def ledger_text(books: Books) -> str:
-    facts = ledger_facts(books)
-    rows = [
+def ledger_text(books: Books, now_ms: int) -> str:
+    facts = ledger_facts(books, now_ms)
+    rows: list[tuple[str, ...]] = [
         (
             console.printable(each["name"]),
             console.printable(each["node"][:SHORT_ID]),
             f"{each['tokens']:,}",
             f"{each['undone_tokens']:,}" if each["undone_tokens"] else "",
             f"{each['rounds']:,}",
+            _frozen_text(each),
         )
         for each in facts["nodes"]
     ]
@@ -53,7 +60,17 @@ def ledger_text(books: Books) -> str:
     if facts["undone_records"]:
         undone = f"{counted(facts['undone_records'], 'record')} and {facts['undone_tokens']:,} tokens"
         total += f"; {counted(len(facts['rollbacks']), 'rollback')} undid {undone} of them, credited all the same"
-    return f"{table_text(('NAME', 'NODE', 'TOKENS', 'UNDONE', 'ROUNDS'), rows)}\n{total}."
+    head: tuple[str, ...] = ("NAME", "NODE", "TOKENS", "UNDONE", "ROUNDS", "SHUT OUT")
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return f"{table_text(head, rows)}\n{total}."
+
+
+def _frozen_text(each: Mapping[str, Any]) -> str:
+    """Why a node is shut out, and what of its credit came after that; empty for any other."""
+    if each["shut_out"] is None:
+        return ""
+    return console.printable(each["shut_out"] or "yes") + f"; {each['frozen_tokens']:,} tokens since then are frozen"
 
 
 def verdict_text(verdict: Verdict) -> str:

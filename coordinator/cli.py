@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -59,6 +60,9 @@ app = typer.Typer(
 data_app = typer.Typer(name="data", help="The text that the model learns from.", context_settings=_HELP, **_SETTINGS)
 invite_app = typer.Typer(name="invite", help="Who may join.", context_settings=_HELP, **_SETTINGS)
 
+peers_app = typer.Typer(
+    name="peers", invoke_without_command=True, context_settings=_HELP, rich_help_panel="Watch", **_SETTINGS
+)
 ledger_app = typer.Typer(
     name="ledger", invoke_without_command=True, context_settings=_HELP, rich_help_panel="Watch", **_SETTINGS
 )
@@ -66,6 +70,11 @@ ledger_app = typer.Typer(
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run's folder. [this one]", show_default=False)
 ]
+NodeArgument = Annotated[
+    str, typer.Argument(metavar="NODE", help="Its name, or the first digits of its id.", show_default=False)
+]
+ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="One line; its volunteer reads it.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 
@@ -219,7 +228,7 @@ def invite_create(
 
     with closing(folder.open_store()) as store:
         reached = tuple(addresses or ()) or spec.coordinator.addresses or (listening(spec, store),)
-        expires_ms = time.time_ns() // 1_000_000 + int(seconds * 1000)
+        expires_ms = _now_ms() + int(seconds * 1000)
         token = secrets.token_bytes(16)
         issued = invite.issue(
             folder.key(),
@@ -241,21 +250,24 @@ def invite_create(
 
 @invite_app.command("list")
 def invite_list(run: RunOption = None, as_json: JsonOption = False) -> None:
-    """The invites that were made."""
+    """The invites that were made, and who came with them."""
+    from coordinator.peers import came_text, nodes_by_invite
+
     folder, _ = _run(run)
+    now_ms = _now_ms()
     with closing(folder.open_store()) as store:
-        found = store.invites()
+        found, came = store.invites(), nodes_by_invite(store, now_ms)
     if as_json:
-        print(to_json([dict(vars(each)) for each in found]))
+        print(to_json([dict(vars(each)) | {"nodes": came.get(each.token_id, [])} for each in found]))
         return
-    now_ms = time.time_ns() // 1_000_000
     rows = []
     for each in found:
         state = "revoked" if each.revoked else "expired" if each.expires_ms <= now_ms else "open"
         state = "used up" if state == "open" and each.used >= each.uses else state
         used = f"{each.used:,} of {each.uses:,}"
-        rows.append((each.token_id[:SHORT_ID], state, used, when_text(each.expires_ms), console.printable(each.note)))
-    print(table_text(("ID", "STATE", "USED", "EXPIRES", "NOTE"), rows) if rows else "No invites yet.")
+        when, note = when_text(each.expires_ms), console.printable(each.note)
+        rows.append((each.token_id[:SHORT_ID], state, used, when, came_text(came.get(each.token_id, [])), note))
+    print(table_text(("ID", "STATE", "USED", "EXPIRES", "WHO CAME", "NOTE"), rows) if rows else "No invites yet.")
 
 
 @invite_app.command("revoke")
@@ -308,26 +320,72 @@ def runs(
     print(table_text(("NAME", "STATE", "ROUND", "NODES", "LOSS", "FOLDER"), rows) if rows else "No runs here.")
 
 
-@app.command(rich_help_panel="Watch")
-def peers(run: RunOption = None, as_json: JsonOption = False) -> None:
-    """The nodes that were admitted, and what they are credited with."""
-    folder, _ = _run(run)
+@peers_app.callback()
+def peers(context: typer.Context, run: RunOption = None, as_json: JsonOption = False) -> None:
+    """The nodes that were admitted: their credit, and what is held against them. Shut them out, let them in again."""
+    context.obj = run
+    if context.invoked_subcommand is None:
+        peers_ls(context, run, as_json)
+
+
+@peers_app.command("ls")
+def peers_ls(context: typer.Context, run: RunOption = None, as_json: JsonOption = False) -> None:
+    """List them; with --json, who was struck, banned or let in again, when, by whom and why."""
+    from coordinator.peers import peers_facts, peers_text
+
+    folder, _ = _run(run or context.obj)
     with closing(folder.open_store()) as store:
-        found = store.nodes()
-    if as_json:
-        keys = ("name", "node", "peer", "credit_tokens", "admitted_ms")
-        print(to_json([{key: getattr(each, key) for key in keys} for each in found]))
-        return
-    rows = [
-        (
-            console.printable(each.name),
-            each.node[:SHORT_ID],
-            console.number_text(each.credit_tokens),
-            when_text(each.admitted_ms),
-        )
-        for each in found
-    ]
-    print(table_text(("NAME", "NODE", "TOKENS", "ADMITTED"), rows) if rows else "No nodes yet.")
+        found = peers_facts(store, _now_ms())
+    print(to_json(found) if as_json else peers_text(found))
+
+
+@peers_app.command("ban")
+def peers_ban(
+    context: typer.Context,
+    which: NodeArgument,
+    reason: ReasonOption = "",
+    revoke_invite: Annotated[
+        bool, typer.Option("--revoke-invite", help="Also take back the invite that it came with.")
+    ] = False,
+    yes: YesOption = False,
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Shut a node out for good: it is off the roster, and its leases are others', within two seconds.
+
+    What it brought into certified records stays; to undo it, see rollback.
+
+    Example: barnraise-coordinator peers ban brave-otter --reason "sends noise"
+    """
+    order = _Judgement(which, "ban", reason, revoke_invite=revoke_invite)
+    return _judge(run or context.obj, order, yes=yes, as_json=as_json)
+
+
+@peers_app.command("kick")
+def peers_kick(
+    context: typer.Context,
+    which: NodeArgument,
+    reason: ReasonOption = "",
+    lasts: Annotated[str, typer.Option("--for", metavar="TIME", help="How long it stays out.")] = "10m",
+    yes: YesOption = False,
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Send a node away for a while: its session and its leases end, and it may come back later."""
+    seconds = math.ceil(console.parse_duration(lasts))
+    return _judge(run or context.obj, _Judgement(which, "kick", reason, seconds=seconds), yes=yes, as_json=as_json)
+
+
+@peers_app.command("unban")
+def peers_unban(
+    context: typer.Context,
+    which: NodeArgument,
+    reason: ReasonOption = "",
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Let a node in again that was banned, sent away or left out; its strikes count no more, and stay in the list."""
+    return _judge(run or context.obj, _Judgement(which, "unban", reason), yes=True, as_json=as_json)
 
 
 @ledger_app.callback()
@@ -345,9 +403,9 @@ def ledger(context: typer.Context, run: RunOption = None, as_json: JsonOption = 
     except Wrong as wrong:
         raise Refused(Code.LEDGER, str(wrong)) from None
     if as_json:
-        print(to_json(ledger_facts(books)))
+        print(to_json(ledger_facts(books, _now_ms())))
     else:
-        print(ledger_text(books))
+        print(ledger_text(books, _now_ms()))
 
 
 @ledger_app.command("verify")
@@ -379,7 +437,7 @@ def rollback(
         Path | None, typer.Argument(metavar="[RUN]", help="The run's folder. [this one]", show_default=False)
     ] = None,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="One line; volunteers read it.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
     run: RunOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -390,12 +448,11 @@ def rollback(
 
     Example: barnraise-coordinator rollback --to 40 --reason "learning rate too high"
     """
-    from protocol.limits import REASON_CHARACTERS_MAX
+    from coordinator.orders import ROLLBACK, RollbackOrder
 
     if folder_named is not None and run is not None and folder_named.absolute() != run.absolute():
         raise Refused(Code.USAGE, "two folders were named", fix="Name the run's folder once.")
-    if len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
-        raise Refused(Code.USAGE, f"--reason is one line of at most {REASON_CHARACTERS_MAX} characters")
+    _check_reason(reason)
     folder, _ = _run(folder_named or run)
     with closing(folder.open_store()) as store:
         facts = rollback_facts(folder, store, to)
@@ -403,17 +460,11 @@ def rollback(
         if not yes and not _agreed("Go back?" if facts["undone_rounds"] else "Begin a new roster?"):
             console.complain("Nothing was changed.")
             return Exit.INTERRUPTED.value
-        order = _ordered(folder, store, to, reason or "ordered by the researcher")
+        body = RollbackOrder(to, reason or "ordered by the researcher").to_bytes()
+        order = _ordered(folder, store, ROLLBACK, body)
     facts |= {"order": order.order_id, "state": order.state, "answer": order.answer}
-    refusal = _unanswered(folder, order)
-    if as_json:
-        print(to_json(facts))
-        return Exit.OK.value if refusal is None else refusal.reason.exit.value
-    if refusal is not None:
-        raise refusal
     waits = "No coordinator serves this run at the moment; it goes back at the next barnraise-coordinator start."
-    print(f"✓ {console.printable(order.answer)}" if order.state == "done" else waits)
-    return Exit.OK.value
+    return _said(folder, order, facts, waits, as_json=as_json)
 
 
 @app.command(rich_help_panel="Take the result")
@@ -438,11 +489,16 @@ def export(
 
 app.add_typer(data_app, rich_help_panel="Prepare")
 app.add_typer(invite_app, rich_help_panel="Serve")
+app.add_typer(peers_app, rich_help_panel="Watch")
 app.add_typer(ledger_app, rich_help_panel="Watch")
 
 
 def main() -> NoReturn:
     raise SystemExit(console.main(app, program="barnraise-coordinator", short_help=_SHORT_HELP))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _run(given: Path | None) -> tuple[RunFolder, RunSpec]:
@@ -556,7 +612,7 @@ def _run_state(folder: RunFolder, spec: RunSpec, store: Store) -> str:
     return "finished" if 0 < spec.run.rounds <= store.entry_count else "stopped"
 
 
-# rollback
+# orders
 
 
 def _agreed(question: str) -> bool:
@@ -567,11 +623,61 @@ def _agreed(question: str) -> bool:
     return agreed
 
 
-def _ordered(folder: RunFolder, store: Store, to: int, reason: str) -> Order:
-    """Place the order, and wait for the answer of a coordinator that runs."""
-    from coordinator.orders import ROLLBACK, RollbackOrder
+def _check_reason(reason: str) -> None:
+    from protocol.limits import REASON_CHARACTERS_MAX
 
-    order_id = store.add_order(ROLLBACK, RollbackOrder(to, reason).to_bytes())
+    if len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
+        raise Refused(Code.USAGE, f"--reason is one line of at most {REASON_CHARACTERS_MAX} characters")
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """A ban, a kick or an unban, as it was typed."""
+
+    which: str
+    kind: str
+    reason: str
+    seconds: int = 0
+    revoke_invite: bool = False
+
+
+def _judge(run: Path | None, asked: _Judgement, *, yes: bool, as_json: bool) -> int:
+    from coordinator.core.strikes import Kind
+    from coordinator.orders import JUDGE, JudgeOrder
+    from coordinator.peers import find, origin_text, peers_facts
+
+    _check_reason(asked.reason)
+    folder, _ = _run(run)
+    with closing(folder.open_store()) as store:
+        found = peers_facts(store, _now_ms())
+        node = find(found, asked.which)
+        console.complain(origin_text(found, node))
+        if not yes and not _agreed("Ban it?" if asked.kind == "ban" else "Send it away?"):
+            console.complain("Nothing was changed.")
+            return Exit.INTERRUPTED.value
+        body = JudgeOrder(node["node"], Kind(asked.kind), asked.reason, asked.seconds, asked.revoke_invite).to_bytes()
+        order = _ordered(folder, store, JUDGE, body)
+    facts = {"node": node["node"], "name": node["name"], "kind": asked.kind, "reason": asked.reason}
+    facts |= {"order": order.order_id, "state": order.state, "answer": order.answer}
+    waits = "No coordinator serves this run at the moment; this is done at the next barnraise-coordinator start."
+    return _said(folder, order, facts, waits, as_json=as_json)
+
+
+def _said(folder: RunFolder, order: Order, facts: dict[str, Any], waits: str, *, as_json: bool) -> int:
+    """What came of an order."""
+    refusal = _unanswered(folder, order)
+    if as_json:
+        print(to_json(facts))
+        return Exit.OK.value if refusal is None else refusal.reason.exit.value
+    if refusal is not None:
+        raise refusal
+    print(f"✓ {console.printable(order.answer)}" if order.state == "done" else waits)
+    return Exit.OK.value
+
+
+def _ordered(folder: RunFolder, store: Store, kind: str, body: bytes) -> Order:
+    """Place the order, and wait for the answer of a coordinator that runs."""
+    order_id = store.add_order(kind, body)
     until = time.monotonic() + ANSWER_SECONDS
     while (order := store.order(order_id)).state == "open" and folder.busy and time.monotonic() < until:
         time.sleep(ASK_SECONDS)

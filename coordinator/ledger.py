@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from coordinator.core.leases import Cursor, Leases
 from coordinator.core.ledger import SHORT, Books, EntryRow, EvaluationRow, Finding, Log, Wrong, check
+from coordinator.core.strikes import Mark, by_node
 from coordinator.folder import RunFolder
 from protocol import canonical, identity
 from protocol.blobs import BlobStore
@@ -168,6 +169,7 @@ def _books(connection: sqlite3.Connection, manifest: SignedManifest) -> Books:
         parts={Digest(str(digest)): str(record or "") for digest, record in rows(parts)},
         credit={NodeId(str(node)): _whole(credit, "nodes", str(node)[:SHORT]) for node, _, credit in nodes},
         names={NodeId(str(node)): str(name) for node, name, _ in nodes},
+        trails=by_node(values(Mark, "marks", "id").values()),
         shards=(stock := tuple(_value(Shard, data, "shards", f"position {at}") for at, data in shards)),
         leases=Leases(
             stock,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core.leases import Leases
 from coordinator.core.rosters import may_follow
+from coordinator.core.strikes import Mark, shut
 from protocol import canonical, identity
 from protocol.errors import Refused
 from protocol.log import (
@@ -73,6 +74,7 @@ class Books:
     parts: Mapping[Digest, str] = field(default_factory=dict)  # hash of a record that names it
     credit: Mapping[NodeId, int] = field(default_factory=dict)  # tokens
     names: Mapping[NodeId, str] = field(default_factory=dict)
+    trails: Mapping[NodeId, tuple[Mark, ...]] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     leases: Leases = field(default_factory=lambda: Leases(()))
     bases: Mapping[int, BaseCheckpoint] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class Balance:
     undone_tokens: int
     rounds: int
     undone_rounds: int
+    frozen_tokens: int = 0  # of records of the line that were certified after it was shut out
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,16 @@ class Log:
     consumed: Consumed
 
 
-def balances(books: Books) -> tuple[Balance, ...]:
+def balances(books: Books, now_ms: int = 0) -> tuple[Balance, ...]:
     """Credit per node, the largest first."""
-    sums: dict[NodeId, list[int]] = {node: [0, 0, 0, 0] for node in books.credit}
+    sums: dict[NodeId, list[int]] = {node: [0, 0, 0, 0, 0] for node in books.credit}
+    out = {node: mark for node, trail in books.trails.items() if (mark := shut(trail, now_ms)) is not None}
     for row in books.entries:
         undone = int(row.undone_by is not None)
         for each in row.entry.record.contributions:
-            mine = sums.setdefault(each.node, [0, 0, 0, 0])
-            for place, more in enumerate((each.tokens, undone * each.tokens, 1, undone)):
+            mine = sums.setdefault(each.node, [0, 0, 0, 0, 0])
+            frozen = each.node in out and not undone and row.round >= out[each.node].round
+            for place, more in enumerate((each.tokens, undone * each.tokens, 1, undone, frozen * each.tokens)):
                 mine[place] += more
     found = (Balance(node, books.names.get(node, ""), *mine) for node, mine in sums.items())
     return tuple(sorted(found, key=lambda each: (-each.tokens, each.node)))

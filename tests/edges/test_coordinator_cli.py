@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,9 @@ import pytest
 from coordinator import archive, cli, reach
 from coordinator.core import leases as data
 from coordinator.core.leases import Leases
+from coordinator.core.strikes import By, Kind, Mark
 from coordinator.folder import RunFolder
-from coordinator.orders import RollbackOrder
+from coordinator.orders import JudgeOrder, RollbackOrder
 from coordinator.plan import plan
 from coordinator.store import Evaluation, StoredNode
 from protocol import address, console, contribution, identity, invite, runspec
@@ -40,6 +41,7 @@ from protocol.types import (
     Certificate,
     Contribution,
     DataRange,
+    Fault,
     Grant,
     LogEntry,
     Member,
@@ -133,11 +135,11 @@ def store(published):
     store.close()
 
 
-def admit(store, folder, name, seed):
+def admit(store, folder, name, seed, invite=None):
     key = Key.generate()
     peer = peer_id_of(key.public_bytes)
     body = Pass(folder.run_id(), key.public, peer, name, 0, 1 << 50)
-    store.save_node(StoredNode(key.public, peer, name, None, identity.sign_pass(folder.key(), body), 1000 + seed))
+    store.save_node(StoredNode(key.public, peer, name, invite, identity.sign_pass(folder.key(), body), 1000 + seed))
     return key.public
 
 
@@ -540,6 +542,73 @@ def test_peers_are_listed_with_their_credit(published, store, capsys):
     assert found[0]["node"][:8] in said and found[0]["node"] not in said and "\x1b" not in said
 
 
+def mark(node, kind, reason="because", **more):
+    return Mark(node, kind, reason, By.COORDINATOR, 1000, 3, **more)
+
+
+def test_peers_are_listed_with_what_is_held_against_them_and_with_whom_they_came(published, store, capsys):
+    store.add_invite("ab" * 16, uses=3, expires_ms=1 << 50, note="for the\tclub")
+    names = {name: admit(store, published, name, at, invite="ab" * 16) for at, name in enumerate(("ann", "bob", "cy"))}
+    store.add_marks([mark(names["ann"], Kind.STRIKE, "3 of 5", fault=Fault.TRAINED_WRONG, aside_until=13)])
+    store.add_marks([mark(names["bob"], Kind.BAN, "it \x1b[2J lied")])
+    assert call("peers", "--run", published.path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"ann .* abababab +1 strike, left out until round 13\n", said)
+    assert re.search(r"bob .* abababab +banned: it .*lied\n", said) and "\x1b" not in said
+    assert call("peers", "ls", "--json", "--run", published.path) == 0
+    ann, bob, cy = json.loads(capsys.readouterr().out)
+    assert (ann["standing"], ann["until_round"], ann["strikes"], ann["warnings"]) == ("aside", 13, 1, 0)
+    assert (bob["standing"], bob["reason"], bob["by"]) == ("banned", "it \x1b[2J lied", "coordinator")
+    assert (cy["standing"], cy["trail"], cy["invite"]["nodes"]) == ("welcome", [], 3)
+    assert call("invite", "list", "--run", published.path) == 0
+    assert re.search(r"abababab .* ann \(aside\), bob \(banned\), cy +for the", capsys.readouterr().out)
+    assert call("invite", "list", "--json", "--run", published.path) == 0
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)[0]["nodes"]] == ["ann", "bob", "cy"]
+
+
+def test_a_ban_is_an_order_and_says_who_else_came_with_the_same_invite(published, store, capsys):
+    store.add_invite("ab" * 16, uses=9, expires_ms=1 << 50)
+    ann, bob = (admit(store, published, name, at, invite="ab" * 16) for at, name in enumerate(("ann", "bob")))
+    with coordinator_that_answers(published, "ann is banned", done=True) as bodies:
+        command = ("peers", "ban", "Ann", "--reason", "noise", "--revoke-invite", "--json", "--run", published.path)
+        assert call(*command) == 0
+        assert call("peers", "--run", published.path, "kick", bob[:10], "--for", "1h", "--yes") == 0
+    output = capsys.readouterr()
+    assert f"ann ({ann[:8]}) came with invite abababab, as did 1 other node: bob." in output.err
+    assert json.loads(output.out.splitlines()[0])["state"] == "done"
+    assert [(kind, JudgeOrder.from_bytes(body)) for kind, body in bodies] == [
+        ("judge", JudgeOrder(ann, Kind.BAN, "noise", 0, True)),
+        ("judge", JudgeOrder(bob, Kind.KICK, "", 3600)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["ban", "nobody"], 2, "no node is called 'nobody'"),
+        (["ban", "twin"], 2, "2 nodes fit 'twin': twin "),
+        (["ban", ""], 2, "no node is called ''"),
+        (["kick", "ann", "--for", "never"], 2, "not a time span"),
+        (["ban", "ann", "--reason", "a\nb"], 2, "one line"),
+        (["ban"], 2, "NODE"),
+    ],
+)
+def test_an_order_about_nobody_or_about_several_is_refused_before_it_is_placed(
+    published, store, words, code, says, capsys
+):
+    for at, name in enumerate(("ann", "twin", "twin")):
+        admit(store, published, name, at)
+    assert call("peers", *words, "--run", published.path) == code
+    assert says in capsys.readouterr().err and not store.open_orders()
+
+
+def test_a_person_is_asked_before_a_ban_and_may_say_no(published, store, monkeypatch, capsys):
+    admit(store, published, "ann", 0)
+    monkeypatch.setattr(cli, "_agreed", lambda question: question != "Ban it?")
+    assert call("peers", "ban", "ann", "--run", published.path) == 130
+    assert "Nothing was changed" in capsys.readouterr().err and not store.open_orders()
+
+
 # the archive
 
 
@@ -629,6 +698,10 @@ def test_a_run_that_never_started_has_no_export(ready, tmp_path, capsys):
 
 
 def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_it(published, capsys):
+    with closing(published.open_store()) as store:
+        ann, bob = (admit(store, published, name, at) for at, name in enumerate(("ann", "bob")))
+    assert call("peers", "ban", "ann", "--reason", "before the start", "--run", published.path) == 0
+    assert "at the next barnraise-coordinator start" in capsys.readouterr().out
     command = [sys.executable, "-m", "coordinator.cli", "start", "--run", str(published.path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -645,6 +718,14 @@ def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_
             socket.create_connection((where.host, where.port), timeout=5).close()
             assert f"{where}" in said
             assert call("start", "--run", published.path) == 3
+            with closing(published.open_store()) as store:
+                assert [(mark.node, mark.kind) for mark in store.marks()] == [(ann, Kind.BAN)]
+            began = time.monotonic()
+            assert call("peers", "kick", bob[:12], "--for", "90m", "--run", published.path) == 0
+            assert time.monotonic() - began < 2 and "✓ bob is sent away for 90 min" in capsys.readouterr().out
+            assert call("peers", "ban", "ann", "--run", published.path) == 7
+            assert "ann is banned already" in capsys.readouterr().err
+            assert call("peers", "unban", "ann", "--run", published.path) == 0
         finally:
             process.send_signal(signal.SIGINT)
             rest, errors = process.communicate(timeout=60)
@@ -652,6 +733,12 @@ def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_
     with pytest.raises(OSError):
         socket.create_connection((where.host, where.port), timeout=5)
     assert not published.busy
+    capsys.readouterr()
+    assert call("peers", "ls", "--json", "--run", published.path) == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert (found["ann"]["standing"], found["bob"]["standing"]) == ("welcome", "sent away")
+    trail = [(mark["kind"], mark["by"], mark["reason"]) for mark in found["ann"]["trail"]]
+    assert trail == [("ban", "researcher", "before the start"), ("unban", "researcher", "")]
 
 
 # the ledger
@@ -761,6 +848,7 @@ def test_the_ledger_says_who_contributed_what_and_what_was_undone(kept, capsys):
         ("bob", 160, 64),
     }
     assert (found["tokens"], found["records"], found["undone_records"]) == (320, 5, 2)
+    assert found["frozen_tokens"] == 0
     (rollback,) = found["rollbacks"]
     assert (rollback["to"], rollback["from"], rollback["reason"]) == (2, 4, "it diverged")
 
@@ -980,7 +1068,36 @@ def test_a_person_is_asked_first_and_may_say_no(kept, kept_store, monkeypatch, c
     assert asked == ["Go back?", "Begin a new roster?"] and len(kept_store.open_orders()) == 1
 
 
+def test_the_ledger_freezes_what_a_banned_node_was_credited_with_since(kept, kept_store, capsys):
+    """Its contribution may have been in the round that was being decided: the record stays, and says so."""
+    ann = next(each.node for each in kept_store.nodes() if each.name == "ann")
+    kept_store.add_marks([replace(mark(ann, Kind.BAN, "it lied"), round=2)])
+    assert call("ledger", "--run", kept.path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"ann +\w{8} +160 +64 +5 +it lied; 32 tokens since then are frozen\n", said)
+    assert call("ledger", "--json", "--run", kept.path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["frozen_tokens"] == 32
+    assert {each["name"]: each["shut_out"] for each in found["nodes"]} == {"ann": "it lied", "bob": None}
+    assert call("ledger", "verify", "--run", kept.path) == 0
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"reason":"","to":-1}', b'{"reason":"a\\nb","to":1}', b'{"to": 1}'])
 def test_a_body_that_is_no_order_is_refused(body):
     with pytest.raises(Refused):
         RollbackOrder.from_bytes(body)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        JudgeOrder("a" * 64, Kind.STRIKE, ""),
+        JudgeOrder("a" * 64, Kind.KICK, ""),
+        JudgeOrder("a" * 64, Kind.BAN, "", 60),
+        JudgeOrder("a" * 64, Kind.BAN, "a\nb"),
+        JudgeOrder("a" * 64, Kind.BAN, "x" * 201),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(order):
+    with pytest.raises(Refused):
+        JudgeOrder.from_bytes(order.to_bytes())
