@@ -304,9 +304,12 @@ class Link:
         return tuple(check_digest(digest) for digest in reply.missing)
 
     async def fetch_blob(self, ref: BlobRef, store: BlobStore, on_progress: Progress | None = None) -> None:
-        """Bring a blob into the store. An earlier download goes on where it stopped, and so does a cut one."""
+        """Bring a blob into the store. An earlier download goes on where it stopped, and so does a cut one.
+
+        Wrong bytes are asked for once more: something on the way may have mixed two answers up."""
         if store.has(ref.digest):
             return
+        wrong_at = -1
         with store.writer(ref.digest, ref.size, await self._leaves(ref)) as writer:
             while writer.position < ref.size:
                 before, session = writer.position, self._session
@@ -322,6 +325,9 @@ class Link:
                         continue
                     if refusal.reason is Code.BUSY:
                         await _wait_for(refusal, failures=0)
+                        continue
+                    if refusal.reason is Code.BLOB_CORRUPT and writer.is_open and writer.position != wrong_at:
+                        wrong_at = writer.position
                         continue
                     if refusal.reason is not Code.UNREACHABLE or writer.position == before:
                         raise

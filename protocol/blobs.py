@@ -292,6 +292,11 @@ class Writer:
         """Which byte is wanted next."""
         return self._written + len(self._buffer)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes more; it does not once it was finished, closed or discarded."""
+        return self._open
+
     def write(self, data: Data, offset: int | None = None) -> None:
         """Append; refuse more than the size, another place than wanted, and chunks that have another hash."""
         view = _bytes_of(data)

@@ -365,6 +365,36 @@ def test_a_zstd_window_beyond_the_cap_is_refused(tmp_path):
     assert refused.reason is Code.DATA_BAD and "a window of 134217728 bytes" in refused.what
 
 
+SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0notes"
+
+
+def test_zstd_frames_one_after_the_other_are_one_file_and_notes_between_them_are_passed_over(tmp_path):
+    one, two = (zstandard.compress(lines([text])) for text in ("one", "two"))
+    reader = documents.Reader()
+    sources = reader.find([put(tmp_path / "a.jsonl.zst", one + SKIPPABLE + two)])
+    assert list(reader.documents(sources)) == ["one", "two"]
+
+
+def dictionary(line):
+    trained = zstandard.train_dictionary(4096, [line * 3 + bytes([n]) * 40 for n in range(200)])
+    return zstandard.ZstdCompressor(dict_data=trained).compress(line)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [dictionary(lines(["one"])), b"junk", zstandard.compress(lines(["two"]))[:-3], SKIPPABLE[:-2]],
+    ids=["a dictionary that nobody has", "no frame", "a torn frame", "torn notes"],
+)
+def test_what_follows_a_good_zstd_frame_is_looked_at_as_well(rest, tmp_path):
+    refused = refusal(put(tmp_path / "a.jsonl.zst", zstandard.compress(lines(["one"])) + rest), tmp_path, skip_bad=True)
+    assert refused.reason is Code.DATA_BAD and "a.jsonl.zst" in refused.what
+
+
+def test_a_zstd_file_that_needs_a_dictionary_is_refused(tmp_path):
+    refused = refusal(put(tmp_path / "a.jsonl.zst", dictionary(lines(["one"]))), tmp_path)
+    assert refused.reason is Code.DATA_BAD and "ictionary" in refused.what
+
+
 def test_a_bomb_of_one_endless_line_is_stopped_at_the_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "DOCUMENT_BYTES_MAX", 1 << 20)
     bomb = zstandard.ZstdCompressor().compress(b"0" * (64 << 20))

@@ -1218,6 +1218,65 @@ async def test_a_cut_download_goes_on_where_it_stopped(world, tmp_path, monkeypa
     assert store.has(ref.digest)
 
 
+def astray(how, offset, ref):
+    """What a server says that does not answer what it was asked; none when it says nothing."""
+    data = (b"base" * 300_000)[offset:][:BLOB_CHUNK_BYTES]
+    right = wire.BlobChunk(data=data, offset=offset, digest=ref.digest, size=ref.size)
+    wrong = {
+        "from the start": wire.BlobChunk(data=(b"base" * 300_000)[:BLOB_CHUNK_BYTES], offset=0, size=ref.size),
+        "another place": wire.BlobChunk(data=data, offset=offset + 1, size=ref.size),
+        "another size": wire.BlobChunk(data=data, offset=offset, size=ref.size + 1),
+        "other bytes": wire.BlobChunk(data=b"x" * BLOB_CHUNK_BYTES, offset=offset, size=ref.size),
+        "right, then other bytes": wire.BlobChunk(data=b"x", offset=offset + 7, size=ref.size),
+        "nothing": None,
+    }[how]
+    return [right, wrong] if how.startswith("right") else [each for each in (wrong,) if each is not None]
+
+
+@pytest.mark.parametrize(
+    "how", ["from the start", "another place", "another size", "other bytes", "right, then other bytes"]
+)
+async def test_a_wrong_answer_is_asked_for_again_from_the_last_right_byte(how, world, tmp_path, monkeypatch):
+    link = await world.member()
+    store, ref, offsets = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob, []
+    whole = world.service._read_blob
+
+    async def answer(request, context):
+        offsets.append(request.offset)
+        if len(offsets) == 2:
+            for chunk in astray(how, request.offset, ref):
+                await context.write(chunk)
+        else:
+            await (whole if len(offsets) > 2 else first)(request, context)
+
+    async def first(request, context):
+        data = b"base" * (BLOB_CHUNK_BYTES // 4)
+        await context.write(wire.BlobChunk(data=data, offset=0, digest=ref.digest, size=ref.size))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    monkeypatch.setattr(world.service, "_read_blob", answer)
+    await link.fetch_blob(ref, store)
+    again = 2 if how.startswith("right") else 1
+    assert offsets == [0, BLOB_CHUNK_BYTES, again * BLOB_CHUNK_BYTES]
+    store.verify(ref.digest)
+
+
+@pytest.mark.parametrize("how", ["another place", "another size", "other bytes", "nothing"])
+async def test_a_server_that_keeps_answering_wrong_is_refused_and_nothing_of_it_is_kept(
+    how, world, tmp_path, monkeypatch
+):
+    link = await world.member()
+    store, ref = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob
+
+    async def answer(request, context):
+        for chunk in astray(how, request.offset, ref):
+            await context.write(chunk)
+
+    monkeypatch.setattr(world.service, "_read_blob", answer)
+    assert (await refused(link.fetch_blob(ref, store))).reason is Code.BLOB_CORRUPT
+    assert not store.has(ref.digest) and store.bytes_used == 0
+
+
 async def test_a_download_that_was_stopped_goes_on_with_another_process(world, tmp_path):
     link = await world.member()
     ref, offsets = world.desk.checkpoint.blob, []

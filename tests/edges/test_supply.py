@@ -14,6 +14,7 @@ from node.core.rounds import Rounds
 from node.decider import Decider
 from node.status import Tally
 from node.supply import Supply
+from protocol.blobs import BlobStore
 from protocol.errors import Code, Refused
 from protocol.runspec import RunSpec
 from protocol.state import Consumed
@@ -125,6 +126,29 @@ async def test_a_lease_of_data_that_the_run_does_not_have_is_not_taken(data):
     stand.granted = [(replace(lease("1", 0, 4), range=data),)]
     await stand.supply.acquire(4)
     assert not trainer.given and not stand.supply.lease_ids
+
+
+async def test_a_shard_above_the_owners_cap_is_named_and_the_node_goes_on_with_what_it_has(tmp_path):
+    stand, trainer = Stand(lease("1", 0, 10)), Trainer()
+    blobs = BlobStore(tmp_path, bytes_max=50_000)
+    old = blobs.put_bytes(bytes(20_000)).digest
+    large = Shard(Digest("cd" * 32), 50_001, 25_000, 500)
+
+    async def fetch(shard):
+        blobs.writer(shard.digest, shard.size)
+
+    await stand.supply.supply(trainer)
+    events = []
+    stand.decider.post = events.append
+    stand.decider.rules.is_data = lambda data: True
+    stand.supply._fetch, stand.supply._blobs = fetch, blobs
+    stand.supply._shards |= {large.digest: large, old: replace(SHARD, digest=old)}
+    stand.granted = [(replace(lease("2", 0, 4), range=DataRange(0, large.digest, 0, 4)),)]
+    await stand.supply.acquire(4)
+    assert stand.supply._tally.notice == "E-BLOB-002: blob of 50,001 bytes, the cap is 50,000"
+    assert events == [session.LeasesArrived(0)]  # so that it asks again, later
+    assert stand.supply.lease_ids == ("1",) and trainer.given == Counter(range(10))
+    assert not blobs.has(old)  # what could be had again made room
 
 
 async def test_a_lease_that_comes_while_a_trainer_starts_is_given_once():

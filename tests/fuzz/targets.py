@@ -468,7 +468,7 @@ def download(data: bytes) -> None:
             _advance(writer, order, size)
         except Refused:
             writer.close()
-        if not writer._open:
+        if not writer.is_open:
             writer = store.writer(digest, size, leaves if with_leaves else None)
     with suppress(Refused):
         writer.write(bytes(size - writer.position), writer.position)

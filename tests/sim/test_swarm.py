@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.sim.faults import CALM, Weather
 from tests.sim.invariants import InvariantBroken
 from tests.sim.node import Swarm
 from tests.sim.swarm import simulate
+from tests.sim.world import World
 
 SEEDS = 500  # of at least 50 rounds each; thousands more by `make sim`
 BATCHES = 10
@@ -65,6 +67,36 @@ def test_a_process_that_ends_before_any_one_effect_costs_nobody_anything():
     assert effects > 200
     for crash_at in range(effects):
         assert short(crash_at).counts["crash at an effect"] == 1
+
+
+@pytest.mark.parametrize("away_seconds", [1.0, 25.0])
+def test_a_swarm_of_64_keeps_its_round_when_the_coordinators_machine_starts_again(away_seconds):
+    """In the middle of a round. What is true is checked at every step: one record of each round, each range once."""
+    with swarm.swiftly():
+        world = World(64, under=CALM, swarm=Swarm(nodes=64, steps=(15,), speeds=(1.4, 1.6), start_seconds=2.0))
+        truth, coordinator, nodes = world.truth, world.coordinator, world.nodes.values()
+        coordinator.rules = replace(coordinator.rules, min_nodes=64)
+
+        def amid_a_round():
+            busy = (rounds.Phase.AVERAGING, rounds.Phase.DECIDING)
+            return truth.certified == 1 and sum(node.rounds.phase in busy for node in nodes) == 64
+
+        def linked():
+            return coordinator.sessions.keys() == world.nodes.keys()
+
+        world.run(60, goal=lambda: truth.certified == 1)
+        world.run(60, goal=amid_a_round)
+        assert amid_a_round() and linked()
+        coordinator.kill()
+        world.run(world.now + away_seconds)
+        assert (truth.certified > 2) == (away_seconds > 20)  # nobody waits for it
+        coordinator.start()
+        world.run(world.now + 30, goal=linked)
+        assert linked()
+        world.run(world.now + 20, goal=lambda: truth.certified >= 2 and not swarm._lacking(world, truth.newest))
+        assert truth.certified >= 2 and not swarm._lacking(world, truth.newest)
+        assert set(Counter(number for number, _ in truth.attempts).values()) == {1}  # no round was begun again
+        truth.nothing_is_lost(coordinator.store.line)
 
 
 def test_a_calm_swarm_certifies_round_after_round():
