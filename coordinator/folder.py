@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -276,6 +277,8 @@ class RunFolder:
             genesis=genesis,
             context=corpus.context,
             token_bytes=corpus.token_bytes,
+            data=canonical.digest(corpus.shards),
+            transformers=version("transformers"),
         )
         signed = identity.sign_manifest(key, manifest)
         store.save_shards(corpus.shards, corpus.heldout)

@@ -423,13 +423,15 @@ class Link:
         self.expect(manifest)
         base = canonical.from_bytes(BaseCheckpoint, reply.base)
         check_base(base, manifest)
+        shards = tuple(canonical.from_bytes(Shard, data) for data in reply.shards)
+        check_shards(shards, manifest)
         return Opened(
             self._pass(getattr(reply, "pass"), reply.coordinator_ms),
             signed,
             self._roster(reply.roster) if reply.roster else None,
             base,
             tuple(canonical.shown(text) for text in reply.rendezvous[:ADDRESSES_MAX]),
-            tuple(canonical.from_bytes(Shard, data) for data in reply.shards),
+            shards,
             skew_seconds,
             self._rollbacks(reply.rollbacks),
             Epoch(_number("silent_epoch", reply.silent_epoch) - 1) if reply.silent_epoch else None,
@@ -563,6 +565,13 @@ def check_pass(signed: SignedPass, run: RunId, *, node: NodeId, peer: PeerId, no
 def check_base(base: BaseCheckpoint, manifest: Manifest) -> None:
     if base.round == 0 and base.state != manifest.genesis:
         raise Refused(Code.STATE_MISMATCH, "the first base checkpoint is not the manifest's first state")
+
+
+def check_shards(shards: tuple[Shard, ...], manifest: Manifest) -> None:
+    """Every node of a run is told of the same data."""
+    if (found := canonical.digest(shards)) != manifest.data:
+        what = f"{len(shards)} shards with the digest {found[:12]}, the manifest has {manifest.data[:12]}"
+        raise Refused(Code.TWO_STORIES, what)
 
 
 def check_lease(lease: Lease, run: RunId, node: NodeId) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from node.link import Door, Opened, check_base, check_lease, check_manifest, check_pass, check_rollbacks
+from node.link import Door, Opened, check_base, check_lease, check_manifest, check_pass, check_rollbacks, check_shards
 from protocol import canonical
 from protocol.blobs import atomic_write
 from protocol.errors import Code, Refused
@@ -110,6 +110,7 @@ def _check(standing: Standing, door: Door, *, node: NodeId, peer: PeerId) -> Non
     issued_ms = signed.body.issued_ms  # whether it has ended is for the coordinator's clock to say
     check_pass(signed, door.run, node=node, peer=peer, now_ms=issued_ms)
     check_base(standing.base, manifest)
+    check_shards(standing.shards, manifest)
     check_rollbacks(standing.rollbacks, door.run)
     sequences = {shard.digest: shard.sequences for shard in standing.shards}
     for lease in standing.leases:

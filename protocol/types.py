@@ -266,6 +266,8 @@ class Manifest:
     genesis: Digest  # state digest of state(0)
     context: int
     token_bytes: int
+    data: Digest  # over the run's shards in their order: all nodes train on these
+    transformers: str  # the version of the library that made the layout
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,8 @@ class _Line:
 def _follow(books: Books) -> Log:
     """Every record and rollback in the order in which it happened, each checked against those before it."""
     manifest = _manifest(books.manifest)
+    if (data := canonical.digest(books.shards)) != manifest.data:
+        raise Wrong("shards", "all", says=f"data {data[:12]}", wanted=f"data {manifest.data[:12]}")
     rosters = _rosters(books, manifest)
     _check_rollbacks(books, manifest)
     segments = _segments(books, rosters)

@@ -29,7 +29,7 @@ def member(number):
 
 
 ROSTER = Roster(RUN, 1, (member(1), member(2)), 5)
-MANIFEST = Manifest(RUN, "tiny", "{}", "{}", None, 259, 100, H, H, 256, 2)
+MANIFEST = Manifest(RUN, "tiny", "{}", "{}", None, 259, 100, H, H, 256, 2, H, "5.0")
 PASS = Pass(RUN, H, "peer", "ann", 1000, 2000)
 TICKET = Ticket(RUN, "00" * 16, 1, 2000, H)
 

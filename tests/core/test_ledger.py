@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from coordinator.core import leases as data
 from coordinator.core.leases import Cursor, Leases
 from coordinator.core.ledger import Books, EntryRow, EvaluationRow, balances, check, first_wrong
-from protocol import identity
+from protocol import canonical, identity
 from protocol.contribution import sign, sign_grant
 from protocol.identity import Key, peer_id_of
 from protocol.limits import CHUNK_VALUES
@@ -40,7 +40,9 @@ KEYS = {key.public: key for key in (Key.generate() for _ in range(5))}
 NODES = tuple(KEYS)
 SHARDS = (Shard("aa" * 32, 4096, 2048, 24), Shard("bb" * 32, 2048, 1024, 16))
 PARAMETERS = 2 * CHUNK_VALUES
-MANIFEST = Manifest(RUN, "test", "{}", "{}", None, 257, PARAMETERS, "01" * 32, "00" * 32, 16, 2)
+MANIFEST = Manifest(
+    RUN, "test", "{}", "{}", None, 257, PARAMETERS, "01" * 32, "00" * 32, 16, 2, canonical.digest(SHARDS), "5.0"
+)
 
 
 def state_of(number, branch):
@@ -288,6 +290,7 @@ WRONG = {
         lambda books: replace(books, manifest=identity.sign_manifest(OWNER, replace(MANIFEST, genesis="33" * 32))),
         "entries", "round 0",
     ),
+    "data that nobody was promised": (lambda books: replace(books, shards=SHARDS[::-1]), "shards", "all"),
     # rosters
     "roster signed by another": (with_item("rosters", 1, lambda old: replace(old, signature=FORGED)), "rosters", "1"),
     "roster changed": (

@@ -46,7 +46,7 @@ SHARD, OTHER = "ab" * 32, "cd" * 32
 KEYS = [Key.generate() for _ in range(5)]
 NODES = [key.public for key in KEYS]
 ROSTER = Roster("run", 7, tuple(Member(node, "peer", (), 1000) for node in NODES[:4]), 0)
-MANIFEST = Manifest("run", "name", "{}", "{}", None, 256, P, "0" * 64, "0" * 64, 8, 1)
+MANIFEST = Manifest("run", "name", "{}", "{}", None, 256, P, "0" * 64, "0" * 64, 8, 1, "0" * 64, "5.0")
 BALLOT = Ballot(7, 2)
 
 

@@ -48,7 +48,19 @@ class Line:
         self.folder = folder
         self.state = initial_state(np.zeros(PARAMETERS, np.float32), momentum=self.outer.keeps_momentum)
         self.manifest = Manifest(
-            RUN, "test", spec.to_json(), "{}", None, 256, PARAMETERS, "aa" * 32, self.state.digest(), 32, 1
+            RUN,
+            "test",
+            spec.to_json(),
+            "{}",
+            None,
+            256,
+            PARAMETERS,
+            "aa" * 32,
+            self.state.digest(),
+            32,
+            1,
+            "dd" * 32,
+            "5.0",
         )
         self.head, self.branch = genesis_head(self.manifest), 0
         self.records = [self.head]  # the line's heads, none of them a rollback's

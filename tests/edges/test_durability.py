@@ -223,7 +223,21 @@ def begin(path):
     state = initial_state(np.zeros(PARAMETERS, np.float32), momentum=outer_of(spec.update).keeps_momentum)
     genesis = write_base(path / "base", state)
     base = folder.open_blobs().put_file(path / "base")
-    manifest = Manifest(folder.run_id(), "test", spec.to_json(), "{}", None, 256, PARAMETERS, "ab" * 32, genesis, 32, 1)
+    manifest = Manifest(
+        folder.run_id(),
+        "test",
+        spec.to_json(),
+        "{}",
+        None,
+        256,
+        PARAMETERS,
+        "ab" * 32,
+        genesis,
+        32,
+        1,
+        canonical.digest(SHARDS),
+        "5.0",
+    )
     store = folder.open_store()
     store.save_shards(SHARDS, HELD)
     store.save_base(BaseCheckpoint(0, genesis_head(manifest).hash, genesis, base))

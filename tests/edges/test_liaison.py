@@ -32,7 +32,9 @@ from protocol.types import (
 )
 
 HEAD = Head(5, Digest("55" * 32))
-MANIFEST = Manifest("run", "run", "{}", "{}", None, 256, 65536, Digest("22" * 32), Digest("11" * 32), 16, 2)
+MANIFEST = Manifest(
+    "run", "run", "{}", "{}", None, 256, 65536, Digest("22" * 32), Digest("11" * 32), 16, 2, Digest(""), "5.0"
+)
 
 
 def roster(epoch, *, run="run", manifest=MANIFEST, issued_ms=0):

@@ -70,7 +70,21 @@ class RealDesk:
         data = self.blobs.put_bytes(bytes(range(256)) * 16)
         self.heldout = self.blobs.put_bytes(b"secret" * 100)
         self.shards = (Shard(data.digest, data.size, 2048, 128),)
-        manifest = Manifest(self.run, "test", "{}", "{}", tokenizer, 256, PARAMETERS, "22" * 32, GENESIS, 16, 2)
+        manifest = Manifest(
+            self.run,
+            "test",
+            "{}",
+            "{}",
+            tokenizer,
+            256,
+            PARAMETERS,
+            "22" * 32,
+            GENESIS,
+            16,
+            2,
+            canonical.digest(self.shards),
+            "5.0",
+        )
         self.manifest = identity.sign_manifest(self.key, manifest)
         self.checkpoint = BaseCheckpoint(
             0, genesis_head(manifest).hash, GENESIS, self.blobs.put_bytes(b"base" * 300_000)
@@ -496,6 +510,20 @@ async def test_a_second_manifest_of_the_same_run_stops_a_node_now_and_after_a_re
         assert (refusal.reason, refusal.reason.exit) == (Code.TWO_STORIES, Exit.INTEGRITY)
         assert canonical.digest(other)[:12] in refusal.what
     assert (tmp_path / "journal" / STANDING).read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda shards: (), lambda shards: shards * 2, lambda shards: (replace(shards[0], sequences=127),)],
+    ids=["none", "more", "changed"],
+)
+async def test_other_data_than_the_manifest_names_is_refused_at_every_open(world, other):
+    link = await world.member()
+    world.desk.shards = other(world.desk.shards)
+    for who, text in ((link, ""), (world.link(), world.invite())):
+        refusal = await refused(who.open(life=2, invite=text))
+        assert (refusal.reason, refusal.reason.exit) == (Code.TWO_STORIES, Exit.INTEGRITY)
+        assert world.desk.manifest.manifest.data[:12] in refusal.what
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from node.link import Door, Opened
 from node.membership import STANDING as STANDING_FILE
 from node.membership import Membership
 from node.standing import LIFE, Standing, begin_life, raise_life
-from protocol import identity
+from protocol import canonical, identity
 from protocol.blobs import digest_of
 from protocol.contribution import sign_grant
 from protocol.errors import Refused
@@ -36,10 +36,11 @@ DOOR = Door(("127.0.0.1:1",), "00" * 32, RUN)
 PEER = peer_id_of(TRANSPORT.public_bytes)
 GENESIS = "11" * 32
 SHARD = Shard(digest_of(b"shard"), 4096, 2048, 128)
+DATA = canonical.digest((SHARD,))
 
 
 def manifest(run=RUN, *, key=COORDINATOR):
-    body = Manifest(run, run.partition(".")[2], "{}", "{}", None, 256, 65536, "22" * 32, GENESIS, 16, 2)
+    body = Manifest(run, run.partition(".")[2], "{}", "{}", None, 256, 65536, "22" * 32, GENESIS, 16, 2, DATA, "5.0")
     return identity.sign_manifest(key, body)
 
 
@@ -137,6 +138,9 @@ def test_a_file_that_rotted_anywhere_is_of_no_use(tmp_path):
         {"rollbacks": (rollback(2),)},
         {"rollbacks": (rollback(1), rollback(3))},
         {"rollbacks": tuple(map(rollback, range(1, 258)))},
+        {"shards": (SHARD, replace(SHARD, digest=digest_of(b"another")))},
+        {"shards": (replace(SHARD, sequences=127),), "leases": ()},
+        {"shards": (), "leases": ()},
         {"leases": (lease(node=STRANGER.public),)},
         {"leases": (lease(start=128, stop=128),)},
         {"leases": (lease(stop=129),)},

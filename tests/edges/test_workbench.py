@@ -132,7 +132,9 @@ class Stand:
         self.journal = Journal(home.journal / "test")
         self.effects = []
         self.decider = Decider(rules(), self.effects.append)
-        manifest = Manifest("run", "test", "{}", "{}", None, 256, SIZE, Digest("22" * 32), Digest(""), CONTEXT, 2)
+        manifest = Manifest(
+            "run", "test", "{}", "{}", None, 256, SIZE, Digest("22" * 32), Digest(""), CONTEXT, 2, Digest(""), "5.0"
+        )
         self.bench = Workbench(
             manifest,
             self.spec,
