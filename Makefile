@@ -1,11 +1,11 @@
-# Words of this project: setup, demo, test, check, sim, chaos, bench, badinputs, fuzz, proto. Each does the set-up it needs.
+# Words of this project: setup, demo, test, check, sim, chaos, flood, bench, badinputs, fuzz, proto. Each does the set-up it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PICTURES := .venv/.pictures
 FUZZER := .venv/.fuzzer
 
-.PHONY: setup demo test check sim chaos bench badinputs fuzz proto clean
+.PHONY: setup demo test check sim chaos flood bench badinputs fuzz proto clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -35,6 +35,9 @@ sim: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos $(if $(PART),--part $(PART)) $(ARGS)
+
+flood: $(STAMP)
+	$(BIN)/python -m tests.flood $(ARGS)
 
 $(PICTURES): $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -66,6 +66,11 @@ class Gate:
 
     # for the door
 
+    @property
+    def members(self) -> int:
+        """How many are connected."""
+        return len(self._members)
+
     def passage(self, inner_port: int) -> Passage | None:
         """Of whoever comes to the door with this port; none if it came past the gate."""
         return self._at_door.get(inner_port)

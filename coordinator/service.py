@@ -218,7 +218,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._sessions: dict[str, Session] = {}
         self._session_of: dict[NodeId, Session] = {}
         self._joins = quotas.Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
-        self._calls = quotas.Buckets(quotas.CALLS)
+        self._calls = quotas.Buckets(quotas.share(1))
         self._downloads: dict[NodeId, float] = {}  # when its quota is whole again
         self._uploading: set[Digest] = set()
         self._leaves: OrderedDict[Digest, bytes] = OrderedDict()
@@ -419,6 +419,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._check_welcome(session.node)
         if session.calls >= CALLS_PER_NODE_MAX:
             raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
+        self._calls.rate = quotas.share(len(self._sessions) if self.gate is None else self.gate.members)
         _pass_by("calls of this node", self._calls.take(session.node, now=time.monotonic()))
         session.calls += 1
         try:

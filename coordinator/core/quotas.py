@@ -19,7 +19,9 @@ class Rate:
     per_second: float
 
 
-CALLS: Final = Rate(1000, 200)  # of a member: one that catches up asks twice for each part, as fast as its line is
+CALLS_PER_SECOND: Final = 400.0  # of all members: some half of what one core answers
+CALLS_OF_A_MEMBER: Final = Rate(64, 4)  # at least: twice all that it may ask at once, and a round every few seconds
+CALLS_BURST_SECONDS: Final = 5.0
 REFUSALS: Final = Rate(128, 4)  # calls of a member's connection that are refused: all it may have at once, four times
 STRANGERS_REFUSALS: Final = Rate(32, 0.1)  # the same before a session is open: all at once, after a restart of ours
 # One join is two connections (the first looks at the certificate) and one challenge; coming back is one of each.
@@ -43,6 +45,12 @@ def take(full_at: float, rate: Rate, *, now: float, amount: float = 1.0) -> tupl
     if missing > 0:
         return full_at, missing / rate.per_second
     return since + amount / rate.per_second, 0.0
+
+
+def share(members: int) -> Rate:
+    """What each of so many members may call: all have the same part of what we can answer."""
+    each = max(CALLS_OF_A_MEMBER.per_second, CALLS_PER_SECOND / max(1, members))
+    return Rate(max(CALLS_OF_A_MEMBER.burst, CALLS_BURST_SECONDS * each), each)
 
 
 class Buckets:

@@ -107,3 +107,12 @@ def test_a_thousand_nodes_are_back_within_a_minute_and_never_more_at_once_than_i
     assert max(back) < 60
     for second in range(60):
         assert sum(second <= each < second + 1 for each in back) <= quotas.JOINS.burst + quotas.JOINS.per_second
+
+
+def test_members_share_what_we_can_answer_and_few_have_more_than_many():
+    assert quotas.share(1).per_second == quotas.CALLS_PER_SECOND
+    assert quotas.share(8).per_second == quotas.CALLS_PER_SECOND / 8
+    for members in (0, 1, 5, 64, 1000):
+        each = quotas.share(members)
+        assert each.per_second >= quotas.CALLS_OF_A_MEMBER.per_second
+        assert each.burst >= quotas.CALLS_OF_A_MEMBER.burst

@@ -54,8 +54,8 @@ async def test_too_many_joins_are_refused_with_the_time_to_wait_and_the_link_wai
     assert world.service.refusals[Code.BUSY.code] >= 2
 
 
-async def test_a_member_that_calls_too_often_waits_and_the_others_do_not(world):
-    world.service._calls = quotas.Buckets(quotas.Rate(3, 4))
+async def test_a_member_that_calls_too_often_waits_and_the_others_do_not(world, monkeypatch):
+    monkeypatch.setattr(quotas, "share", lambda members: quotas.Rate(2 + members / 2, 2 * members))  # of two: 3 and 4
     busy, other = await world.member(), await world.member()
     began = asyncio.get_running_loop().time()
     for _ in range(5):
@@ -69,7 +69,7 @@ async def test_a_member_that_calls_too_often_waits_and_the_others_do_not(world):
 
 async def test_a_coordinator_that_is_busy_for_ever_is_given_up(world, monkeypatch):
     link = await world.member()
-    world.service._calls = quotas.Buckets(quotas.Rate(1, 0.001))
+    monkeypatch.setattr(quotas, "share", lambda members: quotas.Rate(1, 0.001))
     await link.read_log(0)
     monkeypatch.setattr(links, "BUSY_TRIES", 2)
     monkeypatch.setattr(links, "BUSY_SECONDS_MAX", 0.01)

@@ -1,0 +1,1 @@
+"""Floods against the coordinator's faces: `make flood`."""

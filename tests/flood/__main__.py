@@ -1,0 +1,135 @@
+"""make flood: every flood for some seconds, honest nodes beside it, and what it cost them and the coordinator."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import psutil
+
+HEARTBEAT_P99_MS = 250  # wanted, whatever is thrown
+GROWTH_BYTES_MAX = 512 << 20  # the stated cap: 1,024 strangers, 512 viewers and their buffers
+HONEST = 8
+FLOODS = {  # name: how many times, how many hostile members
+    "joins_of_one": (10_000, 0),
+    "joins_of_many": (10_000, 0),
+    "calls_of_strangers": (1_000_000, 0),
+    "calls_of_members": (1_000_000, 1),
+    "calls_of_members, 32 of them": (1_000_000, 32),
+    "slow_door": (2_000, 0),
+    "slow_page": (2_000, 0),
+    "huge_messages": (16, 0),
+    "event_readers": (5_000, 0),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    name: str
+    quiet_ms: float  # p99 before
+    p99_ms: float
+    worst_ms: float
+    lost: int
+    beats: int
+    growth_bytes: int
+    attack: dict[str, float]
+    refused: dict[str, dict[str, int]]
+
+
+async def run(name: str, *, seconds: float, quiet_seconds: float = 3.0, honest: int = HONEST) -> Seen:
+    """One flood against a target of its own."""
+    count, hostile = FLOODS[name]
+    async with _python("target", str(honest + hostile), stdin=True) as target:
+        assert target.stdout is not None
+        told = json.loads(await target.stdout.readline())
+        invites = told.pop("invites")
+        beats: list[tuple[float, float, float]] = []
+        async with _python("honest", json.dumps(told | {"invites": invites[:honest]})) as nodes:
+            assert nodes.stdout is not None
+            for _ in range(honest):
+                while (await nodes.stdout.readline()).strip() != b"in":
+                    pass
+            listening = asyncio.create_task(_listen(nodes.stdout, beats))
+            await asyncio.sleep(quiet_seconds)
+            quiet, process = tuple(beats), psutil.Process(told["pid"])
+            before, most = process.memory_info().rss, 0
+            told["invites"] = invites[honest:]
+            async with _python("attacks", name.split(",")[0], json.dumps(told), str(seconds), str(count)) as attack:
+                assert attack.stdout is not None
+                ended = asyncio.create_task(attack.stdout.readline())
+                while not ended.done():
+                    most = max(most, process.memory_info().rss)
+                    await asyncio.wait([ended], timeout=0.1)
+                did = json.loads(ended.result())
+            during = tuple(beats[len(quiet) :])
+            listening.cancel()
+        refused = json.loads((await target.communicate(b""))[1].splitlines()[-1])
+    lost = sum(not good for _, _, good in during)
+    return Seen(name, _p99(quiet), _p99(during), _worst(during), lost, len(during), max(0, most - before), did, refused)
+
+
+async def _listen(lines: asyncio.StreamReader, beats: list[tuple[float, float, float]]) -> None:
+    while line := await lines.readline():
+        words = line.split()
+        if len(words) == 3:
+            beats.append((float(words[0]), float(words[1]), float(words[2])))
+
+
+def _p99(beats: tuple[tuple[float, float, float], ...]) -> float:
+    took = sorted(seconds for _, seconds, _ in beats)
+    return 1000 * took[min(len(took) - 1, int(0.99 * len(took)))] if took else float("inf")
+
+
+def _worst(beats: tuple[tuple[float, float, float], ...]) -> float:
+    return 1000 * max((seconds for _, seconds, _ in beats), default=float("inf"))
+
+
+@asynccontextmanager
+async def _python(module: str, *words: str, stdin: bool = False):
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", f"tests.flood.{module}", *words,
+        stdin=pipe if stdin else asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe if stdin else asyncio.subprocess.DEVNULL,
+        limit=1 << 22,
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make flood")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each flood")
+    parser.add_argument("--only", choices=FLOODS)
+    asked = parser.parse_args()
+    print(f"{HONEST} honest nodes beside each flood; coordinator, attackers and nodes share {os.cpu_count()} cores.\n")
+    print(
+        "| flood | done | p99 before | p99 | worst | lost | memory | refused |\n|---|---|---:|---:|---:|---:|---:|---|"
+    )
+    missed = []
+    for name in [asked.only] if asked.only else FLOODS:
+        seen = asyncio.run(run(name, seconds=asked.seconds))
+        did = ", ".join(f"{count:,} {what}" for what, count in seen.attack.items())
+        refused = ", ".join(f"{count:,} {what}" for kind in seen.refused.values() for what, count in kind.items())
+        print(
+            f"| {name} | {did} | {seen.quiet_ms:.0f} ms | {seen.p99_ms:.0f} ms | {seen.worst_ms:.0f} ms "
+            f"| {seen.lost} of {seen.beats} | +{seen.growth_bytes / (1 << 20):.0f} MiB | {refused} |",
+            flush=True,
+        )
+        if seen.p99_ms > HEARTBEAT_P99_MS or seen.growth_bytes > GROWTH_BYTES_MAX or seen.lost:
+            missed.append(name)
+    print(f"\nGOAL MISSED: {'; '.join(missed)}" if missed else "\nno goal missed")
+
+
+if __name__ == "__main__":
+    main()
