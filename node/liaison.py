@@ -31,6 +31,7 @@ from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
 from protocol.types import Digest, Epoch, LogEntry, Part, RoundNumber, SignedRollback, SignedRoster
 
+FAILURES_BEFORE_ANEW: Final = 3  # in a row, some seconds: a coordinator that was only started again is back by then
 STUCK_SECONDS: Final = 30.0  # without a record folded: the page that was read may be of a branch that is no more
 
 log = structlog.get_logger()
@@ -183,18 +184,19 @@ class Liaison:
     # the heartbeat
 
     async def heartbeat(self) -> None:
-        """Say what we do, learn what is new, for ever; a lost link comes back by itself."""
+        """Say what we do, learn what is new, for ever; a lost link comes back by itself, at any address of the invite."""
         failures = 0
         while True:
             try:
-                if not self._membership.online:
+                if not self._membership.online or failures >= FAILURES_BEFORE_ANEW:
                     await self._come_back()
                 await self.beat()
                 if failures or not self._decider.session.linked:
                     self._decider.post(session.LinkOpened())
                 failures = 0
             except Refused as refused:
-                if refused.reason.exit in (Exit.REFUSED, Exit.INTEGRITY) and refused.reason is not Code.LIMIT:
+                ends = refused.reason.exit in (Exit.REFUSED, Exit.INTEGRITY)
+                if ends and refused.reason not in (Code.LIMIT, Code.PIN_MISMATCH):  # of these each may pass
                     raise
                 failures += 1
                 self._decider.post(session.LinkLost(refused.what))
@@ -214,7 +216,7 @@ class Liaison:
                 failures += 1
 
     async def _come_back(self) -> None:
-        """Be let in after a start without the coordinator."""
+        """Be let in after a start without the coordinator, or where it has moved to."""
         opened = await self._membership.enter()
         self.silence(opened.silent_epoch)
         self.learn_rollbacks(opened.rollbacks)

@@ -365,7 +365,7 @@ class Link:
     # connecting
 
     async def _connect(self) -> None:
-        await self.close()
+        """To the first address that answers; what was connected before stays so until one does."""
         failures: list[Refused] = []
         for text in self.door.addresses:
             found = address.parse(text)
@@ -378,6 +378,7 @@ class Link:
             except Refused as refusal:
                 failures.append(refusal)
                 continue
+            await self.close()
             low, high = RECONNECT_MS
             own_pace = ("grpc.initial_reconnect_backoff_ms", low + secrets.randbelow(high - low))
             self._channel = grpc.aio.secure_channel(text, grpc.ssl_channel_credentials(root), (*OPTIONS, own_pace))

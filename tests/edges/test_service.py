@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -17,6 +18,8 @@ from coordinator.core import machine
 from coordinator.core.strikes import Kind
 from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
+from node.core.session import LinkOpened
+from node.liaison import Liaison
 from node.link import Beat, Door, Link
 from node.membership import STANDING, Membership
 from protocol import canonical, contribution, identity, invite, tls
@@ -447,6 +450,41 @@ async def test_the_next_address_is_tried_when_one_is_silent(world):
         await world.link(addresses=(silent, world.address)).open(life=1, invite=world.invite())
         refusal = await refused(world.link(addresses=(silent,)).open(life=1, invite=world.invite()))
         assert refusal.reason is Code.UNREACHABLE
+
+
+@pytest.mark.parametrize("second", ["127.0.0.1", "localhost", "::1"])
+async def test_a_coordinator_that_moves_to_another_of_its_addresses_is_found_again(
+    world, tmp_path, monkeypatch, second
+):
+    """By a node that is running, over IPv4, a name or IPv6; the pin is the same."""
+    monkeypatch.setattr("node.liaison.wait_seconds", lambda **_: 0.05)
+    with socket.socket(socket.AF_INET6 if second == "::1" else socket.AF_INET) as free:
+        free.bind((second, 0))
+        port = free.getsockname()[1]
+    at = f"[{second}]:{port}" if ":" in second else f"{second}:{port}"
+    link = world.link(addresses=(world.address, at))
+    membership = Membership(link._key.public, link, invite.decode(world.invite()), "heron", tmp_path / "journal")
+    await membership.begin(known=False)
+    spoken = []
+    stand = SimpleNamespace(
+        _membership=membership,
+        _decider=SimpleNamespace(session=SimpleNamespace(linked=True), post=spoken.append),
+        beat=lambda: link.heartbeat(Beat("training")),
+    )
+    stand._come_back = membership.enter
+    speaking = asyncio.create_task(Liaison.heartbeat(stand))
+    await world.server.stop(None)
+    while not spoken:
+        await asyncio.sleep(0.01)
+    moved = await serve(world.service, listen=at, key=tmp_path / "tls.key", certificate=tmp_path / "tls.pem")
+    try:
+        async with asyncio.timeout(20):
+            while LinkOpened() not in spoken and not speaking.done():
+                await asyncio.sleep(0.01)
+        assert not speaking.done()
+    finally:
+        speaking.cancel()
+        await moved.stop(None)
 
 
 SERVE = """
