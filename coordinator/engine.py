@@ -205,6 +205,7 @@ class Coordinator:
             ),
             history=history,
             next_epoch=Epoch(max(history, default=-1) + 1),
+            recent=entries[-machine.RECENT_KEPT :],
             unfolded=unfolded,
             have=self._archived(unfolded),
             started=self._now(),
@@ -342,8 +343,8 @@ class Coordinator:
                     self.store.save_roster(each)
             case machine.SignRollback(rollback):
                 self.submit(machine.Recalled((), (sign_rollback(self.key, rollback),)))
-            case machine.BranchOff(reason):
-                self.submit(machine.RollbackAsked(self._record_head(self.state.head.round), reason))
+            case machine.BranchOff(number, reason):
+                self.submit(machine.RollbackAsked(self._record_head(number), reason))
             case machine.TurnLog(turn):
                 self._turn(turn)
             case machine.SaveLeases():

@@ -53,6 +53,7 @@ from protocol.types import (
     BaseCheckpoint,
     Digest,
     Epoch,
+    Head,
     Lease,
     LogEntry,
     NodeId,
@@ -450,7 +451,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 self._check_welcome(session.node)
                 if self._sessions.get(session.token) is not session:
                     raise Refused(Code.SESSION, "a newer session replaced this one")
-            return self._answer(session, beat)
+            return self._answer(session, request, beat)
 
     def _news(self, session: Session, request: wire.HeartbeatRequest, beat: machine.HeartbeatArrived) -> bool:
         state = self._desk.state
@@ -472,7 +473,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         signed = self._desk.state.roster
         return signed if signed is not None and signed.roster.epoch > beat.epoch else None
 
-    def _answer(self, session: Session, beat: machine.HeartbeatArrived) -> wire.HeartbeatReply:
+    def _answer(
+        self, session: Session, request: wire.HeartbeatRequest, beat: machine.HeartbeatArrived
+    ) -> wire.HeartbeatReply:
         state, roster = self._desk.state, self._newer_roster(beat)
         wanted = [part.digest for part in state.wanted[:WANTED_MAX]]
         session.told, session.told_finished = frozenset(wanted), self._desk.finished()
@@ -489,7 +492,16 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             rollbacks=[canonical.to_bytes(each) for each in state.rollbacks if each.rollback.number > beat.branch],
             epoch=state.next_epoch,
             branch=len(state.rollbacks),
+            astray_from=self._astray_from(request),
         )
+
+    def _astray_from(self, request: wire.HeartbeatRequest) -> int:
+        """From which round on its records are wanted, plus one, because two of one round must have been certified."""
+        head = Head(RoundNumber(request.head_round), Digest(request.head_hash))
+        knows_all = request.branch == len(self._desk.state.rollbacks)
+        if not knows_all or not self._desk.state.astray(head):
+            return 0
+        return 1 + max(0, head.round - machine.FORK_UNDONE_MAX)
 
     async def _acquire_leases(self, request: wire.LeaseRequest, context: Context) -> wire.LeaseReply:
         with self._session(context) as session:

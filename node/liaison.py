@@ -245,7 +245,8 @@ class Liaison:
             self._spawn(self._supply.lose(frozenset(beat.lease_ids) - frozenset(news.renewed)))
         if news.head_round > head and state.committed is None:
             await self.read_log(head)
-        for entry in self._journal.entries(news.head_round, most=LOG_PAGE):
+        lacking = news.head_round if news.astray_from is None else news.astray_from
+        for entry in self._journal.entries(lacking, most=LOG_PAGE):
             await self._push(entry)
         wanted = frozenset(news.wanted)
         for digest in wanted & self._wanted_before:  # its reducer had a heartbeat's time to bring it

@@ -169,6 +169,7 @@ class News:
     rollbacks: tuple[SignedRollback, ...]  # those that the node does not know of
     epoch: int  # of the newest roster that the coordinator knows of; with `branch`, how much it has forgotten
     branch: int  # how many rollbacks it knows of
+    astray_from: int | None  # our head is not on the log: our records from this round on are wanted
     silent_epoch: Epoch | None  # as in Opened; a session that was opened again may have raised it
 
 
@@ -260,6 +261,7 @@ class Link:
             self._rollbacks(reply.rollbacks, known=beat.branch),
             _number("epoch", reply.epoch) - 1,
             _number("branch", reply.branch),
+            _number("astray_from", reply.astray_from) - 1 if reply.astray_from else None,
             self._silent_epoch,
         )
 

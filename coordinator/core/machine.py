@@ -15,9 +15,10 @@ from coordinator.core.rosters import next_members, quorum
 from coordinator.core.strikes import By, Kind, Mark
 from protocol.errors import Refused
 from protocol.limits import ROLLBACKS_MAX
-from protocol.log import check_ranges, check_record_shape, next_head, next_turn, ranges_of
+from protocol.log import check_ranges, check_record_shape, head_after, next_head, next_turn, ranges_of, record_hash
 from protocol.state import Consumed
 from protocol.types import (
+    Certificate,
     Digest,
     Epoch,
     Fault,
@@ -44,6 +45,8 @@ BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it hol
 AHEAD_MAX = 64  # records kept that came before those between; their senders bring them again
 RESTART_PATIENCE = 1.5  # times what it takes to be thought gone
 LEASES_AT_ONCE = 16  # about so many answer one request: hours of data are still a short list in a heartbeat
+RECENT_KEPT = 64  # records at hand to compare what others follow with
+FORK_UNDONE_MAX = 8  # rounds that the coordinator takes back by itself; liars may keep a second record to themselves
 EVENTS_KEPT = 200  # lines of history on the page
 
 
@@ -104,6 +107,7 @@ class State:
     history: Mapping[Epoch, SignedRoster] = field(default_factory=dict)  # all ever issued
     next_epoch: Epoch = Epoch(0)
     issuing: Epoch | None = None
+    recent: tuple[LogEntry, ...] = ()  # the newest records of the line
     unfolded: tuple[LogEntry, ...] = ()  # certified, not yet folded here
     waiting: Mapping[RoundNumber, LogEntry] = field(default_factory=dict)  # certified, but records before them lack
     have: frozenset[Digest] = frozenset()  # archived parts of unfolded records
@@ -124,6 +128,16 @@ class State:
     def wanted(self) -> tuple[Part, ...]:
         """Parts that the archive lacks."""
         return tuple(p for entry in self.unfolded for p in entry.record.parts if p.digest not in self.have)
+
+    def recent_entry(self, round_number: int) -> LogEntry | None:
+        return next((entry for entry in self.recent if entry.record.round == round_number), None)
+
+    def astray(self, head: Head) -> bool:
+        """Whether a log with this head is another than ours, as far as is known here."""
+        ours = self.recent_entry(head.round - 1)
+        turns = (signed.rollback for signed in self.rollbacks)
+        lines = {head_after(turn).hash for turn in turns if turn.to.round == head.round}
+        return ours is not None and head.hash not in {record_hash(ours.record), *lines}
 
     def shut(self, node: NodeId, now: float) -> Mark | None:
         """The ban or the kick that keeps this node out."""
@@ -312,8 +326,11 @@ class SignRollback:
 
 @dataclass(frozen=True)
 class BranchOff:
-    """Undo nothing, and go on from the newest record on a branch of its own: answer with RollbackAsked to that head."""
+    """Go on from the head before this round on a branch of its own: answer with RollbackAsked to that head.
 
+    If that is the newest head, nothing is undone."""
+
+    round: RoundNumber
     reason: str
 
 
@@ -578,8 +595,10 @@ def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules)
 
 def _entry(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     """Append a record that follows the head; keep one that is ahead of it until those between arrive."""
-    if entry.record.run != rules.run or entry.record.round < state.head.round:
+    if entry.record.run != rules.run:
         return state, ()
+    if entry.record.round < state.head.round:
+        return _forked(state, entry, now, rules)
     if entry.record.round > state.head.round + AHEAD_MAX:
         return state, ()
     if entry.record.round > state.head.round:
@@ -598,6 +617,42 @@ def _entry(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     return _append(state, entry, now, rules)
 
 
+def _forked(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
+    """A record of a round that the log has: the same one told again, or the proof that members have signed two.
+
+    Those who follow the other cannot go on, so all go back to where both began, unless that is long ago: then somebody
+    has kept it to himself, and the researcher decides."""
+    ours, number = state.recent_entry(entry.record.round), entry.record.round
+    signed = state.history.get(entry.certificate.ballot.epoch)
+    if ours is None or signed is None or ours.record == entry.record or ours.record.previous != entry.record.previous:
+        return state, ()
+    if state.history[ours.certificate.ballot.epoch].roster.branch != signed.roster.branch:
+        return state, ()
+    if not rules.entry_is_certified(entry, signed.roster):
+        return state, ()
+    effects: tuple[Effect, ...] = ()
+    for node in double_voters(ours.certificate, entry.certificate):
+        struck = Struck(
+            node, Fault.CONTRADICTED, number, "votes for two records of one round", record_hash(entry.record)
+        )
+        state, more = _struck(state, struck, now)
+        effects += more
+    what = f"members have certified two records of round {number}"
+    if state.head.round - number > FORK_UNDONE_MAX or state.branch != len(state.rollbacks):
+        advice = f"{what}: whoever follows the other waits for a rollback to round {number}"
+        known = any(text == advice for _, text in state.events)  # it is brought again with each heartbeat
+        return (state if known else _say(state, now, advice)), effects
+    return _say(state, now, what), (*effects, BranchOff(number, what))
+
+
+def double_voters(one: Certificate, other: Certificate) -> tuple[NodeId, ...]:
+    """Who has signed two records in one ballot. Nobody who keeps what it signed on disk does so by accident."""
+    if one.ballot != other.ballot or one.record == other.record:
+        return ()
+    signers = {signature.node for signature in one.signatures}
+    return tuple(signature.node for signature in other.signatures if signature.node in signers)
+
+
 def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     record = entry.record
     ranges = ranges_of(record)
@@ -614,6 +669,7 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
         leases=data.consume(state.leases, ranges),
         nodes=nodes,
         rosters=tuple(s for s in state.rosters if s.roster.epoch >= entry.certificate.ballot.epoch),
+        recent=(*state.recent, entry)[-RECENT_KEPT:],
         unfolded=(*state.unfolded, entry),
         tokens=state.tokens + tokens,
     )
@@ -659,12 +715,10 @@ def _folded(state: State, round_number: RoundNumber, digest: Digest, now: float,
 def _roster_signed(state: State, signed: SignedRoster, now: float) -> Outcome:
     roster = signed.roster
     names = ", ".join(state.nodes[n].name if n in state.nodes else n[:8] for n in roster.nodes)
-    state = replace(
-        state,
-        rosters=(*state.rosters, signed),
-        history={**state.history, roster.epoch: signed},
-        issuing=None,
-    )
+    state = replace(state, history={**state.history, roster.epoch: signed})
+    if roster.epoch != state.issuing:
+        return state, ()  # ordered before a rollback that came first: it is of a branch that is no more
+    state = replace(state, rosters=(*state.rosters, signed), issuing=None)
     return _say(state, now, f"roster {roster.epoch}: {names}"), (Announce(),)
 
 
@@ -732,6 +786,7 @@ def _rolled_back(state: State, event: RolledBack, now: float) -> Outcome:
         rosters=(),
         issuing=None,
         seals={},
+        recent=tuple(each for each in state.recent if each.record.round < event.head.round),
         unfolded=(),
         waiting={},
         have=frozenset(),
@@ -834,4 +889,4 @@ def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:
     reason = f"{len(forgetful)} of {members} nodes are back with older disks and forgot what they had signed"
     if not forgetful:
         reason = f"{len(out)} of {members} nodes are shut out, and the others are no majority"
-    return replace(state, held_since=None), (BranchOff(reason),)
+    return replace(state, held_since=None), (BranchOff(state.head.round, reason),)

@@ -279,6 +279,7 @@ class HeartbeatReply(_message.Message):
     ROLLBACKS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
+    ASTRAY_FROM_FIELD_NUMBER: _builtins.int
     roster: _builtins.bytes
     """when newer than the node's"""
     head_round: _builtins.int
@@ -291,6 +292,8 @@ class HeartbeatReply(_message.Message):
     """newest roster that the coordinator knows of, plus one; 0: none"""
     branch: _builtins.int
     """how many rollbacks it knows of: fewer than the node when its database came from a backup"""
+    astray_from: _builtins.int
+    """the node's head is not on the log: it brings its records from this round, plus one, on; 0: it is"""
     @_builtins.property
     def wanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """part digests that the coordinator lacks"""
@@ -316,10 +319,11 @@ class HeartbeatReply(_message.Message):
         rollbacks: _abc.Iterable[_builtins.bytes] | None = ...,
         epoch: _builtins.int = ...,
         branch: _builtins.int = ...,
+        astray_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["astray_from", b"astray_from", "branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

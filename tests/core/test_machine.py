@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from coordinator.core import machine
 from coordinator.core.leases import Leases
 from coordinator.core.machine import (
@@ -30,7 +32,7 @@ from coordinator.core.machine import (
     Ticked,
 )
 from coordinator.core.strikes import Kind
-from protocol.log import next_head, record_hash
+from protocol.log import head_after, next_head, record_hash
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -44,8 +46,10 @@ from protocol.types import (
     NodeId,
     Part,
     Record,
+    Rollback,
     Shard,
     Signature,
+    SignedRollback,
     SignedRoster,
 )
 
@@ -418,3 +422,92 @@ def test_where_those_who_are_left_are_no_majority_the_run_goes_on_on_a_branch():
     assert not of(BranchOff, swarm.see(beat(D, head_round=2), at=2.0 + patience))  # it knows a record that we lack
     (branch,) = of(BranchOff, swarm.see(beat(D, head_round=1), at=3.0 + patience))
     assert branch.reason == "1 of 2 nodes are shut out, and the others are no majority"
+
+
+# two records of one round
+
+
+def forked(*, signers=(A, C), ballot=Ballot(0, 0), after=0):
+    """Three members; A and B have certified a record, and whoever these are another, so many rounds ago."""
+    swarm = Coordinator().join(A, B, C)
+    one, other = (swarm.entry(brings(A, start, start + 1), signers=(A, B)) for start in (0, 9))
+    other = replace(other, certificate=replace(other.certificate, ballot=ballot))
+    votes = tuple(Signature(node, "v") for node in signers)
+    other = replace(other, certificate=replace(other.certificate, signatures=votes))
+    swarm.see(EntryArrived(one))
+    for number in range(after):
+        swarm.see(EntryArrived(swarm.entry(brings(A, number + 1, number + 2), signers=(A, B))))
+    return swarm, other
+
+
+def test_a_fork_is_taken_back_and_whoever_has_signed_both_is_known():
+    swarm, other = forked(after=2)
+    (back,) = of(BranchOff, swarm.see(EntryArrived(other)))
+    assert back.round == 0
+    assert [mark.fault for mark in swarm.state.trails[A]] == [Fault.CONTRADICTED]
+    assert swarm.state.trails.keys() == {A}, "the others have signed one record each"
+    assert any("certified two records of round 0" in text for _, text in swarm.state.events)
+
+
+def test_votes_of_two_ballots_prove_nothing_against_anybody():
+    """Somebody was silent about a vote; who signed in good faith cannot be told from who did not."""
+    swarm, other = forked(ballot=Ballot(0, 3))
+    assert of(BranchOff, swarm.see(EntryArrived(other)))
+    assert not swarm.state.trails
+
+
+def test_a_fork_that_somebody_kept_to_himself_for_long_undoes_nothing_and_is_told_once():
+    swarm, other = forked(after=machine.FORK_UNDONE_MAX)
+    for _ in range(3):
+        assert not of(BranchOff, swarm.see(EntryArrived(other)))
+    assert sum("waits for a rollback to round 0" in text for _, text in swarm.state.events) == 1
+    assert swarm.state.trails.keys() == {A}
+
+
+def test_the_same_record_told_again_is_no_fork():
+    """By another majority of its signers, too: each node has its own certificate of one record."""
+    swarm, _ = forked()
+    entry = swarm.state.recent[0]
+    again = replace(entry, certificate=replace(entry.certificate, signatures=(Signature(B, "v"), Signature(C, "v"))))
+    assert not swarm.see(EntryArrived(again)) and not swarm.state.trails
+
+
+@pytest.mark.parametrize("why", ["too few votes", "another head", "another branch"])
+def test_what_proves_no_fork_changes_nothing(why):
+    swarm, other = forked()
+    if why == "too few votes":
+        other = replace(other, certificate=replace(other.certificate, signatures=(Signature(A, "v"),)))
+    elif why == "another head":
+        other = replace(other, record=replace(other.record, previous=ZERO))
+    else:
+        history = {epoch: replace(s, roster=replace(s.roster, branch=1)) for epoch, s in swarm.state.history.items()}
+        signed = replace(history[0], roster=replace(history[0].roster, epoch=7))
+        swarm.state = replace(swarm.state, history={**swarm.state.history, 7: signed})
+        other = replace(other, certificate=replace(other.certificate, ballot=Ballot(7, 0)))
+    assert not of(BranchOff, swarm.see(EntryArrived(other)))
+    assert not swarm.state.trails and swarm.state.head.round == 1
+
+
+def test_a_head_that_is_not_on_the_log_is_seen_at_the_next_heartbeat():
+    swarm, other = forked(after=1)
+    assert swarm.state.astray(Head(1, record_hash(other.record)))
+    assert not swarm.state.astray(Head(1, record_hash(swarm.state.recent[0].record)))
+    assert not swarm.state.astray(swarm.state.head)
+    assert not swarm.state.astray(Head(0, GENESIS)) and not swarm.state.astray(Head(9, ZERO)), "who can tell"
+
+
+def test_a_node_that_has_turned_at_a_head_is_not_astray():
+    swarm, _ = forked(after=1)
+    turn = Rollback("run", 1, Head(1, record_hash(swarm.state.recent[0].record)), swarm.state.head, "why", 0)
+    swarm.state = replace(swarm.state, rollbacks=(SignedRollback(turn, "s"),))
+    assert not swarm.state.astray(head_after(turn))
+
+
+def test_a_roster_ordered_before_a_rollback_is_none_of_the_new_branch():
+    """Seed 6 of the simulation, with a two-faced member: the strike had ordered a roster, the fork a rollback, and the
+    older roster was taken for the newest."""
+    swarm, _ = forked()
+    stale = swarm.state.roster.roster
+    swarm.state = replace(swarm.state, issuing=None, branch=1, rosters=())
+    swarm.state, _ = machine.step(swarm.state, RosterSigned(SignedRoster(replace(stale, epoch=5), "s")), 2.0, RULES)
+    assert 5 in swarm.state.history and not any(s.roster.epoch == 5 for s in swarm.state.rosters)

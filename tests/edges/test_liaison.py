@@ -60,7 +60,7 @@ class Coordinator:
     async def heartbeat(self, beat, *, wait_seconds):
         said = {"head_round": beat.head.round, "epoch": beat.epoch, "branch": beat.branch}
         said |= {"roster": None, "wanted": (), "renewed": beat.lease_ids, "notice": "", "coordinator_ms": 0}
-        said |= {"finished": False, "rollbacks": (), "silent_epoch": None}
+        said |= {"finished": False, "rollbacks": (), "silent_epoch": None, "astray_from": None}
         return News(**said | self.news)
 
     async def push_entry(self, brought, rosters=(), rollbacks=()):
@@ -115,6 +115,15 @@ async def test_a_coordinator_that_has_forgotten_is_told_what_it_signed_before_an
     assert recalled == (None, (), 2)
     assert records[0] == (None, (6, 7), 0)
     assert [number for number, _, _ in records[1:]] == [3, 4]
+
+
+async def test_a_node_whose_head_is_not_on_the_log_brings_the_records_that_led_there(tmp_path):
+    stand = Stand(tmp_path)
+    for number in (3, 4, 5):
+        stand.journal.append(entry(number))
+    stand.coordinator.news = {"astray_from": 4, "head_round": 9}
+    await stand.liaison.beat()
+    assert [call[0] for call in stand.coordinator.calls if call != "read"] == [4, 5]
 
 
 @pytest.mark.parametrize("news", [{"epoch": 6}, {"branch": 0}])

@@ -28,7 +28,16 @@ from protocol.contribution import grant_of
 from protocol.errors import Code, Exit, Refused
 from protocol.identity import Key, peer_id_of
 from protocol.limits import BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION, ROSTERS_RECALLED_MAX
-from protocol.log import VOTE, check_brought, check_certificate, genesis_head, head_after, record_hash, vote_bytes
+from protocol.log import (
+    VOTE,
+    check_brought,
+    check_certificate,
+    genesis_head,
+    head_after,
+    next_head,
+    record_hash,
+    vote_bytes,
+)
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -115,7 +124,7 @@ class RealDesk:
         self.state = machine.State(
             genesis_head(manifest), genesis_head(manifest), GENESIS, Consumed(), self.store.load_leases(self.shards)
         )
-        self.events = []
+        self.events, self.effects = [], []
         self.news = asyncio.Event()
 
     def base(self):
@@ -130,6 +139,7 @@ class RealDesk:
     def submit(self, event):
         self.events.append(event)
         self.state, effects = machine.step(self.state, event, self.now_ms() / 1000, self.rules)
+        self.effects += effects
         for effect in effects:
             match effect:
                 case machine.SignRoster(roster):
@@ -1187,6 +1197,20 @@ async def test_a_record_with_weight_that_was_never_granted_gets_no_credit(world)
     assert "record 0: " in world.desk.state.events[-1][1]
     await link.push_entry(world.decide(link, roster, [b"x" * 9], lease))
     assert world.desk.store.entry_count == 1
+
+
+async def test_a_node_with_another_head_is_asked_for_its_records_and_a_fork_is_taken_back(world):
+    link, roster = await world.training()
+    one, other = await link.acquire_leases(1), await link.acquire_leases(1)
+    ours, theirs = (world.decide(link, roster, [b"x" * 9], lease) for (lease,) in (one, other))
+    await link.push_entry(ours)
+    beat = Beat("training", head=next_head(ours.record))
+    assert (await link.heartbeat(beat)).astray_from is None
+    news = await link.heartbeat(replace(beat, head=next_head(theirs.record)))
+    assert news.astray_from == 0
+    await link.push_entry(theirs)
+    assert "certified two records of round 0" in world.desk.state.events[-1][1]
+    assert [effect.round for effect in world.desk.effects if isinstance(effect, machine.BranchOff)] == [0]
 
 
 async def test_the_log_is_read_in_bounded_pages(world, monkeypatch):

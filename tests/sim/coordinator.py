@@ -21,6 +21,7 @@ from protocol.types import (
     NodeId,
     Part,
     PeerId,
+    RoundNumber,
     Seal,
     SignedRollback,
     SignedRoster,
@@ -58,6 +59,7 @@ class Pulse:
     renewed: frozenset[str]
     life: int  # the highest that is known of the node
     silent: Epoch  # it signs nothing under rosters up to this one
+    wanted_from: int  # its records from this round on
 
 
 @dataclass
@@ -169,6 +171,7 @@ class SimCoordinator(Process):
             rosters=tuple(open_rosters),
             history=dict(store.rosters),
             next_epoch=Epoch(max(store.rosters, default=-1) + 1),
+            recent=tuple(line[-machine.RECENT_KEPT :]),
             unfolded=tuple(line[whole:]),
             have=self._archived(line[whole:]),
             started=self.clock,
@@ -224,8 +227,8 @@ class SimCoordinator(Process):
                 store.rosters |= {signed.roster.epoch: signed for signed in rosters}
             case machine.SignRollback(rollback):
                 self._event(machine.Recalled((), (SignedRollback(rollback, "s"),)))
-            case machine.BranchOff(reason):
-                self._event(machine.RollbackAsked(_head(self.store.line), reason))
+            case machine.BranchOff(number, reason):
+                self._event(machine.RollbackAsked(_head(self.store.line[:number]), reason))
             case machine.TurnLog(turn):
                 self._turn(turn)
             case machine.SaveLeases():
@@ -293,7 +296,7 @@ class SimCoordinator(Process):
         self._event(machine.NodeOpened(node, PeerId(node), node, (), store.silent.get(node) != before))
         return life, silent, self.page(start)
 
-    def heartbeat(self, beat: machine.HeartbeatArrived, process: int, life: int) -> tuple[Pulse]:
+    def heartbeat(self, beat: machine.HeartbeatArrived, process: int, life: int, head_hash: Digest) -> tuple[Pulse]:
         if self.sessions.get(beat.node, (0, 0))[0] != process:
             self.open(beat.node, process, life, 0)
         elif life > self.sessions[beat.node][1]:
@@ -305,7 +308,10 @@ class SimCoordinator(Process):
         renewed = frozenset(lease.lease_id for lease in state.leases.of(beat.node))
         known, silent = self.store.lives[beat.node][0], self.store.silent.get(beat.node, Epoch(-1))
         news = state.rollbacks[beat.branch :]
-        return (Pulse(state.head.round, state.branch, newer, news, state.wanted, renewed, known, silent),)
+        head = Head(RoundNumber(beat.head_round), head_hash)
+        astray = beat.branch == len(state.rollbacks) and state.astray(head)
+        wanted_from = max(0, beat.head_round - machine.FORK_UNDONE_MAX) if astray else state.head.round
+        return (Pulse(state.head.round, state.branch, newer, news, state.wanted, renewed, known, silent, wanted_from),)
 
     def left(self, node: NodeId, process: int, seal: Seal | None) -> None:
         if self.sessions.get(node, (0, 0))[0] == process:

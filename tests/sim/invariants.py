@@ -78,6 +78,8 @@ class Truth:
         self.rosters: dict[Epoch, Roster] = {}
         self.rollbacks: list[Rollback] = []
         self.attempts: set[tuple[int, Ballot]] = set()
+        self.liars: set[NodeId] = set()  # who may say anything
+        self.forks = 0  # rounds that liars have had two records certified of
         self.certified = 0
         self.newest = self.heads[GENESIS.hash]  # the record certified last
         self.bringers: set[NodeId] = set()  # whose work certified records took, since somebody last cleared this
@@ -118,7 +120,9 @@ class Truth:
         if before is None or before.head.round != record.round:
             raise InvariantBroken(f"{who}: record {record.round} follows no certified head")
         if self._after.setdefault(record.previous, hashed) != hashed:
-            raise InvariantBroken(f"{who} has another record for round {record.round}")
+            if not self.liars:
+                raise InvariantBroken(f"{who} has another record for round {record.round}")
+            self.forks += 1
         ballot = entry.certificate.ballot
         roster = self.rosters[ballot.epoch]
         body = VoteBody(RUN, record.round, ballot, hashed)
@@ -144,6 +148,8 @@ class Truth:
     # what single-decree Paxos rests on, checked as it leaves a node
 
     def said(self, node: NodeId, message: Message) -> None:
+        if node in self.liars:
+            return
         match message:
             case Ready():
                 self._promised(node, message)
@@ -253,11 +259,14 @@ class Truth:
         if state.tokens != sum(c.tokens for entry in line for c in entry.record.contributions):
             raise InvariantBroken(f"{state.tokens} tokens, the line says otherwise")
 
-    def nothing_is_lost(self, line: Iterable[LogEntry]) -> None:
-        """Every certified record is in the coordinator's line, or to come, or was undone by a signed rollback."""
+    def nothing_is_lost(self, line: Iterable[LogEntry], followed: Iterable[LogEntry]) -> None:
+        """Every certified record is in the coordinator's line, or to come, or was undone by a signed rollback.
+
+        With liars there may be certificates that they keep to themselves: then what members follow is meant."""
         kept = {record_hash(entry.record) for entry in line}
+        meant = {record_hash(entry.record) for entry in followed} if self.liars else self.heads.keys()
         for hashed, known in self.heads.items():
-            if known.record is None or hashed in kept:
+            if known.record is None or hashed in kept or hashed not in meant:
                 continue
             to_come = known.branch == len(self.rollbacks) and known.record.round >= len(line)
             undone = any(rollback.to.round <= known.record.round for rollback in self.rollbacks[known.branch :])

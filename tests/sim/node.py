@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
@@ -53,6 +53,7 @@ from tests.sim.process import Process
 
 if TYPE_CHECKING:
     from tests.sim.coordinator import Page, Pulse, SimCoordinator
+    from tests.sim.liar import Lie
     from tests.sim.world import World
 
 PARAMETERS = 16 * 65536
@@ -82,6 +83,7 @@ class Swarm:
     save_seconds: float | None = None  # between two saves of local progress
     exchange: Exchange = Exchange.ALL_REDUCE
     pace_seconds: float = 0.0  # of a round for each member: what they upload is capped
+    liars: Mapping[int, Lie] = field(default_factory=dict)  # which of the nodes
 
     @classmethod
     def of(cls, luck: Random, *, seed: int) -> Swarm:
@@ -394,13 +396,13 @@ class SimNode(Process):
                 self._lose(set(beat.lease_ids) - pulse.renewed)
             if pulse.head_round > head and self.rounds.committed is None:
                 self._call(lambda c: c.read_log(self.rounds.head.round), self._log)
-            for entry in self.disk.log[pulse.head_round : pulse.head_round + 8]:
+            for entry in self.disk.log[pulse.wanted_from : pulse.wanted_from + LOG_PAGE]:
                 self._push(entry)
             for part in pulse.wanted:
                 if part.digest in self.disk.parts:
                     self._call(lambda c, d=part.digest: c.store_part(d), lambda *_: None)
 
-        self._call(lambda c: c.heartbeat(beat, process, life), answer)
+        self._call(lambda c: c.heartbeat(beat, process, life, state.head.hash), answer)
 
     def _learn(self, rollbacks: tuple[SignedRollback, ...], rosters: tuple[SignedRoster, ...]) -> None:
         """On disk before anything is signed under it."""

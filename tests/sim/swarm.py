@@ -60,7 +60,8 @@ def play(world: World, rounds: int) -> None:
     world.calm_settled = world.now
     _wait_while(world, lambda: _brings_nothing(world), BRINGING_ROUNDS)
     world.calm_brought = world.now
-    truth.nothing_is_lost(world.coordinator.store.line)
+    followed = (entry for node in world.nodes.values() for entry in node.disk.log if node.me not in truth.liars)
+    truth.nothing_is_lost(world.coordinator.store.line, followed)
     while truth.certified < rounds:
         _next_round(world, "in the calm")
 
@@ -106,7 +107,8 @@ def _lacking(world: World, target: Known) -> str:
 
 def _brings_nothing(world: World) -> str:
     """Who trains, and no record since the faults ended has taken any of it."""
-    idle = (n for n in world.nodes.values() if n.session.trains and n.me not in world.truth.bringers)
+    well = world.truth.bringers | world.truth.liars
+    idle = (n for n in world.nodes.values() if n.session.trains and n.me not in well)
     return next((f"no record has taken work of {node.name}" for node in idle), "")
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from coordinator.core import leases, machine, rosters
 from node.core import rounds
-from protocol.types import Roster
+from protocol.types import NodeId, Roster
 from tests.sim import swarm
 from tests.sim.faults import CALM, Weather
 from tests.sim.invariants import InvariantBroken
+from tests.sim.liar import Lie
 from tests.sim.node import Swarm
 from tests.sim.swarm import simulate
 from tests.sim.world import World
@@ -59,6 +60,24 @@ def test_every_invariant_holds_in_swarm_after_swarm(batch):
 @pytest.mark.parametrize("seed", range(1000, 1020))
 def test_every_invariant_holds_where_everything_fails_at_once(seed):
     rough(seed)
+
+
+@pytest.mark.parametrize("lie", Lie)
+@pytest.mark.parametrize(("seed", "nodes"), [(0, 3), (1, 4), (2, 5)])
+def test_a_liar_costs_attempts_and_nobody_else_is_struck(lie, seed, nodes):
+    rainy = replace(CALM, loss=0.05, reduce_failure=0.1, delay_max=0.2)
+    world = simulate(seed, rounds=12, under=rainy, swarm=Swarm(nodes=nodes, liars={1: lie}))
+    liar = world.nodes[NodeId("node01")]
+    assert liar.told or lie is Lie.FORGETS, "it lied, or had nothing to lie about"
+    assert world.coordinator.state.trails.keys() <= {liar.me}
+    assert world.truth.forks == 0 or lie is Lie.TWO_FACED
+
+
+def test_a_two_faced_leader_is_found_out_and_the_fork_taken_back():
+    """By itself it has the third vote of five for both records."""
+    world = simulate(0, rounds=12, under=CALM, swarm=Swarm(nodes=5, liars={1: Lie.TWO_FACED}))
+    assert world.truth.forks and world.truth.rollbacks
+    assert world.coordinator.state.trails.keys() == {"node01"}
 
 
 def test_a_process_that_ends_before_any_one_effect_costs_nobody_anything():

@@ -16,6 +16,7 @@ from protocol.types import LogEntry, NodeId
 from tests.sim.coordinator import SimCoordinator
 from tests.sim.faults import Trouble, Weather, weather
 from tests.sim.invariants import InvariantBroken, Truth
+from tests.sim.liar import Liar
 from tests.sim.node import Averaging, SimNode, Swarm
 
 T = TypeVar("T")
@@ -45,8 +46,12 @@ class World:
         self.swarm = swarm if swarm is not None else Swarm.of(self.luck, seed=seed)
         self.trouble = Trouble(self)
         self.coordinator = SimCoordinator(self)
-        self.nodes = {node.me: node for node in (SimNode(self, index) for index in range(self.swarm.nodes))}
+        self.nodes = {node.me: node for node in map(self._node, range(self.swarm.nodes))}
         self.names = [self.coordinator.name, *self.nodes]
+
+    def _node(self, index: int) -> SimNode:
+        lie = self.swarm.liars.get(index)
+        return SimNode(self, index) if lie is None else Liar(self, index, lie)
 
     # time
 
