@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol import sandbox
 from protocol.errors import Code, Refused
 from protocol.process import ChannelClosed, Child
 
@@ -49,8 +50,10 @@ class Evaluator:
             os.truncate(handle, 4 * parameters)
         finally:
             os.close(handle)
+        reads = [path for path in (Path(name), heldout, tokenizer) if path is not None]
+        inside = sandbox.plan(sandbox.Mode.AUTO, sandbox.kernel(), read=reads)
         try:
-            child = await Child.start("coordinator.evaluate", log=log)
+            child = await Child.start("coordinator.evaluate", log=log, sandbox=inside)
         except BaseException:
             Path(name).unlink()
             raise

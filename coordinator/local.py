@@ -162,6 +162,7 @@ class Swarm:
     async def start_node(self, name: str) -> None:
         words = ["barnraise", "join", self.invite, "--yes", "--json", "--home", str(self.folder / name), "--name", name]
         words += ["--threads", "1", "--device", "cpu", "--listen", "127.0.0.1:0"]
+        words += ["--allow-root"]  # whoever started all this as root has decided it
         self.nodes[name] = await Command.start(words, log=self.log(name), follow=True)
         self._follow(self.nodes[name])
 

@@ -20,7 +20,7 @@ from node.config import Home, Settings, Stopper, home_of
 from node.config import settings as settings_of
 from node.control import ask
 from node.screen import Display, display, json_text, status_lines
-from protocol import console
+from protocol import console, sandbox
 from protocol.errors import Code, Exit, Refused
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ ThreadsOption = Annotated[Text, _option("--threads", "N", "Most processor thread
 BatchOption = Annotated[Text, _option("--batch", "N", "Sequences in one pass. [what fits]")]
 DiskOption = Annotated[Text, _option("--max-disk", "SIZE", "Most disk space to use, such as 5GB.")]
 ListenOption = Annotated[Text, _option("--listen", "IP:PORT", "Where other nodes connect. [any free port]")]
+RootOption = Annotated[bool, typer.Option("--allow-root", help="Run as root all the same.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 
 
@@ -100,6 +101,7 @@ def join(
     batch: BatchOption = None,
     max_disk: DiskOption = None,
     listen: ListenOption = None,
+    allow_root: RootOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
     allow_private: Annotated[bool, typer.Option("--allow-private", help="Accept link-local addresses.")] = False,
@@ -112,7 +114,7 @@ def join(
         raise Refused(Code.USAGE, "join needs an invite", fix="Run: barnraise join INVITE, or barnraise start")
     flags = {"name": name, "device": device, "threads": threads, "batch": batch, "max_disk": max_disk, "listen": listen}
     found = _checked_invite(" ".join(invite), allow_private=allow_private)
-    return _take_part(home_of(home), flags, found, yes=yes, as_json=as_json)
+    return _take_part(home_of(home), flags | {"allow_root": allow_root or None}, found, yes=yes, as_json=as_json)
 
 
 @app.command()
@@ -124,6 +126,7 @@ def start(
     batch: BatchOption = None,
     max_disk: DiskOption = None,
     listen: ListenOption = None,
+    allow_root: RootOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Go on with the run that this node joined before."""
@@ -131,7 +134,7 @@ def start(
     at = home_of(home)
     if at.remembered() is None:
         raise Refused(Code.NOT_ADMITTED, f"the node in {at.path} has not joined a run")
-    return _take_part(at, flags, None, yes=True, as_json=as_json)
+    return _take_part(at, flags | {"allow_root": allow_root or None}, None, yes=True, as_json=as_json)
 
 
 @app.command()
@@ -211,6 +214,7 @@ def _checked_invite(text: str, *, allow_private: bool) -> Invite:
 
 def _take_part(home: Home, flags: Mapping[str, Any], invite: Invite | None, *, yes: bool, as_json: bool) -> int:
     settings = settings_of(home, flags)
+    _check_user(settings)
     home.prepare()
     with home.lock(), console.crash_log(home.logs / "crash.log"):
         known = _known_invite(home)
@@ -271,10 +275,26 @@ def _announce(settings: Settings, invite: Invite | None) -> None:
         ("Sends", "model updates, training speed, the kind of device" + _named(settings)),
         ("Shows", "this machine's network address to the run's other nodes"),
         ("Safety", _SAFETY),
+        ("", _confinement(settings)),
     ]
     console.complain("\n".join(f"{title:<8}{console.printable(text)}" for title, text in rows if text))
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
+    if _is_root():
         console.complain("Warning: this runs as root and need not; an ordinary user is enough.")
+
+
+def _confinement(settings: Settings) -> str:
+    made = sandbox.plan(settings.sandbox, sandbox.kernel())
+    return f"The trainer is {sandbox.NONE_TEXT if made is None else made.text}."
+
+
+def _check_user(settings: Settings) -> None:
+    """Whatever goes wrong in a process of root goes wrong for the whole machine."""
+    if _is_root() and not settings.allow_root:
+        raise Refused(Code.USAGE, "this would run as root", fix="Use an ordinary user, or add --allow-root.")
+
+
+def _is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def _named(settings: Settings) -> str:

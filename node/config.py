@@ -20,6 +20,7 @@ from protocol import p2pd
 from protocol.console import parse_size, printable, suggestion
 from protocol.errors import Code, Refused
 from protocol.limits import NAME_CHARACTERS_MAX
+from protocol.sandbox import Mode
 
 THREADS_MAX: Final = 4096
 BATCH_MAX: Final = 65536
@@ -45,6 +46,8 @@ class Settings:
     batch: int | None = None  # sequences in one forward pass
     max_disk_bytes: int | None = None
     listen: str = LISTEN_DEFAULT  # IP:port of the peer-to-peer socket
+    sandbox: Mode = Mode.AUTO  # of the trainer
+    allow_root: bool = False
 
     @property
     def runtime(self) -> Path:
@@ -120,6 +123,11 @@ class Home:
     def runtime(self) -> Path:
         """Sockets and scratch files of the running node; swept at its start."""
         return self.path / "runtime"
+
+    @property
+    def scratch(self) -> Path:
+        """The one folder that the trainer writes to; beside the sockets and the key, never around them."""
+        return self.runtime / "trainer"
 
     @property
     def control(self) -> Path:
@@ -293,6 +301,21 @@ def _device(value: object) -> str:
     return text
 
 
+def _mode(value: object) -> Mode:
+    try:
+        return Mode(_string(value).strip().lower())
+    except ValueError:
+        raise _wrong(value, "auto, required or off") from None
+
+
+def _truth(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if _string(value).strip().lower() not in _TRUTHS:
+        raise _wrong(value, "true or false")
+    return _TRUTHS[_string(value).strip().lower()]
+
+
 def _whole(most: int) -> Callable[[object], int]:
     def parse(value: object) -> int:
         text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
@@ -351,6 +374,7 @@ def _wrong(value: object, wanted: str) -> Refused:
     return Refused(Code.USAGE, f"{printable(str(value)[:60])!r} is not {wanted}")
 
 
+_TRUTHS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _FIELDS: Final = {"max_disk": "max_disk_bytes"}
 _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "name": _name,
@@ -359,6 +383,8 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "batch": _whole(BATCH_MAX),
     "max_disk": _size,
     "listen": _listen,
+    "sandbox": _mode,
+    "allow_root": _truth,
 }
 
 

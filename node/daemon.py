@@ -641,6 +641,7 @@ class Daemon:
             run=self._manifest.name,
             name=self._membership.opened.signed_pass.body.name,
             trainer=self._workbench.trainer,
+            confinement=self._workbench.confinement,
             tally=self._tally,
         )
 

@@ -162,6 +162,8 @@ def status_lines(status: Status) -> list[str]:
     if reason := _text(status, "reason"):
         lines.append(f"  {reason}")
     lines += [f"  {line}" for line in (_joined(_numbers(status)), _joined(_machine(status))) if line]
+    if confinement := _text(status, "sandbox"):
+        lines.append(f"  {confinement}")
     if status.get("linked") is False and activity != "joining":
         lines.append(f"  {_UNLINKED}")
     if trouble := _text(status, "trouble"):

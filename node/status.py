@@ -48,7 +48,15 @@ class Tally:
 
 
 def view(
-    state: Session, rounds: Rounds | None, rules: Rules, *, run: str, name: str, trainer: Trainer | None, tally: Tally
+    state: Session,
+    rounds: Rounds | None,
+    rules: Rules,
+    *,
+    run: str,
+    name: str,
+    trainer: Trainer | None,
+    confinement: str,
+    tally: Tally,
 ) -> dict[str, Any]:
     """The status as one JSON object; `null` where nothing is known yet."""
     now, stepped = time.monotonic(), tally.stepped
@@ -73,6 +81,7 @@ def view(
         "busy_share": trainer.busy_share if trainer else None,
         "device": trainer.started.device if trainer else None,
         "micro_batch": trainer.started.micro_batch if trainer else None,
+        "sandbox": confinement,
     }
     if rounds is None:
         return shown

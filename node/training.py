@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from protocol.errors import Code, Refused
 from protocol.process import ChannelClosed, Child
+from protocol.sandbox import Sandbox
 from protocol.types import DataRange, Digest
 
+MODULE = "node.trainer"
 START_SECONDS_MAX = 900  # a first import of torch from a slow disk, and a large model to build and probe
 STOP_SECONDS = 10.0  # volunteers get their machine back within this
 ANSWER_SECONDS = 300.0  # for the longest inner step there is; a trainer that answers later than that hangs
+_FOLDERS = {"TMPDIR": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda", "HF_HOME": "huggingface"}
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,17 @@ class Trainer:
         log: Any,
         on_event: Callable[[Event], None],
         scratch: Path | None = None,
+        sandbox: Sandbox | None = None,
     ) -> Trainer:
-        """Start a trainer on `vectors.shared`. Refused by name if it cannot train this model on this machine."""
+        """Start a trainer on `vectors.shared`. Refused by name if it cannot train this model on this machine.
+
+        `scratch` takes what its libraries would leave in the owner's folders.
+        """
         began = time.monotonic()
         env = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-        if scratch is not None:  # torch makes this folder wherever it is told to, and never removes it
-            env["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
-        child = await Child.start("node.trainer", env=env, log=log, pass_fds=vectors.files)
+        if scratch is not None:
+            env |= {name: str(scratch / folder) for name, folder in _FOLDERS.items()}
+        child = await Child.start(MODULE, env=env, log=log, pass_fds=vectors.files, sandbox=sandbox)
         try:
             started = Started(**await _first_answer(child, spec, vectors), seconds=time.monotonic() - began)
         except BaseException:

@@ -24,6 +24,7 @@ from node.pseudograd import PseudoGradient
 from node.replica import Replica
 from node.training import Event as TrainerEvent
 from node.training import Trainer, TrainerSpec, Vectors
+from protocol import sandbox
 from protocol.blobs import BlobStore, digest_of
 from protocol.errors import Code, Refused
 from protocol.exchange import packing_of
@@ -34,6 +35,7 @@ from protocol.types import BaseCheckpoint, DataRange, Grant, LogEntry, Manifest,
 KEEP_SECONDS: Final = 1.0  # between two looks whether local progress is to be saved
 HELD_BYTES: Final = 16  # for each parameter: the state, what the trainer shares, its snapshot, and the residual
 MOMENTUM_BYTES: Final = 4
+NICENESS: Final = 5  # the owner's own programs come first; a coordinator's evaluator on the same machine, at 10, last
 
 log = structlog.get_logger()
 
@@ -76,7 +78,11 @@ class Workbench:
         self._grants_of = grants_of
         self._log_file = log_file
         self._on_event = on_event
-        self._scratch = Home(settings.home).runtime
+        self._scratch = Home(settings.home).scratch
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self._sandbox = sandbox.plan(
+            settings.sandbox, sandbox.kernel(), read=[blobs.folder], write=[self._scratch], nice=NICENESS
+        )
         outer, packing = outer_of(spec.update), packing_of(spec.update)
         _check_room(manifest.parameters, self._scratch, momentum=outer.keeps_momentum)
         self._vectors = Vectors.create(manifest.parameters, runtime_dir=self._scratch)
@@ -104,6 +110,11 @@ class Workbench:
     def payload(self) -> bytes:
         """What a round may take, encoded."""
         return self._gradient.payload
+
+    @property
+    def confinement(self) -> str:
+        """What the trainer cannot do, for people."""
+        return sandbox.NONE_TEXT if self._sandbox is None else self._sandbox.text
 
     def close(self) -> None:
         self._vectors.close()
@@ -171,12 +182,13 @@ class Workbench:
                 self._trainer_spec(),
                 vectors=self._vectors,
                 scratch=self._scratch,
+                sandbox=self._sandbox,
                 log=self._log_file("trainer"),
                 on_event=self._on_event,
             )
             self._gradient.trainer_restarted()
         started = self.trainer.started
-        log.info("trainer ready", device=started.device, micro_batch=started.micro_batch)
+        log.info("trainer ready", device=started.device, micro_batch=started.micro_batch, sandbox=self.confinement)
         return True
 
     async def stop_trainer(self) -> bool:

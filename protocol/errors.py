@@ -64,6 +64,7 @@ class Code(Enum):
     MODEL_TOO_LARGE = ("E-MODEL-002", Exit.RESOURCE, "Choose a run with a smaller model, or a larger machine.")
     DEVICE_MISSING = ("E-DEVICE-001", Exit.BAD_INPUT, "Use --device auto, or a device that is present.")
     MEMORY = ("E-DEVICE-002", Exit.RESOURCE, "Use --batch with a smaller number.")
+    SANDBOX = ("E-SANDBOX-001", Exit.BAD_INPUT, 'Use another kernel, or sandbox = "auto".')
     UPDATE_BAD = ("E-UPDATE-001", Exit.INTEGRITY, "The part was dropped; the round goes on without it.")
     RECORD_BAD = ("E-LOG-001", Exit.INTEGRITY, "The record was refused; nothing was changed.")
     STATE_MISMATCH = ("E-LOG-002", Exit.INTEGRITY, "Run barnraise leave --purge and join again; tell the researcher.")

@@ -20,6 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from protocol import sandbox as sandboxes
+from protocol.sandbox import Sandbox
+
 HEADER_BYTES_MAX = 16 << 20  # a control frame is small; the bound only stops a runaway
 PAYLOAD_BYTES_MAX = 1 << 34  # an encoded vector of 10^10 parameters fits
 _FRAME = struct.Struct("<IQ")  # bytes of JSON, bytes of payload
@@ -109,23 +112,30 @@ class Child:
         env: Mapping[str, str] | None = None,
         log: Any = None,
         pass_fds: Sequence[int] = (),
+        sandbox: Sandbox | None = None,
     ) -> Child:
         """Run `python -m module arguments`; its output goes to `log`, an open file (default: ours).
 
-        `pass_fds` stay open in the child under the same numbers.
+        `pass_fds` stay open in the child under the same numbers. In a sandbox it shuts itself in before anything else.
         """
         ours, theirs = socket.socketpair()
+        inside = {} if sandbox is None else sandboxes.described(sandbox)
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
+                *(() if sandbox is None else (sandboxes.__name__,)),
                 module,
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=(theirs.fileno(), *pass_fds),
-                env={**os.environ, **(env or {}), _CHANNEL: str(theirs.fileno()), "BARNRAISE_PARENT": str(os.getpid())},
+                env={
+                    **(os.environ | (env or {}) | inside),
+                    _CHANNEL: str(theirs.fileno()),
+                    "BARNRAISE_PARENT": str(os.getpid()),
+                },
             )
         except BaseException:
             ours.close()

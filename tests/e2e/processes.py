@@ -108,6 +108,7 @@ class World:
     def environment(self):
         return {
             **os.environ,
+            "BARNRAISE_ALLOW_ROOT": "1",
             MARK: str(self.folder),
             "BARNRAISE_PARENT": str(os.getpid()),  # nothing outlives the test, however it ends
             "HOME": str(self.folder),

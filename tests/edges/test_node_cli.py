@@ -14,7 +14,7 @@ import pytest
 from node import cli, screen
 from node.config import MARKER, Home, home_of, settings
 from node.control import Control
-from protocol import console, identity, invite
+from protocol import console, identity, invite, sandbox
 from protocol.errors import Code, Refused
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def command(*words, code=None, env=None, **options):
 
 
 def joining(body, *words):
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "BARNRAISE_ALLOW_ROOT": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", DAEMON.replace("BODY", body), "join", *words],
         env=environment,
@@ -420,11 +420,35 @@ def test_a_bad_invite_leaves_nothing_behind(tmp_path, text, capsys):
     assert not home.exists()
 
 
+def test_root_is_refused_unless_its_owner_insists_and_the_sandbox_stays(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    home = tmp_path / "home"
+    code, _, err = run(capsys, "join", text, "--home", str(home))
+    assert code == 2 and "as root" in err and "--allow-root" in err and not home.exists()
+
+    made = settings(Home(home), {"allow_root": True})
+    cli._check_user(made)
+    cli._announce(made, None)
+    assert "Warning: this runs as root" in (err := capsys.readouterr().err)
+    assert sandbox.plan(sandbox.Mode.AUTO, sandbox.kernel()).text in err
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    cli._check_user(settings(Home(home), {}))
+
+
+@pytest.mark.parametrize(("written", "meant"), [("auto", "auto"), ("Required", "required"), ("off", "off")])
+def test_the_sandbox_is_the_owners_to_choose(tmp_path, written, meant):
+    (tmp_path / "config.toml").write_text(f'sandbox = "{written}"')
+    assert settings(Home(tmp_path), {}, {}).sandbox.value == meant
+    (tmp_path / "config.toml").write_text('sandbox = "loose"')
+    with pytest.raises(Refused, match="auto, required or off"):
+        settings(Home(tmp_path), {}, {})
+
+
 def test_a_node_is_a_member_of_one_run(tmp_path, text, capsys):
     home = Home(tmp_path / "home")
     home.prepare()
     home.remember(an_invite("first"))
-    code, _, err = run(capsys, "join", text, "--home", str(home.path))
+    code, _, err = run(capsys, "join", text, "--home", str(home.path), "--allow-root")
     assert code == 3 and "a member of the run first" in err
 
 
