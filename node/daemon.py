@@ -411,6 +411,8 @@ class Daemon:
                 run=self._manifest.run,
                 listen=self._settings.listen_multiaddrs,
                 rendezvous=self._membership.opened.rendezvous,
+                coordinator=self._membership.opened.coordinator,
+                named=self._link.door.names,
                 packing=self._packing,
                 residual_decay=self._spec.update.residual_decay,
                 parameters=self._manifest.parameters,

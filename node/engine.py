@@ -85,6 +85,8 @@ class Engine:
         run: RunId,
         listen: Sequence[str],
         rendezvous: Sequence[str],
+        coordinator: str,
+        named: Sequence[str] = (),
         packing: Packing,
         residual_decay: float = 1.0,
         parameters: int,
@@ -92,7 +94,10 @@ class Engine:
         on_message: Callable[[PeerId, bytes], None],
         log: Any = None,
     ) -> Engine:
-        """Start the process and its p2pd. `listen` and `rendezvous` are multiaddrs; a client listens on none."""
+        """Start the process and its p2pd. `listen` and `rendezvous` are multiaddrs; a client listens on none.
+
+        `coordinator` and `named`, as protocol.address.may_dial has them, say whom this engine may connect to.
+        """
         engine = cls(await Child.start("node.swarm", env=ENVIRONMENT, log=log), runtime_dir, on_message)
         settings = {
             "runtime_dir": str(runtime_dir),
@@ -100,6 +105,8 @@ class Engine:
             "run": run,
             "listen": list(listen),
             "rendezvous": list(rendezvous),
+            "coordinator": coordinator,
+            "named": list(named),
             "codecs": [packing.up.name, packing.down.name],
             "rule": packing.rule.value,
             "residual_decay": residual_decay,

@@ -108,6 +108,11 @@ class Door:
     fingerprint: str
     run: RunId
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hosts, as the invite spells them."""
+        return tuple(found.host for text in self.addresses if (found := address.parse(text)) is not None)
+
     @classmethod
     def of(cls, invite: Invite) -> Door:
         return cls(invite.addresses, invite.fingerprint, invite.run)
@@ -136,6 +141,7 @@ class Opened:
     rollbacks: tuple[SignedRollback, ...]  # all of the run
     silent_epoch: Epoch | None  # this node has forgotten promises: it signs nothing under rosters up to this one
     life: int  # highest that the coordinator knows of this node: its next start must say a higher one
+    coordinator: str = ""  # the IP address that it was reached at
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ class Link:
         self._channel: grpc.aio.Channel | None = None
         self._stub: wire_grpc.CoordinatorAsyncStub | None = None
         self._session = ""
+        self._host = ""
         self._hello = _Hello("", "", (), "", 0)
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)  # one link is one running process
         self._silent_epoch: Epoch | None = None
@@ -374,7 +381,7 @@ class Link:
             if found is None:
                 continue
             try:
-                root = await asyncio.to_thread(
+                pinned = await asyncio.to_thread(
                     tls.fetch_pinned, found, self.door.fingerprint, timeout_seconds=CONNECT_SECONDS
                 )
             except Refused as refusal:
@@ -383,7 +390,8 @@ class Link:
             await self.close()
             low, high = RECONNECT_MS
             own_pace = ("grpc.initial_reconnect_backoff_ms", low + secrets.randbelow(high - low))
-            self._channel = grpc.aio.secure_channel(text, grpc.ssl_channel_credentials(root), (*OPTIONS, own_pace))
+            credentials = grpc.ssl_channel_credentials(pinned.root)
+            self._channel, self._host = grpc.aio.secure_channel(text, credentials, (*OPTIONS, own_pace)), pinned.host
             self._stub = wire_grpc.CoordinatorStub(self._channel)
             return
         impostors = [refusal for refusal in failures if refusal.reason is Code.PIN_MISMATCH]
@@ -439,6 +447,7 @@ class Link:
             self._rollbacks(reply.rollbacks),
             Epoch(_number("silent_epoch", reply.silent_epoch) - 1) if reply.silent_epoch else None,
             max(self._hello.life, _number("life", reply.life)),
+            self._host,
         )
 
     def _pass(self, data: bytes, coordinator_ms: int) -> SignedPass:

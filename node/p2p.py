@@ -49,6 +49,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         super().__init__()
         self.roster: Mapping[PeerID, tuple[str, ...]] = {}
         self.calls_only = False  # nobody can call us, the roster says: we keep lines open instead
+        self.may_dial: Callable[[str], bool] = lambda address: False
         self.bytes_sent = self.bytes_received = 0
         self.look_up: Callable[[PeerID], Awaitable[tuple[str, ...]]] | None = None
         self._calls: Counter[PeerID] = Counter()
@@ -115,9 +116,12 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         return False
 
     async def _connected(self, peer: PeerID, addresses: Sequence[str]) -> bool:
+        allowed = [address for address in addresses if self.may_dial(address)]
+        if not allowed:  # p2pd would dial where else it thinks that the peer is
+            return await self._is_here(peer)
         with suppress(P2PDaemonError, TimeoutError, ValueError):
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._client.connect(peer, [Multiaddr(address) for address in addresses])
+                await self._client.connect(peer, [Multiaddr(address) for address in allowed])
                 return True
         return False
 

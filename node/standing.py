@@ -44,6 +44,7 @@ class Standing:
     base: BaseCheckpoint
     rollbacks: tuple[SignedRollback, ...]
     leases: tuple[Lease, ...] = ()
+    coordinator: str = ""  # the IP address that it was last reached at
 
     @classmethod
     def of(cls, opened: Opened, leases: Iterable[Lease] = ()) -> Standing:
@@ -55,6 +56,7 @@ class Standing:
             opened.base,
             opened.rollbacks,
             tuple(leases),
+            opened.coordinator,
         )
 
     def opened(self, life: int) -> Opened:
@@ -70,6 +72,7 @@ class Standing:
             rollbacks=self.rollbacks,
             silent_epoch=None,
             life=life,
+            coordinator=self.coordinator,
         )
 
     def with_leases(self, leases: Iterable[Lease]) -> Standing:

@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from typing import AsyncIterator as Stream  # noqa: UP035  # hivemind tells streams by this one's name
@@ -28,6 +29,7 @@ from hivemind.utils.asyncio import achain, as_aiter
 from node.leftover import Leftover
 from node.p2p import CONNECT_SECONDS, GuardedP2P
 from node.reduction import GroupRunner, Plan
+from protocol.address import may_dial
 from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
@@ -325,6 +327,7 @@ class Desk:
         except Refused as refused:
             await self._channel.send({"number": number, "refused": refused.reason.code, "what": refused.what})
             raise ChannelClosed from refused
+        p2p.may_dial = partial(may_dial, coordinator=settings["coordinator"], named=settings["named"])
         up, down = map(codec, settings["codecs"])
         self._peer = BarnraisePeer(
             p2p,

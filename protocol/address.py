@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
 
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _NAME = re.compile(rf"(?:{_LABEL}\.)*{_LABEL}")
 _NUMBER_AT_END = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)")  # resolvers read such names as IPv4 addresses
@@ -35,13 +39,63 @@ class Address:
         address = self._ip()
         return address is not None and (address.is_link_local or address in _METADATA)
 
-    def _ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    def _ip(self) -> _Ip | None:
         address = _ip(self.host)
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
         return mapped or address
 
 
-_METADATA = frozenset({ipaddress.ip_address("fd00:ec2::254")})  # AWS; the other clouds use link-local addresses
+class Span(IntEnum):
+    """How far an address is good: the same one is another machine elsewhere, and may be the caller's own."""
+
+    LINK = 1
+    MACHINE = 2
+    SITE = 3  # private networks, carriers' NAT, networks for documents and tests
+    WORLD = 4
+
+
+def span_of(host: str) -> Span | None:
+    """Of an IP address; none where nobody is to be called: a name, a group, no machine, a cloud's metadata."""
+    found = _ip(host)
+    address = _inner(found) if found is not None else None
+    if address is None or address.is_multicast or address.is_unspecified or address in _METADATA:
+        return None
+    if address.is_loopback:
+        return Span.MACHINE
+    if address.is_link_local:
+        return Span.LINK
+    if isinstance(address, ipaddress.IPv4Address):
+        return None if address in _FUTURE else Span.WORLD if address.is_global else Span.SITE
+    return Span.WORLD if address.is_global and address in _WORLD else Span.SITE
+
+
+def may_dial(multiaddr: str, *, coordinator: str, named: Collection[str] = ()) -> bool:
+    """Whether a node may connect to an address of libp2p's that a stranger names.
+
+    Not nearer than its coordinator: a coordinator on the internet cannot have nodes knock at doors of their home
+    networks. `coordinator` is its IP as this machine has reached it; "" is somewhere on the internet. Names are looked
+    up by whoever dials, with whatever answer their owner likes: only those in `named` may be dialled.
+    """
+    parts = _DIALLED.fullmatch(multiaddr)
+    if parts is None or not 0 < int(parts["port"]) <= 65535:
+        return False
+    if parts["kind"].startswith("dns"):
+        return parts["host"] in named
+    span, nearest = span_of(parts["host"]), span_of(coordinator) or Span.WORLD
+    return span is not None and span >= nearest
+
+
+# A machine, perhaps the peer that is there, perhaps that peer as a relay of another.
+_PEER: Final = r"/p2p/[A-Za-z0-9]{1,128}"
+_DIALLED: Final = re.compile(
+    r"/(?P<kind>ip4|ip6|dns|dns4|dns6)/(?P<host>[^/]{1,253})/(?:tcp/(?P<port>[0-9]{1,5}))"
+    rf"(?:{_PEER})?(?:/p2p-circuit(?:{_PEER})?)?"
+)
+_FUTURE: Final = ipaddress.ip_network("240.0.0.0/4")  # nobody's, and the broadcast address
+_WORLD: Final = ipaddress.ip_network("2000::/3")  # all that is handed out for the internet
+_THROUGH_NAT: Final = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last four bytes
+# Of AWS over IPv6 and, on the link, of most clouds; of Alibaba, among carriers' addresses.
+_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "169.254.169.254", "100.100.100.200")))
 
 
 def parse(text: str) -> Address | None:
@@ -59,7 +113,17 @@ def parse(text: str) -> Address | None:
     return Address(host, int(port))
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _inner(address: _Ip) -> _Ip:
+    """The IPv4 address that an IPv6 address leads to, where it leads to one."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _THROUGH_NAT:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo is not None else address)
+
+
+def _ip(host: str) -> _Ip | None:
     if "%" in host:  # a zone: it means something on one machine only
         return None
     try:

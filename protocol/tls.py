@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -47,8 +47,15 @@ def fingerprint(pem: bytes | str) -> str:
         raise Refused(Code.KEY_UNUSABLE, "this is no certificate in PEM") from None
 
 
-def fetch_pinned(address: Address, pin: str, *, timeout_seconds: float) -> bytes:
-    """The server's certificate in PEM, if it is the pinned one: then it may serve as the only root of a channel.
+class Pinned(NamedTuple):
+    """What a server was seen to have."""
+
+    root: bytes  # its certificate in PEM
+    host: str  # the IP address that it was reached at
+
+
+def fetch_pinned(address: Address, pin: str, *, timeout_seconds: float) -> Pinned:
+    """The server's certificate, if it is the pinned one: then it may serve as the only root of a channel.
 
     Blocks; sends nothing but the handshake. The channel that follows proves possession of the key.
     """
@@ -63,12 +70,13 @@ def fetch_pinned(address: Address, pin: str, *, timeout_seconds: float) -> bytes
             context.wrap_socket(plain, server_hostname=SERVER_NAME) as secured,
         ):
             der = secured.getpeercert(binary_form=True) or b""
+            host = secured.getpeername()[0]
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise Refused(Code.UNREACHABLE, f"{address} does not answer: {error}") from None
     got = hashlib.sha256(der).hexdigest()
     if got != pin:
         raise Refused(Code.PIN_MISMATCH, f"{address} shows a certificate {got[:16]}…, wanted {pin[:16]}…")
-    return ssl.DER_cert_to_PEM_cert(der).encode()
+    return Pinned(ssl.DER_cert_to_PEM_cert(der).encode(), host)
 
 
 def _certificate(key: ec.EllipticCurvePrivateKey, names: Iterable[str]) -> x509.Certificate:

@@ -47,6 +47,7 @@ async def engines_of(
                 run=RUN,
                 listen=[address],
                 rendezvous=rendezvous.addresses,
+                coordinator="127.0.0.1",
                 packing=packing,
                 parameters=parameters,
                 blob_dir=key.parent,

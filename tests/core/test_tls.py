@@ -49,8 +49,9 @@ def refused(act, *arguments, **options):
 
 def test_a_pinned_client_talks_to_the_coordinator_over_tls_1_3(pair):
     with serving(*pair) as address:
-        root = tls.fetch_pinned(address, tls.fingerprint(pair[1].read_bytes()), timeout_seconds=5)
+        root, host = tls.fetch_pinned(address, tls.fingerprint(pair[1].read_bytes()), timeout_seconds=5)
         assert call(address, root) == b"hello"
+        assert host == "127.0.0.1"
         assert root.split() == pair[1].read_bytes().split()
         context = ssl.create_default_context(cadata=root.decode())
         context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -28,7 +28,7 @@ from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.identity import Key, libp2p_private_key_bytes
-from protocol.limits import CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
+from protocol.limits import ADDRESSES_MAX, CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
 from protocol.robust import Rule, means
 from protocol.types import Digest, Exchange, PeerId, RunId
 from protocol.v1 import barnraise_pb2
@@ -57,7 +57,15 @@ class Swarm:
         self.heard = defaultdict(list)
 
     async def engine(
-        self, name: str, *, up: str = "int4", down: str = "int4", rule=Rule.MEAN, rendezvous=(), listen=(LOCAL,)
+        self,
+        name: str,
+        *,
+        up="int4",
+        down="int4",
+        rule=Rule.MEAN,
+        rendezvous=(),
+        listen=(LOCAL,),
+        coordinator="127.0.0.1",
     ) -> Engine:
         home = self.folder / name
         (home / "blobs").mkdir(parents=True, exist_ok=True)
@@ -69,6 +77,7 @@ class Swarm:
             run=RUN,
             listen=listen,
             rendezvous=rendezvous,
+            coordinator=coordinator,
             packing=Packing(codec(up), codec(down), rule),
             parameters=VALUES,
             blob_dir=home / "blobs",
@@ -80,7 +89,9 @@ class Swarm:
         home = self.folder / name
         home.mkdir()
         (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
-        return await GuardedP2P.start(runtime_dir=home / "run", identity_path=home / "identity", listen=[LOCAL])
+        p2p = await GuardedP2P.start(runtime_dir=home / "run", identity_path=home / "identity", listen=[LOCAL])
+        p2p.may_dial = lambda address: True
+        return p2p
 
 
 async def arrives(engine, peer, letter):
@@ -738,6 +749,35 @@ async def test_a_peer_that_moved_is_found_through_the_rendezvous(swarm):
     assert swarm.heard["engine-1"] == [(first.peer, envelope)]
 
 
+async def test_a_peer_is_not_looked_for_nearer_than_the_coordinator_is(swarm):
+    """Whom the roster names at addresses of this machine or network is called only in a run of this machine."""
+    knocks = asyncio.Queue()
+    doors = [
+        await asyncio.start_server(lambda _, writer: (knocks.put_nowait(1), writer.close()), host, 0)
+        for host in ("127.0.0.1", "127.0.0.2")
+    ]
+    ports = [door.sockets[0].getsockname()[1] for door in doors]
+    nobody = (await swarm.outsider("nobody")).peer_id
+    names = tuple(
+        each
+        for port in ports
+        for each in (f"/ip4/127.0.0.1/tcp/{port}", f"/ip4/127.0.0.2/tcp/{port}", f"/dns4/localhost/tcp/{port}")
+    )
+    envelope = barnraise_pb2.PeerEnvelope(kind="Ready").SerializeToString()
+    for coordinator, expected in (("", False), ("8.8.8.8", False), ("10.1.2.3", False), ("127.0.0.1", True)):
+        engine = await swarm.engine(f"engine-of-{coordinator}", coordinator=coordinator)
+        try:
+            await engine.set_roster({str(nobody): names[:ADDRESSES_MAX]})
+            with pytest.raises(Refused) as caught:
+                await engine.send(str(nobody), envelope, timeout_seconds=3)
+            assert caught.value.reason is Code.UNREACHABLE
+        finally:
+            await engine.stop()
+        assert (not knocks.empty()) == expected, coordinator
+    for door in doors:
+        door.close()
+
+
 def alive(process):
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
@@ -773,7 +813,7 @@ from protocol.exchange import Packing
 async def main(home):
     int4 = codec("int4")
     engine = await Engine.start(
-        runtime_dir=home / "run", identity_path=home / "identity", run="run", listen=[], rendezvous=[],
+        runtime_dir=home / "run", identity_path=home / "identity", run="run", listen=[], rendezvous=[], coordinator="",
         packing=Packing(int4, int4), parameters=1, blob_dir=home, on_message=print,
     )
     print(engine.pid, flush=True)

@@ -55,6 +55,7 @@ async def move(folder):
         run="run",
         listen=("/ip4/0.0.0.0/tcp/0",),
         rendezvous=(),
+        coordinator="127.0.0.1",
         packing=Packing(codec("int4"), codec("int4")),
         parameters=131072,
         blob_dir=folder / "blobs",
