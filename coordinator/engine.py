@@ -419,7 +419,13 @@ class Coordinator:
 
         if self.state.rewinding:
             return
-        base = await asyncio.to_thread(write)
+        try:
+            base = await asyncio.to_thread(write)
+        except Refused as refused:
+            if refused.reason is not Code.LIMIT:
+                raise
+            self.submit(machine.Noticed(f"round {head.round} has no base checkpoint: {refused.what}"))
+            return
         if self.state.branch == branch:  # else it was undone meanwhile
             self.store.save_base(base)
             try:

@@ -46,6 +46,7 @@ from protocol.types import (
     BaseCheckpoint,
     BlobRef,
     Epoch,
+    Head,
     LogEntry,
     NodeId,
     Part,
@@ -370,12 +371,11 @@ class Daemon:
         )
 
     def _whole_model_is_less(self, base: BaseCheckpoint) -> bool:
-        """Whether this base checkpoint is less to download than the updates that lead to it from what is here."""
         assert self._workbench.replica.head is not None
-        missed = base.round - self._workbench.replica.head.round
         signed = self._membership.opened.roster
         members = len(signed.roster.members) if signed is not None else self._spec.run.min_nodes
-        return missed * self._packing.update_bytes(self._manifest.parameters, members) > base.blob.size
+        update_bytes = self._packing.update_bytes(self._manifest.parameters, members)
+        return is_less(base, self._workbench.replica.head, update_bytes)
 
     async def _load_base(self, base: BaseCheckpoint) -> None:
         await self._fetch(base.blob, "the model")
@@ -576,7 +576,7 @@ class Daemon:
         try:
             await self._workbench.save_base()
         except Refused as refused:
-            if refused.reason is not Code.DISK_CAP:
+            if refused.reason not in (Code.DISK_CAP, Code.LIMIT):
                 raise
             log.warning("the model was not saved", why=refused.what)
             self._tally.notice = f"{refused.reason.code}: the model was not saved: {refused.what}"
@@ -654,3 +654,10 @@ def _is_signed(purpose: str, node: NodeId, body: VoteBody, signature: str) -> bo
     except Refused:
         return False
     return True
+
+
+def is_less(base: BaseCheckpoint, head: Head, update_bytes: int) -> bool:
+    """Whether this base checkpoint is less to download than the updates that lead to it from our head.
+
+    One that is no newer never is: nobody is taken back by being shown an old one."""
+    return (base.round - head.round) * update_bytes > base.blob.size

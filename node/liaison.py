@@ -152,6 +152,10 @@ class Liaison:
                 await asyncio.sleep(0.05)
                 self._tally.download = {"what": "rounds", "done": self._decider.rounds.head.round, "size": until}
             self._tally.download = None
+            state, previous = self._decider.rounds, page.entries[0].record.previous
+            if state.head.round == start and state.branch == len(state.rollbacks) and previous != state.head.hash:
+                what = f"record {start} follows {previous[:12]}, this copy of the log ends with {state.head.hash[:12]}"
+                raise Refused(Code.TWO_STORIES, what)
 
     async def hand_in(self, entry: LogEntry, parts: Sequence[Part]) -> None:
         """Give the coordinator the record and the parts reduced here; what fails is asked for by a later heartbeat."""

@@ -11,7 +11,7 @@ from node.training import Vectors
 from protocol.blobs import BlobStore
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
-from protocol.fold import Outer, fold
+from protocol.fold import Outer, check_update, fold
 from protocol.log import head_after, next_head, next_turn, record_hash
 from protocol.state import State, read_base, write_base
 from protocol.types import BaseCheckpoint, BlobRef, Digest, Head, LogEntry, Manifest, SignedRollback
@@ -122,12 +122,13 @@ class Replica:
         return self.open_own()
 
     def fold(self, entry: LogEntry) -> Digest:
-        """Make the entry durable, then apply it. A crash in between is mended by the next replay."""
+        """Make the entry durable, if it can be folded, then apply it. A crash in between is mended by the next replay."""
         record = entry.record
         if record.state != self.digest:
             what = f"record {record.round} starts from state {record.state[:12]}, this replica is at {self.digest[:12]}"
             raise Refused(Code.STATE_MISMATCH, what)
         parts = {part.index: self._read(part.digest) for part in record.parts}
+        check_update(self.state, record, parts, self._packing)
         self._journal.append(entry)
         fold(self.state, record, parts, self._packing, self._outer)
         self.head, self.last = next_head(record), entry

@@ -126,7 +126,9 @@ def initial_state(params: Floats, *, momentum: bool) -> State:
 
 
 def write_base(path: Path, state: State) -> Digest:
-    """Write a base checkpoint, a safetensors file, atomically. Returns the state's digest."""
+    """Write a base checkpoint, a safetensors file, atomically. Returns the state's digest.
+
+    Refused when the data that members have used is in more pieces than the header holds: the checkpoint before serves."""
     digest = state.digest()
     metadata = {
         "consumed": canonical.to_bytes(_Listing(state.consumed.listed())).decode(),
@@ -137,7 +139,12 @@ def write_base(path: Path, state: State) -> Digest:
     tensors = _tensors(state.params.size, momentum=state.momentum is not None)
     header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors begin aligned
-    assert len(header) <= BASE_HEADER_BYTES_MAX, "more consumed intervals than a base checkpoint holds"
+    if len(header) > BASE_HEADER_BYTES_MAX:
+        pieces = sum(map(len, state.consumed.bounds.values())) // 2
+        what = (
+            f"{pieces:,} pieces of used data take a header of {len(header):,} bytes, at most {BASE_HEADER_BYTES_MAX:,}"
+        )
+        raise Refused(Code.LIMIT, what)
     with blobs.atomic_file(path) as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for values in (state.params, state.momentum):

@@ -1,5 +1,6 @@
 """The liaison with a coordinator made of a few lines: in which order a node brings it what it has forgotten."""
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -55,6 +56,7 @@ class Coordinator:
 
     def __init__(self):
         self.news = {}
+        self.page = Page((), (), None, ())
         self.calls = []
 
     async def heartbeat(self, beat, *, wait_seconds):
@@ -73,7 +75,7 @@ class Coordinator:
 
     async def read_log(self, start):
         self.calls.append("read")
-        return Page((), (), None, ())
+        return self.page
 
 
 class Stand:
@@ -224,3 +226,22 @@ async def test_a_story_that_differs_ends_the_heartbeat_where_an_outage_does_not(
     stand.coordinator.news = {"roster": roster(3, issued_ms=1)}
     with pytest.raises(Refused, match="two rosters 3"):
         await stand.liaison.heartbeat()
+
+
+async def test_a_log_that_goes_on_from_another_record_than_ours_ends_the_start_instead_of_waiting_for_ever(
+    tmp_path, monkeypatch
+):
+    """Such as after a base checkpoint whose head was forged."""
+    monkeypatch.setattr("node.liaison.STUCK_SECONDS", 0.1)
+    stand = Stand(tmp_path)
+    other = entry(HEAD.round)
+    stand.coordinator.page = Page((other,), (), None, ())
+    with pytest.raises(
+        Refused, match="record 5 follows 000000000000, this copy of the log ends with 555555555555"
+    ) as caught:
+        await stand.liaison.catch_up()
+    assert caught.value.reason is Code.TWO_STORIES
+    fits = replace(other, record=replace(other.record, previous=HEAD.hash))
+    stand.coordinator.page = Page((fits,), (), None, ())
+    with pytest.raises(TimeoutError):  # its parts may only be slow to come
+        await asyncio.wait_for(stand.liaison.catch_up(), 0.5)
