@@ -11,16 +11,20 @@ from functools import cache
 from typing import NewType, Union, get_args, get_origin, get_type_hints
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.leases import Cursor
+from coordinator.core.strikes import Mark
 from coordinator.ingest import Corpus
-from coordinator.orders import RollbackOrder
+from coordinator.orders import JudgeOrder, RollbackOrder
 from node.journal import Promise
 from node.link import Door
 from node.progress import Progress
 from node.standing import Standing
-from protocol import identity, messages
+from protocol import canonical, identity, messages
 from protocol import types as values
 from protocol.identity import Key, SignedTicket
 from protocol.limits import CHUNK_VALUES
@@ -42,7 +46,7 @@ CANONICAL = {  # every type whose canonical bytes are read from a wire, a file o
     for kind in (
         *_declared_in(values),
         *_declared_in(messages),
-        *(SignedTicket, Promise, Progress, Door, Standing, RollbackOrder, Corpus, Cursor),
+        *(SignedTicket, Promise, Progress, Door, Standing, RollbackOrder, JudgeOrder, Mark, Corpus, Cursor),
     )
 }
 
@@ -77,6 +81,45 @@ def of(kind: object) -> st.SearchStrategy:
         return st.sampled_from(kind)
     hints = get_type_hints(kind)
     return st.builds(kind, **{field.name: of(hints[field.name]) for field in fields(kind)})
+
+
+@cache
+def of_message(kind: type[Message]) -> st.SearchStrategy[Message]:
+    """Protobuf messages of this type: any field may be missing, empty, or hold what its type allows."""
+    drawn = {field.name: _of_field(field) for field in kind.DESCRIPTOR.fields}
+    return st.fixed_dictionaries({}, optional=drawn).map(lambda given: kind(**given))
+
+
+def _of_field(field: FieldDescriptor) -> st.SearchStrategy:
+    one = {
+        FieldDescriptor.TYPE_STRING: _KNOWN[str],
+        FieldDescriptor.TYPE_BYTES: st.binary(max_size=40) | canonical_values.map(canonical.to_bytes),
+        FieldDescriptor.TYPE_BOOL: st.booleans(),
+        FieldDescriptor.TYPE_DOUBLE: st.floats(),
+        FieldDescriptor.TYPE_UINT32: st.integers(0, 3) | st.integers(0, 2**32 - 1),
+        FieldDescriptor.TYPE_UINT64: st.integers(0, 3) | st.sampled_from((2**53, 2**63, 2**64 - 1)),
+    }[field.type]
+    return st.lists(one, max_size=20) if field.is_repeated else one
+
+
+def examples(strategy: st.SearchStrategy, count: int) -> list:
+    """So many of its values, the same ones each time."""
+    found: list = []
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def collect(value: object) -> None:
+        found.append(value)
+
+    collect()
+    return found
 
 
 canonical_values = st.sampled_from(sorted(CANONICAL)).flatmap(lambda name: of(CANONICAL[name]))

@@ -7,34 +7,19 @@ from pathlib import Path
 from random import Random
 
 import atheris
-from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.edits import edited
 
 with atheris.instrument_imports(include=["protocol", "node", "coordinator"]):
     from tests.fuzz.targets import TARGETS
+    from tests.strategies import examples
 
 SEEDS = 100
 
 
 def plant(name: str, corpus: Path) -> None:
     """Write the target's seeds, the same ones each time."""
-    found: list[bytes] = []
-
-    @settings(
-        max_examples=SEEDS,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(TARGETS[name].seeds)
-    def collect(seed: bytes) -> None:
-        found.append(seed)
-
-    collect()
-    for index, seed in enumerate(found):
+    for index, seed in enumerate(examples(TARGETS[name].seeds, SEEDS)):
         (corpus / f"seed-{index:03}").write_bytes(seed)
 
 

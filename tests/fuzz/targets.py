@@ -23,6 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from random import Random
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -36,16 +38,16 @@ from coordinator.tokenizer import Tokenizer, byte_tokenizer
 from node import config, control, journal, letters, link
 from node.progress import MAGIC, ProgressFile
 from node.standing import Standing
-from protocol import address, blobs, canonical, console, identity, invite, log, process, runspec, state
+from protocol import address, blobs, canonical, console, contribution, identity, invite, log, process, runspec, state
 from protocol.codec import NAMES, codec
 from protocol.errors import Refused
-from protocol.limits import BLOB_CHUNK_BYTES
 from protocol.messages import Begin
 from protocol.types import (
     BaseCheckpoint,
     Contribution,
     DataRange,
     Digest,
+    Grant,
     Lease,
     LogEntry,
     Manifest,
@@ -56,6 +58,7 @@ from protocol.types import (
 )
 from protocol.v1 import barnraise_pb2 as wire
 from tests import strategies
+from tests.fuzz import liar
 from tests.strategies import CANONICAL, KEY, NOW_MS, PEER, RUN
 
 PARAMETERS = 70  # of the checkpoints here: over one block of a codec
@@ -132,6 +135,8 @@ def _meaning(found: object) -> None:
     match found:
         case Record():
             log.check_record_shape(found, PARAMETERS)
+            with suppress(Refused):
+                log.check_brought(_brought_by_us(found))
             log.check_ranges(found, state.Consumed())
             consumed = state.Consumed().with_ranges(log.ranges_of(found))
             assert all(consumed.covers(span) for span in log.ranges_of(found))
@@ -140,9 +145,10 @@ def _meaning(found: object) -> None:
             log.is_certified(found, roster)
             _meaning(found.record)
         case Contribution():
-            log.check_contribution(found)
+            contribution.check_shape(found)
+            contribution.is_genuine(RUN, 0, Digest("0" * 64), _granted(found))
         case DataRange():
-            log.check_contribution(Contribution(KEY.public, 1, (found,)))
+            contribution.check_range(found)
             assert state.Consumed().with_ranges((found,)).covers(found)
         case Roster():
             identity.check_roster(KEY.public, identity.sign_roster(KEY, found))
@@ -154,9 +160,22 @@ def _meaning(found: object) -> None:
         case Pass():
             link.check_pass(identity.sign_pass(KEY, found), RUN, node=KEY.public, peer=PEER, now_ms=NOW_MS)
         case Lease():
-            link.check_lease(found, KEY.public)
+            link.check_lease(found, RUN, KEY.public)
+            grant = contribution.sign_grant(KEY, RUN, KEY.public, found.range)
+            link.check_lease(replace(found, node=KEY.public, signature=grant), RUN, KEY.public)
         case BaseCheckpoint():
             blobs.check_digest(found.blob.digest)
+
+
+def _brought_by_us(record: Record) -> Record:
+    return replace(record, contributions=tuple(map(_granted, record.contributions)))
+
+
+def _granted(brought: Contribution) -> Contribution:
+    """With grants that the coordinator has signed, by a member that has signed it all."""
+    grants = (Grant(each.range, contribution.sign_grant(KEY, RUN, KEY.public, each.range)) for each in brought.grants)
+    ours = replace(brought, node=KEY.public, grants=tuple(grants))
+    return contribution.sign(KEY, RUN, 0, Digest("0" * 64), ours)
 
 
 @target(strategies.canonical_values.map(lambda value: _named(type(value).__name__, value)))
@@ -165,6 +184,7 @@ def letter(data: bytes) -> None:
     name, body = _split(data)
     if name == "raw":
         letters.unseal(body)
+        letters.addressee(body)
         return
     if name == "Begin":
         with suppress(Refused):
@@ -185,6 +205,29 @@ def _signed_within(begin: Begin) -> Begin:
             for each in begin.readies
         ),
     )
+
+
+def _member_seeds() -> list[bytes]:
+    return [
+        json.dumps({"me": number, "said": script}, sort_keys=True, separators=(",", ":")).encode()
+        for number, me in enumerate(liar.MEMBERS)
+        if me != liar.LIAR
+        for script in liar.scripts(me)
+    ]
+
+
+@target(st.deferred(lambda: st.sampled_from(_member_seeds())))
+def member(data: bytes) -> None:
+    """One member of a round hears a liar among honest members: nothing of it may trip the machine."""
+    try:
+        script = json.loads(data)
+        number, said = script["me"], script["said"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return
+    if number not in (0, 2, 3) or isinstance(number, bool | float) or not isinstance(said, list):
+        return
+    player = liar.play(liar.MEMBERS[number], said)
+    assert player.state.head.round <= 2
 
 
 # invites, addresses, what people type
@@ -226,7 +269,7 @@ def invitation(data: bytes) -> None:
 )
 def typed(data: bytes) -> None:
     """Words that people type: addresses, sizes, spans of time, names; and multiaddrs that nodes say."""
-    text = data.decode("utf-8", "replace")
+    text = data[:2000].decode("utf-8", "replace")
     found = address.parse(text)
     if found is not None:
         assert address.parse(str(found)) == found
@@ -441,10 +484,12 @@ def diary(data: bytes) -> None:
 # blobs
 
 
+_CHUNK_BYTES = 1000  # for 256 KiB, so that a hundred times as many downloads are seen
+_BLOB = Random(0).randbytes(4 * _CHUNK_BYTES)
+
+
 @target(
-    st.tuples(st.integers(0, 3 * BLOB_CHUNK_BYTES), st.integers(0, 255)).map(
-        lambda drawn: b"%d %d\n" % drawn + bytes((0, 1, 2, 3))
-    )
+    st.tuples(st.integers(0, len(_BLOB)), st.integers(0, 1)).map(lambda drawn: b"%d %d\n" % drawn + bytes((0, 1, 2, 3)))
 )
 def download(data: bytes) -> None:
     """A blob on its way in: the rest of the input says what comes, in pieces right and wrong, cut and begun again.
@@ -454,24 +499,27 @@ def download(data: bytes) -> None:
     words = head.split(" ")
     if len(words) != 2 or not all(word.isascii() and word.isdigit() and len(word) < 8 for word in words):
         return
-    size, with_leaves = min(int(words[0]), 3 * BLOB_CHUNK_BYTES), int(words[1]) % 2
-    whole = bytes(size)
+    with mock.patch.object(blobs, "BLOB_CHUNK_BYTES", _CHUNK_BYTES):
+        _download(_BLOB[: int(words[0])], script, with_leaves=bool(int(words[1]) % 2))
+
+
+def _download(whole: bytes, script: bytes, *, with_leaves: bool) -> None:
     digest, folder = blobs.digest_of(whole), _scratch() / "blobs"
     shutil.rmtree(folder, ignore_errors=True)
     store = blobs.BlobStore(folder)
-    leaves = b"".join(blobs._leaf(whole[at : at + BLOB_CHUNK_BYTES]) for at in range(0, size, BLOB_CHUNK_BYTES))
+    leaves = b"".join(blobs._leaf(whole[at : at + _CHUNK_BYTES]) for at in range(0, len(whole), _CHUNK_BYTES))
     if script[:1] == b"\xff":
         leaves = script[1:]
-    writer = store.writer(digest, size, leaves if with_leaves else None)
+    writer = store.writer(digest, len(whole), leaves if with_leaves else None)
     for order in script[:64]:
         try:
-            _advance(writer, order, size)
+            _advance(writer, order, whole)
         except Refused:
             writer.close()
         if not writer.is_open:
-            writer = store.writer(digest, size, leaves if with_leaves else None)
+            writer = store.writer(digest, len(whole), leaves if with_leaves else None)
     with suppress(Refused):
-        writer.write(bytes(size - writer.position), writer.position)
+        writer.write(whole[writer.position :], writer.position)
         writer.finish()
     writer.close()
     assert store.bytes_used == sum(blobs._file_sizes(folder))
@@ -480,20 +528,20 @@ def download(data: bytes) -> None:
         store.verify(digest)
 
 
-def _advance(writer: blobs.Writer, order: int, size: int) -> None:
+def _advance(writer: blobs.Writer, order: int, whole: bytes) -> None:
     """One thing that a link can do to a download."""
-    piece = (1, 1000, BLOB_CHUNK_BYTES, BLOB_CHUNK_BYTES + 1)[order >> 3 & 3]
+    piece, at = (1, 100, _CHUNK_BYTES, _CHUNK_BYTES + 1)[order >> 3 & 3], writer.position
     match order & 7:
         case 0 | 1 | 2:
-            writer.write(bytes(min(piece, size - writer.position)), writer.position)
+            writer.write(whole[at : at + piece], at)
         case 3:
-            writer.write(b"\1" * piece, writer.position)
+            writer.write(b"\1" * piece, at)
         case 4:
-            writer.write(bytes(piece), writer.position + 1)
+            writer.write(whole[at : at + piece], at + 1)
         case 5:
             writer.close()
         case 6:
-            writer.write(bytes(size + 1), writer.position)
+            writer.write(bytes(len(whole) + 1), at)
         case 7:
             writer.discard()
 
