@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
@@ -21,14 +22,15 @@ from node.link import Link
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import Codec
 from protocol.errors import Code, Refused
+from protocol.evidence import Vouched, group_id, sign_part, sign_slices
 from protocol.exchange import Packing, layout
-from protocol.identity import check_rollback, check_roster, coordinator_key
+from protocol.identity import Key, check_rollback, check_roster, coordinator_key
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.types import (
-    Ballot,
     BlobRef,
     Digest,
     Epoch,
+    Exchange,
     Manifest,
     Member,
     NodeId,
@@ -46,6 +48,7 @@ SENDER_SECONDS_MIN = 2.0  # without progress for less, a sender on a home line i
 ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
 PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
 PART_BYTES_PER_SECOND_MIN = 16 << 10  # slower than any line that can take part in a round
+EVIDENCE_KEPT = 2  # of means in records: an audit is ordered while the next round is trained for
 REDUCED_KEPT = 8  # means of ours, until a record has taken newer ones
 PARTS_AT_ONCE = 8  # half of the calls that a peer answers at once
 
@@ -66,6 +69,7 @@ class Courier:
         make_room: Callable[[], None],
         link: Link,
         decider: Decider,
+        key: Key,
     ) -> None:
         self.engine: Engine | None = None
         self._manifest = manifest
@@ -76,6 +80,7 @@ class Courier:
         self._make_room = make_room
         self._link = link
         self._decider = decider
+        self._key = key
         self._group = b""
         self._reduced: deque[tuple[RoundNumber, Digest, bytes]] = deque(maxlen=REDUCED_KEPT)  # our means, their group
         self._store_turn = asyncio.Lock()  # one part at a time is put into the store
@@ -182,7 +187,8 @@ class Courier:
         exchange = self._packing.exchange(roles)
         shares = layout(exchange, self._manifest.parameters, roles)
         weights = tuple(weight for _, weight in members)
-        self._group = _group_id(begin.run, begin.readies[0].ready.previous, begin.ballot)
+        previous, ballot = begin.readies[0].ready.previous, begin.ballot
+        self._group = group_id(begin.run, previous, ballot.epoch, ballot.attempt)
         held: dict[int, Digest] = {}
         try:
             job = AveragingJob(
@@ -193,14 +199,21 @@ class Courier:
                 spans=shares,
                 deadline_seconds=seconds * ENGINE_SHARE,
                 sender_seconds=max(SENDER_SECONDS_MIN, seconds / 3),
+                members=tuple(node for node, _ in members),
+                attempt=ballot.attempt,
                 after=self._taken_last(),
             )
+            if weights[index] and exchange is Exchange.ALL_REDUCE:
+                signing = asyncio.to_thread(sign_slices, self._key, self._group, payload, shares, self._packing.up)
+                job = replace(job, signatures=await signing)
+            self._forget_evidence(begin.round)
             if self.engine is None:
                 raise Refused(Code.CHILD_DIED, "the engine is being restarted")
             async with asyncio.timeout(seconds):
                 outcome = await self.engine.average(job, payload if weights[index] else b"")
             for number, data in outcome.parts.items():
                 held[number] = await self._keep(data)
+            evidence = await self._keep_evidence(begin.round, outcome.evidence)
         except TimeoutError:
             log.warning("averaging failed", round=begin.round, why=f"the engine said nothing for {seconds:.0f} s")
             return None, held
@@ -214,14 +227,42 @@ class Courier:
             return None, held
         start, stop = shares[index]
         self._reduced.append((begin.round, held[index], self._group))
-        return Part(index, start, stop, held[index], len(outcome.parts[index]), self._me, included), held
+        part = Part(index, start, stop, held[index], len(outcome.parts[index]), self._me, included, evidence)
+        tokens = tuple(weights[each] for each in outcome.included)
+        body = Vouched(begin.run, begin.round, previous, ballot.epoch, exchange, tokens, part)
+        return sign_part(self._key, body), held
+
+    async def _keep_evidence(self, round_number: RoundNumber, file: Path | None) -> BlobRef | None:
+        """What our mean was made of, as a blob that the coordinator may ask for."""
+        if file is None:
+            return None
+        try:
+            evidence = await self._stored(lambda: self._blobs.put_file(file))
+        finally:
+            file.unlink(missing_ok=True)
+        self._journal.save_evidence((*self._journal.evidence(), (round_number, evidence.digest)))
+        return evidence
+
+    def _forget_evidence(self, round_number: RoundNumber) -> None:
+        """All but that of this round's attempts, and of our newest means that are in a record."""
+        kept, recorded = [], 0
+        for known in sorted(self._journal.evidence(), reverse=True):
+            number, digest = known
+            entry = self._journal.entry(number)
+            named = entry is not None and any(p.evidence and p.evidence.digest == digest for p in entry.record.parts)
+            recorded += named
+            if number >= round_number or (named and recorded <= EVIDENCE_KEPT):
+                kept.append(known)
+            else:
+                self._blobs.delete(digest)
+        self._journal.save_evidence(tuple(kept))
 
     def _taken_last(self) -> bytes:
         """The newest group whose means of ours are in a record; empty if none are, or if they left nothing out."""
-        for round_number, digest, group_id in reversed(self._reduced) if self._packing.down.sparse else ():
+        for round_number, digest, taken in reversed(self._reduced) if self._packing.down.sparse else ():
             entry = self._journal.entry(round_number)
             if entry is not None and any((p.reducer, p.digest) == (self._me, digest) for p in entry.record.parts):
-                return group_id
+                return taken
         return b""
 
     async def stop_averaging(self) -> None:
@@ -277,16 +318,14 @@ class Courier:
 
     async def _keep(self, data: bytes) -> Digest:
         """Put a part where peers and the next start find it."""
+        return (await self._stored(lambda: self._blobs.put_bytes(data))).digest
+
+    async def _stored(self, put: Callable[[], BlobRef]) -> BlobRef:
         async with self._store_turn:
             try:
-                return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest
+                return await asyncio.to_thread(put)
             except Refused as refused:
                 if refused.reason is not Code.DISK_CAP:
                     raise
             self._make_room()  # a part is needed now; a shard can be had again
-            return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest
-
-
-def _group_id(run: str, previous: Digest, ballot: Ballot) -> bytes:
-    """Members with another head, roster or attempt are in another group."""
-    return hashlib.sha256(f"{run}\0{previous}\0{ballot.epoch}\0{ballot.attempt}".encode()).digest()
+            return await asyncio.to_thread(put)

@@ -34,6 +34,7 @@ from protocol import invite as invites
 from protocol.blobs import BlobStore
 from protocol.console import printable
 from protocol.errors import Code, Exit, Refused
+from protocol.evidence import is_vouched
 from protocol.exchange import packing_of, round_seconds
 from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
@@ -138,6 +139,7 @@ class Daemon:
             make_room=self._supply.make_room,
             link=link,
             decider=decider,
+            key=self._key,
         )
         self._liaison = Liaison(
             link,
@@ -188,7 +190,7 @@ class Daemon:
             context=self._manifest.context,
             inner_steps=self._spec.rounds.steps,
             exchange=self._packing.exchange,
-            part_bytes=lambda exchange, values: self._packing.of(exchange).encoded_bytes(values),
+            part_is_vouched=lambda record, part: is_vouched(record, part, self._packing),
             is_data=lambda data: data.stop <= sequences.get(data.shard, 0),
             round_seconds_min=lambda members: round_seconds(self._spec, self._manifest.parameters, members),
             round_seconds_max=self._spec.rounds.seconds_max,

@@ -15,7 +15,7 @@ from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.limits import PEER_MESSAGE_BYTES_MAX
 from protocol.process import Channel, ChannelClosed, Child, Frame
-from protocol.types import Digest, Exchange, PeerId, RunId
+from protocol.types import Digest, Exchange, NodeId, PeerId, RunId
 
 START_SECONDS: Final = 60.0  # importing torch on a slow disk, and p2pd's own 15 seconds
 STOP_SECONDS: Final = 5.0
@@ -39,6 +39,9 @@ class AveragingJob:
     spans: tuple[tuple[int, int], ...]  # values of each peer's part, at CHUNK_VALUES boundaries; empty for a client
     deadline_seconds: float  # for the whole
     sender_seconds: float  # a sender without progress for so long is left out
+    members: tuple[NodeId, ...]  # whose peers they are: what they send is signed
+    attempt: int  # that the group's id is made of: evidence says it
+    signatures: tuple[str, ...] = ()  # ours, of the slice for each span; empty in an all-gather, or without a payload
     after: bytes = b""  # for us alone: the newest group whose means of ours a record has taken; empty: none
 
 
@@ -52,6 +55,7 @@ class AveragingOutcome:
     seconds: float
     bytes_sent: int  # encoded values, without what carries them
     bytes_received: int
+    evidence: Path | None = None  # of our own mean, as protocol/evidence.py has it; the caller's to remove
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ class Engine:
             seconds=outcome["seconds"],
             bytes_sent=outcome["bytes_sent"],
             bytes_received=outcome["bytes_received"],
+            evidence=Path(outcome["evidence"]) if outcome["evidence"] else None,
         )
 
     async def cancel(self, group: bytes) -> None:

@@ -8,10 +8,11 @@ from the wire; nothing a sender does can touch a span other than by being left o
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,9 +29,10 @@ from node.leftover import Leftover, encode
 from protocol import robust
 from protocol.codec import Codec
 from protocol.errors import Refused
+from protocol.evidence import Slice, check_slice
 from protocol.exchange import Packing
 from protocol.limits import CHUNK_VALUES
-from protocol.types import Exchange
+from protocol.types import Digest, Exchange, NodeId
 
 # Tensor.compression; hivemind's own codecs end below 100
 CODES: Final = {"fp16": 101, "int8": 102, "int4": 103, "sparse2": 104}
@@ -51,6 +53,9 @@ class Plan:
     deadline_seconds: float
     sender_seconds: float  # without progress
     after: bytes  # the group whose leftover our means take up
+    members: tuple[NodeId, ...]  # whose peers they are
+    attempt: int
+    signatures: tuple[str, ...]  # ours, of what we send to each; empty where nothing is signed
 
 
 class Violation(AllreduceException):  # type: ignore[misc]
@@ -116,7 +121,14 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         start: int,
         before: Leftover | None,
         residual_decay: float,
+        check_slice: Callable[[int, Digest, str], None],
     ) -> None:
+        self.taken: tuple[
+            tuple[int, str, bytes], ...
+        ] = ()  # what the mean was made of: sender, its signature, its slice
+        self.signatures: dict[int, str] = {}  # to be set before a sender's last chunk
+        self._check_slice = check_slice
+        self._hashes = [hashlib.sha256() for _ in weights]
         self.included: tuple[int, ...] = ()
         self.leftover: Leftover | None = None  # of sparse means, once there are any
         self._start = start
@@ -157,10 +169,20 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         except Refused as refused:
             raise Violation(f"sender {sender_index}, chunk {part_index}: {refused.what}") from refused
         self._received[sender_index].append(tensor_part)
+        self._hashes[sender_index].update(tensor_part)
+        if self.num_parts_received[sender_index] + 1 == self.num_parts and self._down is not None:
+            self._check_signed(sender_index)
         self.num_parts_received[sender_index] += 1
         if self.num_parts_received[sender_index] == self.num_parts:
             self._awaited.discard(sender_index)
             self.check_current_part_finished()
+
+    def _check_signed(self, sender_index: int) -> None:
+        digest = Digest(self._hashes[sender_index].hexdigest())
+        try:
+            self._check_slice(sender_index, digest, self.signatures.get(sender_index, ""))
+        except Refused as refused:
+            raise Violation(f"sender {sender_index}: {refused.what}") from refused
 
     def on_sender_failed(self, sender_index: int) -> None:
         if sender_index in self._awaited:
@@ -215,6 +237,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
             slices.append(b"".join(self._received[index]))
             self._received[index] = []
         tokens = [self._weights[index] for index in included]
+        self.taken = tuple((index, self.signatures[index], data) for index, data in zip(included, slices, strict=True))
         chunks = robust.means(self._rule, self._codec, slices, tokens, self._ends[-1])
         for part, end in zip(self.part_shapes, self._ends, strict=True):
             mean = np.empty(part.numel(), np.float32)
@@ -287,7 +310,12 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             start=plan.spans[self.index][0],
             before=before,
             residual_decay=residual_decay,
+            check_slice=self._check_slice,
         )
+
+    @property
+    def taken(self) -> tuple[tuple[int, str, bytes], ...]:
+        return self.tensor_part_reducer.taken
 
     @property
     def failed(self) -> dict[int, str]:
@@ -339,6 +367,8 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         part_index = 0
         async for message in aiter_with_timeout(stream, self.sender_timeout):
             part = _part_of(message, averaging_pb2.PART_FOR_AVERAGING, self._up)
+            if not part_index:
+                reducer.signatures[sender_index] = message.peer_id.hex()
             await reducer.accumulate_part(sender_index, part_index, part)
             self.bytes_received += len(part)
             part_index += 1
@@ -373,6 +403,8 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
 
     async def _own_means(self) -> AsyncGenerator[bytes, None]:
         try:
+            if self._plan.signatures:
+                self.tensor_part_reducer.signatures[self.index] = self._plan.signatures[self.index]
             for part_index, part in enumerate(self.tensor_part_container.own_parts(self.index)):
                 await self.tensor_part_reducer.accumulate_part(self.index, part_index, bytes(part))
         except AllreduceException:
@@ -400,6 +432,10 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
 
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
         opening = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=self.group_id)
+        if self._plan.signatures:
+            opening.peer_id = bytes.fromhex(
+                self._plan.signatures[peer_index]
+            )  # a field that is free: libp2p proves who it is
         async for part in self.tensor_part_container.iterate_input_parts_for(peer_index):
             self.bytes_sent += len(part.buffer)
             opening.tensor_part.CopyFrom(part)
@@ -407,6 +443,11 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             opening = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING)
         if opening.group_id:
             yield opening  # nothing to send to this one, but its part is wanted
+
+    def _check_slice(self, sender_index: int, digest: Digest, signature: str) -> None:
+        start, stop = self._plan.spans[self.index]
+        body = Slice(self._plan.group.hex(), start, stop, digest)
+        check_slice(self._plan.members[sender_index], body, signature)
 
     def finalize(self, **outcome: Any) -> None:
         super().finalize(**outcome)

@@ -32,11 +32,12 @@ from node.reduction import GroupRunner, Plan
 from protocol.address import may_dial
 from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.evidence import Basis, header, is_kept
 from protocol.exchange import Packing
 from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CHUNK_VALUES, MEMBERS_MAX
 from protocol.process import Channel, ChannelClosed, Frame, parent_channel
 from protocol.robust import Rule
-from protocol.types import Exchange
+from protocol.types import Exchange, Signature
 from protocol.v1 import barnraise_pb2
 
 LETTER_SECONDS: Final = 60.0  # for the largest letter on a line of 0.3 Mbit/s
@@ -174,6 +175,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         reason = "given up" if collecting.cancelled() else f"unfinished: {collecting.exception()!r}"
         if (left := runner.leftover) is not None:
             self._leftovers[plan.group] = left
+        evidence = await asyncio.to_thread(self._keep_evidence, plan, runner) if runner.index in parts else None
         failed = runner.failed
         for index, (start, stop) in enumerate(plan.spans):
             if start < stop and index not in parts:
@@ -185,8 +187,20 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             "seconds": time.monotonic() - began,
             "bytes_sent": runner.bytes_sent,
             "bytes_received": runner.bytes_received,
+            "evidence": str(evidence or ""),
         }
         return outcome, b"".join(parts.values())
+
+    def _keep_evidence(self, plan: Plan, runner: GroupRunner) -> Path | None:
+        """Beside the blobs under a name that their store sweeps, should nobody take it over."""
+        if not is_kept(plan.exchange, self._packing):
+            return None
+        signed = tuple(Signature(plan.members[index], signature) for index, signature, _ in runner.taken)
+        path = self._blob_dir / f".new-evidence-{plan.group.hex()[:16]}"
+        with path.open("wb") as file:
+            file.write(header(Basis(plan.attempt, signed)))
+            file.writelines(data for *_, data in runner.taken)
+        return path
 
     def cancel(self, group: bytes) -> None:
         if (averaging := self._averaging.get(group)) is not None:
@@ -198,7 +212,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             raise Refused(Code.FIELD, f"group {plan.group.hex()[:16]} was averaged before")
         if len(set(plan.peers)) != members or members > MEMBERS_MAX or self._p2p.peer_id not in plan.peers:
             raise Refused(Code.FIELD, f"a group of {members} peers, wanted at most {MEMBERS_MAX} different ones and us")
-        if len(plan.weights) != members or len(plan.spans) != members or min(plan.weights) < 0:
+        if {len(plan.weights), len(plan.spans), len(plan.members)} != {members} or min(plan.weights) < 0:
             raise Refused(Code.FIELD, f"{len(plan.weights)} weights and {len(plan.spans)} spans for {members} peers")
         self._check_spans(plan)
         expected = self._packing.up.encoded_bytes(self._parameters)
@@ -424,6 +438,9 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         deadline_seconds=body["deadline_seconds"],
         sender_seconds=body["sender_seconds"],
         after=bytes.fromhex(body["after"]),
+        members=tuple(body["members"]),
+        attempt=body["attempt"],
+        signatures=tuple(body["signatures"]),
     )
 
 

@@ -161,6 +161,10 @@ class Part:
     size: int  # encoded bytes
     reducer: NodeId  # who made it
     included: tuple[NodeId, ...]  # whose contributions the mean holds
+    evidence: BlobRef | None = (
+        None  # what the mean was made of; none where nobody has to believe it, or nobody can check
+    )
+    signature: str = ""  # hex; the reducer's, purpose "part", over all this, the round's head and the weights inside
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Rules:
     context: int
     inner_steps: Callable[[RoundNumber], int]
     exchange: Callable[[Sequence[Role]], Exchange]  # of a group of members in these roles
-    part_bytes: Callable[[Exchange, int], int]  # of a part of so many values, in a record of this exchange
+    part_is_vouched: Callable[[Record, Part], bool]  # of its codec's size, and its reducer's word for this very record
     is_data: Callable[[DataRange], bool]  # whether the run has it: a weight is made of nothing else
     round_seconds_min: Callable[[int], float]  # with so many members: what they upload is capped
     round_seconds_max: float
@@ -1127,7 +1127,7 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
         check_ranges(record, state.consumed)
     except Refused:
         return False
-    return all(part.size == rules.part_bytes(record.exchange, part.stop - part.start) for part in record.parts)
+    return all(rules.part_is_vouched(record, part) for part in record.parts)
 
 
 def _vote(state: Rounds, proposal: Propose, rules: Rules) -> Outcome:

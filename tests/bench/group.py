@@ -14,6 +14,7 @@ from node.engine import AveragingJob, AveragingOutcome, Engine
 from protocol.exchange import Packing, layout
 from protocol.identity import Key, libp2p_private_key_bytes
 from protocol.types import Exchange, Role, RunId
+from tests.signing import SigningEngine
 
 RUN = RunId("ab" * 32 + ".bench")
 LOCAL = "/ip4/127.0.0.1/tcp/0"
@@ -41,7 +42,7 @@ async def engines_of(
         for index, address in enumerate(listen):
             key = _identity(folder / f"node-{index}")
             enter(index)
-            engine = await Engine.start(
+            engine = await SigningEngine.start(
                 runtime_dir=key.parent / "run",
                 identity_path=key,
                 run=RUN,
@@ -78,8 +79,13 @@ async def average(
         spans=spans,
         deadline_seconds=120,
         sender_seconds=30,
+        members=(),
+        attempt=0,
     )
     outcomes = await asyncio.gather(*(e.average(job, data) for e, data in zip(engines, payloads, strict=True)))
+    for outcome in outcomes:
+        if outcome.evidence is not None:
+            outcome.evidence.unlink()
     assert all(not outcome.failed for outcome in outcomes), [outcome.failed for outcome in outcomes]
     return outcomes
 

@@ -24,14 +24,17 @@ from node.p2p import GuardedP2P
 from node.reduction import CODES
 from node.swarm import BarnraisePeer
 from protocol import p2pd
+from protocol.blobs import digest_of
 from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.evidence import check_reduction, group_id, sign_part, sign_slices, vouched
 from protocol.exchange import Packing
 from protocol.identity import Key, libp2p_private_key_bytes
 from protocol.limits import ADDRESSES_MAX, CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
 from protocol.robust import Rule, means
-from protocol.types import Digest, Exchange, PeerId, RunId
+from protocol.types import BlobRef, Contribution, Digest, Exchange, Part, PeerId, Record, RunId
 from protocol.v1 import barnraise_pb2
+from tests.signing import KEYS, SigningEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # engines are shared
 
@@ -71,7 +74,7 @@ class Swarm:
         (home / "blobs").mkdir(parents=True, exist_ok=True)
         if not (home / "identity").exists():
             (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
-        return await Engine.start(
+        return await SigningEngine.start(
             runtime_dir=home / "run",
             identity_path=home / "identity",
             run=RUN,
@@ -127,6 +130,8 @@ def job_of(*peers, **changes):
         spans=SPANS,
         deadline_seconds=20,
         sender_seconds=3,
+        members=(),
+        attempt=0,
     )
     return replace(job, **changes)
 
@@ -413,9 +418,18 @@ async def test_an_early_bird_waits_for_the_others(trio):
     assert all(outcome.failed == {} and outcome.included == (0, 1, 2) for outcome in outcomes)
 
 
-def chunk(buffer, *, code=averaging_pb2.PART_FOR_AVERAGING, group=b"", codec_code=CODES["int4"]):
+def chunk(buffer, *, code=averaging_pb2.PART_FOR_AVERAGING, group=b"", codec_code=CODES["int4"], signature=""):
     part = runtime_pb2.Tensor(compression=codec_code, buffer=buffer)
-    return averaging_pb2.AveragingData(code=code, group_id=group, tensor_part=part)
+    return averaging_pb2.AveragingData(code=code, group_id=group, tensor_part=part, peer_id=bytes.fromhex(signature))
+
+
+def signed_chunks(data, span, group, *, by, bound=b""):
+    """A whole slice, signed for the group (or for another)."""
+    how = codec("int4")
+    padded = bytes(how.encoded_bytes(span[0])) + data
+    (signature,) = sign_slices(by, bound or group, padded, [span], how)
+    good = [chunk(data[:34816], group=group, signature=signature)]
+    return good + [chunk(data[at : at + 34816]) for at in range(34816, len(data), 34816)]
 
 
 def whole(group):
@@ -500,6 +514,60 @@ async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm, trio):
         await hostile.shutdown()
 
 
+async def test_a_slice_that_its_sender_did_not_sign_for_this_group_counts_nowhere(swarm, trio):
+    how = codec("int4")
+    encoded, other = (how.encode(vector) for vector in vectors(2))
+    hostile = await swarm.outsider("hostile")
+    engine, (whole_span, none) = trio[0], ((0, VALUES), (VALUES, VALUES))
+    own, stranger = KEYS[str(hostile.peer_id)], Key.generate()
+    try:
+        await introduce(engine, others=[hostile])
+        hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses}
+        for attack in ("unsigned", "by another hand", "for another group", "other bytes", "well signed"):
+            job = job_of(
+                engine.peer,
+                str(hostile.peer_id),
+                weights=(5, 5),
+                spans=(whole_span, none),
+                sender_seconds=PATIENCE_SECONDS,
+            )
+            by = stranger if attack == "by another hand" else own
+            bound = os.urandom(32) if attack == "for another group" else b""
+            messages = signed_chunks(encoded, whole_span, job.group, by=by, bound=bound)
+            if attack == "unsigned":
+                messages[0].peer_id = b""
+            if attack == "other bytes":
+                messages[-1].tensor_part.buffer = other[-len(messages[-1].tensor_part.buffer) :]
+            outcome, answers = await asyncio.gather(engine.average(job, encoded), replies(hostile, engine, messages))
+            assert outcome.included == ((0, 1) if attack == "well signed" else (0,)), attack
+            refused = [answer.code for answer in answers] == [averaging_pb2.PROTOCOL_VIOLATION]
+            assert refused == (attack != "well signed"), attack
+            assert outcome.parts == {0: encoded} and outcome.failed == {}
+            outcome.evidence.unlink()
+    finally:
+        await hostile.shutdown()
+
+
+async def test_what_a_reducer_keeps_proves_its_mean_right_and_another_wrong(trio):
+    packing = Packing(codec("int4"), codec("int4"))
+    encoded = [packing.up.encode(vector) for vector in vectors(3)]
+    head = "12" * 32
+    job = job_of(*(engine.peer for engine in trio), group=group_id(RUN, head, 0, 3), attempt=3)
+    outcomes = await asyncio.gather(*(engine.average(job, data) for engine, data in zip(trio, encoded, strict=True)))
+    keys = [KEYS[engine.peer] for engine in trio]
+    nodes = tuple(key.public for key in keys)
+    brought = tuple(Contribution(node, tokens, ()) for node, tokens in zip(nodes, WEIGHTS, strict=True))
+    record = Record(RUN, 0, head, 0, nodes[0], brought, (), "34" * 32)
+    for index, (outcome, key, (start, stop)) in enumerate(zip(outcomes, keys, SPANS, strict=True)):
+        evidence = outcome.evidence.read_bytes()
+        outcome.evidence.unlink()
+        for mean, right in ((outcome.parts[index], True), (bytes(reversed(outcome.parts[index])), False)):
+            kept = BlobRef(digest_of(evidence), len(evidence))
+            part = Part(index, start, stop, digest_of(mean), len(mean), key.public, nodes, kept)
+            part = sign_part(key, vouched(record, part))
+            assert (check_reduction(record, part, evidence, packing) is None) is right
+
+
 async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm, trio):
     encoded = codec("int4").encode(vectors(1)[0])
     member = await swarm.outsider("member")
@@ -512,8 +580,7 @@ async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm
             engine.peer, str(member.peer_id), weights=(0, 5), spans=spans, deadline_seconds=60, sender_seconds=20
         )
         begun, answered = asyncio.Event(), asyncio.Event()
-        good = [chunk(encoded[:34816], group=job.group)]
-        good += [chunk(encoded[at : at + 34816]) for at in range(34816, len(encoded), 34816)]
+        good = signed_chunks(encoded, (0, VALUES), job.group, by=KEYS[str(member.peer_id)])
 
         async def second():
             await begun.wait()

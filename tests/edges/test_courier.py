@@ -1,6 +1,7 @@
 """The courier with an engine made of a few lines: nothing is waited for past the stated time."""
 
 import asyncio
+import hashlib
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ from node.core.rounds import Rounds
 from node.courier import Courier
 from node.decider import Decider
 from node.engine import AveragingOutcome
+from node.journal import Journal
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import codec
 from protocol.errors import Code, Refused
+from protocol.evidence import Slice, check_slice, group_id, is_vouched
 from protocol.exchange import Packing
 from protocol.identity import Key
 from protocol.limits import CHUNK_VALUES
@@ -24,13 +27,16 @@ from protocol.messages import Begin, LogRequest, Ready, SignedReady
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
+    Certificate,
     Contribution,
     Digest,
     Head,
+    LogEntry,
     Member,
     NodeId,
     Part,
     PeerId,
+    Record,
     Role,
     Roster,
     SignedRoster,
@@ -41,6 +47,7 @@ HEAD = Head(0, Digest("00" * 32))
 VALUES = 4 * CHUNK_VALUES
 MEMBERS = tuple(Member(node, PeerId(f"peer of {node}"), (), 10**6) for node in (ME, *OTHERS))
 ROSTER = Roster("run", 0, MEMBERS, 0)
+KEY = Key.generate()
 LONG_SECONDS = 600.0  # if a test waited for it, the suite would be stopped
 
 
@@ -89,11 +96,12 @@ class Stand:
             SimpleNamespace(parameters=VALUES, run="run"),
             me,
             packing=packing or Packing(codec("int4"), codec("int4")),
-            journal=journal,
+            journal=journal or Journal(folder.parent / "journal"),
             blobs=self.blobs,
             make_room=lambda: None,
             link=SimpleNamespace(fetch_blob=archive or self._nothing),
             decider=decider,
+            key=KEY,
         )
         self.courier.engine = self.engine
 
@@ -205,7 +213,8 @@ async def test_what_our_means_left_out_is_asked_for_when_the_last_record_took_th
     """Of several attempts it took one, and later ones may take nothing of ours; of means by others nothing is left here."""
     folded = {}
     packing = Packing(codec("sparse2"), codec(down))
-    stand = Stand(tmp_path / "blobs", packing=packing, journal=SimpleNamespace(entry=folded.get))
+    journal = SimpleNamespace(entry=folded.get, evidence=lambda: (), save_evidence=lambda kept: None)
+    stand = Stand(tmp_path / "blobs", packing=packing, journal=journal)
     sent = iter(range(1, 9))
 
     async def average(job, payload):
@@ -233,6 +242,67 @@ async def test_what_our_means_left_out_is_asked_for_when_the_last_record_took_th
         fold(strange)
         _, job = await attempt(0, round_number=1)
         assert job.after == b""
+
+
+async def test_a_part_of_ours_is_signed_with_what_it_was_made_of_and_so_is_each_slice_that_we_send(tmp_path):
+    members = tuple(replace(member, node=KEY.public) if member.node == ME else member for member in MEMBERS)
+    roster, packing = replace(ROSTER, members=members), Packing(codec("int4"), codec("int4"))
+    stand = Stand(tmp_path / "blobs", me=KEY.public, roster=roster)
+    payload = packing.up.encode(np.ones(VALUES, np.float32))
+
+    async def average(job, _):
+        stand.engine.job = job
+        file = tmp_path / "evidence"
+        file.write_bytes(bytes(2 * packing.up.encoded_bytes(CHUNK_VALUES) + 500))
+        return AveragingOutcome({0: bytes(packing.down.encoded_bytes(CHUNK_VALUES))}, (0, 2), {}, 0.1, 0, 0, file)
+
+    stand.engine.average = average
+    given = begin()
+    mine = replace(given.readies[0].ready, sender=KEY.public, contribution=Contribution(KEY.public, 16, ()))
+    given = replace(given, readies=(SignedReady(mine, ""), *given.readies[1:]))
+    part, _ = await stand.courier.average(given, roster, payload, seconds=5.0)
+    brought = tuple(signed.ready.contribution for signed in given.readies)
+    record = Record("run", 0, HEAD.hash, 0, OTHERS[0], brought, (part,), "00" * 32)
+    assert is_vouched(record, part, packing) and stand.blobs.size(part.evidence.digest) == part.evidence.size
+    assert not is_vouched(replace(record, round=1), part, packing)
+    job = stand.engine.job
+    assert job.members == roster.nodes and job.group == group_id("run", HEAD.hash, 0, 0)
+    for (start, stop), signature in zip(job.spans, job.signatures, strict=True):
+        data = payload[packing.up.encoded_bytes(start) : packing.up.encoded_bytes(stop)]
+        check_slice(KEY.public, Slice(job.group.hex(), start, stop, hashlib.sha256(data).hexdigest()), signature)
+
+
+async def test_evidence_is_kept_for_this_round_and_for_our_newest_two_means_in_records(tmp_path):
+    stand = Stand(tmp_path / "blobs")
+    number = iter(range(1, 20))
+
+    async def average(job, payload):
+        file = tmp_path / "evidence"
+        file.write_bytes(bytes([next(number)]) * 100)
+        return AveragingOutcome({0: bytes(10)}, (0,), {}, 0.1, 0, 0, file)
+
+    async def attempt(round_number, attempt):
+        given = replace(begin(), round=round_number, ballot=Ballot(0, attempt))
+        part, _ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
+        assert not (tmp_path / "evidence").exists()
+        return part
+
+    stand.engine.average = average
+    taken = []
+    for round_number in range(5):
+        first, second = [await attempt(round_number, each) for each in (0, 1)]
+        assert all(stand.blobs.has(part.evidence.digest) for part in (first, second))
+        if round_number != 2:  # a record that took nothing of ours
+            taken.append(first.evidence.digest)
+        record = Record("run", round_number, HEAD.hash, 0, ME, (), (first,) if round_number != 2 else (), "00" * 32)
+        stand.courier._journal.append(LogEntry(record, Certificate("00" * 32, Ballot(0, 0), ())))
+    again = Stand(tmp_path / "blobs", journal=stand.courier._journal)  # a start later
+    again.engine.average = average
+    stand = again
+    last = await attempt(5, 0)
+    kept = {digest for _, digest in stand.courier._journal.evidence()}
+    assert kept == {*taken[-2:], last.evidence.digest}
+    assert {digest for digest in stand.blobs.digests() if stand.blobs.size(digest) == 100} == kept
 
 
 # parts

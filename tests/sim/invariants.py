@@ -13,6 +13,7 @@ from coordinator.core.machine import State
 from node.core.rounds import Phase, Rounds, Rules
 from protocol.canonical import digest
 from protocol.errors import Code, Refused
+from protocol.evidence import Vouched, vouched
 from protocol.log import head_after, ranges_of, record_hash
 from protocol.messages import Begin, Message, Propose, Ready, Vote
 from protocol.state import Consumed
@@ -25,6 +26,7 @@ from protocol.types import (
     Head,
     LogEntry,
     NodeId,
+    Part,
     Record,
     Rollback,
     Roster,
@@ -301,6 +303,15 @@ def is_brought(head: Head, contribution: Contribution) -> bool:
 def check_brought(record: Record) -> None:
     if not all(is_brought(Head(record.round, record.previous), each) for each in record.contributions):
         raise Refused(Code.RECORD_BAD, f"record {record.round} holds what nobody brought")
+
+
+def vouch(body: Vouched) -> Part:
+    """As protocol/evidence.py has it."""
+    return replace(body.part, signature=f"{body.part.reducer} made {digest(body)}")
+
+
+def is_vouched(record: Record, part: Part) -> bool:
+    return part.size == (part.stop - part.start) // 2 and vouch(vouched(record, part)) == part
 
 
 def _brought(head: Head, contribution: Contribution) -> str:

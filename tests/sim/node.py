@@ -14,6 +14,7 @@ from node.core.rounds import Rounds, group
 from node.progress import Carry, Drop, Offer, Progress, Settle, resume
 from protocol.canonical import digest
 from protocol.contribution import grant_of
+from protocol.evidence import Vouched
 from protocol.exchange import layout
 from protocol.log import head_after, next_head, ranges_of, record_hash
 from protocol.messages import Accepted, Begin, LogReply, LogRequest, Message, Vote
@@ -44,10 +45,12 @@ from tests.sim.invariants import (
     Spans,
     brings,
     is_brought,
+    is_vouched,
     sign,
     sign_proposal,
     span,
     state_after,
+    vouch,
 )
 from tests.sim.process import Process
 
@@ -146,7 +149,7 @@ class SimNode(Process):
             context=CONTEXT,
             inner_steps=lambda _round: steps,
             exchange=lambda _roles: swarm.exchange,
-            part_bytes=lambda _exchange, values: values // 2,
+            part_is_vouched=is_vouched,
             is_data=lambda _data: True,
             round_seconds_min=lambda members: swarm.pace_seconds * members,
             round_seconds_max=swarm.round_seconds_max,
@@ -611,6 +614,9 @@ class SimNode(Process):
             if included:
                 hashed = digest((begin.ballot, key[1], index, included))
                 part = Part(index, start, stop, hashed, (stop - start) // 2, self.me, included)
+                tokens = tuple(weights[node] for node in included)
+                epoch, previous = begin.ballot.epoch, begin.readies[0].ready.previous
+                part = vouch(Vouched(RUN, begin.round, previous, epoch, exchange, tokens, part))
                 self.disk.parts.add(hashed)
             averaging.reduced[self.me] = part
 
