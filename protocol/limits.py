@@ -7,7 +7,7 @@ from typing import Final
 PROTOCOL_VERSION: Final = 1  # raised when an older program could misread a newer one
 CHUNK_VALUES: Final = 65536  # values encoded together: 35 kB of int4, one write of a socket
 CONTROL_BYTES_MAX: Final = 4 << 20  # a gRPC control message; rosters of 10^4 nodes fit
-PEER_MESSAGE_BYTES_MAX: Final = 2 << 20  # a Begin of 64 members with 100 ranges each is under 1 MB
+PEER_MESSAGE_BYTES_MAX: Final = 2 << 20  # a Begin of 64 members with 40 leases each is under 1.2 MB
 BLOB_CHUNK_BYTES: Final = 1 << 18  # streamed and hashed piece of a blob: 256 KiB
 BLOB_BYTES_MAX: Final = 1 << 40  # 1 TiB: more than any shard or checkpoint we would serve
 MEMBERS_MAX: Final = 64  # one cell; larger swarms merge cells

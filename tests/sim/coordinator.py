@@ -276,6 +276,8 @@ class SimCoordinator(Process):
         truth, state = self.world.truth, self.state
         if self.backup is None:  # what an older database granted is forgotten: its data comes in a later pass
             truth.data_adds_up(state.leases, state.consumed)
+        if before is None or state.trails is not before.trails:
+            truth.nobody_honest_is_struck(state.trails)
         if before is None or state.head is not before.head:
             known = truth.heads[state.head.hash]
             truth.replica_is_true(state.head, known.state, state.consumed, state.branch, self.name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 from coordinator.core.leases import Leases
 from coordinator.core.machine import State
+from coordinator.core.strikes import Kind, Mark
 from node.core.rounds import Phase, Rounds, Rules
 from protocol.canonical import digest
 from protocol.errors import Code, Refused
@@ -247,6 +248,13 @@ class Truth:
                 raise InvariantBroken(f"data [{start}, {stop}) is granted, returned or consumed twice")
             if start > stop:
                 raise InvariantBroken(f"data [{stop}, {start}) is lost")
+
+    def nobody_honest_is_struck(self, trails: Mapping[NodeId, Sequence[Mark]]) -> None:
+        """Whatever the network, the disks and the power do. A disk that was put back may earn a warning."""
+        for node, trail in trails.items():
+            struck = [mark for mark in trail if mark.kind is not Kind.WARNING]
+            if struck and node not in self.liars:
+                raise InvariantBroken(f"{node} did not lie, and has {struck[-1]}")
 
     def credit_adds_up(self, state: State, line: Iterable[LogEntry], undone: Iterable[LogEntry]) -> None:
         """Credit is the sum over certified records, those that a rollback has undone included."""
