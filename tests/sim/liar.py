@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from node.core.rounds import leader
 from protocol.canonical import digest
+from protocol.evidence import vouched
 from protocol.log import record_hash
 from protocol.messages import Accepted, Commit, Message, Propose, Ready, Vote
 from protocol.types import (
@@ -22,7 +23,7 @@ from protocol.types import (
     Signature,
     VoteBody,
 )
-from tests.sim.invariants import RUN, brings, sign, sign_proposal
+from tests.sim.invariants import RUN, brings, sign, sign_proposal, vouch
 from tests.sim.node import PARAMETERS, SimNode
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ class Liar(SimNode):
 
     def _with_a_part_hidden(self, proposal: Propose) -> Propose:
         *others, last = proposal.record.parts
-        hidden = replace(last, digest=digest(("nobody has it", proposal.ballot, self.me)))
-        lied = self._proposes(proposal, replace(proposal.record, parts=(*others, hidden)))
+        hidden = replace(last, reducer=self.me, digest=digest(("nobody has it", proposal.ballot, self.me)))
+        lied = self._proposes(proposal, _vouched(replace(proposal.record, parts=(*others, hidden))))
         self._hidden = Accepted(lied.ballot, lied.record, lied.signature)
         return lied
 
@@ -126,7 +127,7 @@ class Liar(SimNode):
         part = Part(0, 0, PARAMETERS, hidden, PARAMETERS // 2, self.me, (self.me,))
         roster = self.rounds.roster
         epoch = roster.epoch if roster is not None else state.ballot.epoch
-        return Record(
+        record = Record(
             RUN,
             state.head.round,
             state.head.hash,
@@ -137,6 +138,7 @@ class Liar(SimNode):
             state.digest,
             self.rules.exchange(()),
         )
+        return _vouched(record)
 
     def _robbed(self, record: Record) -> Record:
         """Somebody else's weight in our name, with our signature."""
@@ -149,7 +151,7 @@ class Liar(SimNode):
             for part in record.parts
             if others[0].node in part.included
         )
-        return replace(record, contributions=(mine,), parts=parts) if parts else record
+        return _vouched(replace(record, contributions=(mine,), parts=parts)) if parts else record
 
     def _proposes(self, proposal: Propose, record: Record) -> Propose:
         body = VoteBody(RUN, proposal.round, proposal.ballot, record_hash(record))
@@ -192,3 +194,9 @@ class Liar(SimNode):
         entry = LogEntry(proposal.record, certificate)
         self.world.struck("fork", self.me)
         super()._send(second.shown_to, Commit(RUN, proposal.round, self.me, entry.record, entry.certificate))
+
+
+def _vouched(record: Record) -> Record:
+    """With its leader's signature on the parts that it says are its own."""
+    own = [vouch(vouched(record, part)) if part.reducer == record.leader else part for part in record.parts]
+    return replace(record, parts=tuple(own))
