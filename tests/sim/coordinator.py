@@ -274,14 +274,15 @@ class SimCoordinator(Process):
 
     def _check(self, before: machine.State | None) -> None:
         truth, state = self.world.truth, self.state
-        if self.backup is None:  # what an older database granted is forgotten: its data comes in a later pass
+        if self.backup is None:  # what it granted and owed after the database's copy was made, it has forgotten
             truth.data_adds_up(state.leases, state.consumed)
         if before is None or state.trails is not before.trails:
             truth.nobody_honest_is_struck(state.trails)
         if before is None or state.head is not before.head:
             known = truth.heads[state.head.hash]
             truth.replica_is_true(state.head, known.state, state.consumed, state.branch, self.name)
-            truth.credit_adds_up(state, self.store.line, self.store.undone)
+            if self.backup is None:
+                truth.credit_adds_up(state, self.store.line, self.store.undone)
         if not state.rewinding and (before is None or state.replica is not before.replica):
             known = truth.heads[state.replica.hash]
             truth.replica_is_true(state.replica, state.replica_digest, known.consumed, known.branch, "the archive")
