@@ -49,6 +49,8 @@ from protocol.limits import (
     ROLLBACKS_MAX,
     ROSTERS_RECALLED_MAX,
 )
+from protocol.log import is_certified, record_hash
+from protocol.proof import Evidence, double_voters, prove
 from protocol.types import (
     BaseCheckpoint,
     Digest,
@@ -220,6 +222,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._session_of: dict[NodeId, Session] = {}
         self._joins = quotas.Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
         self._calls = quotas.Buckets(quotas.share(1))
+        self._reports = quotas.Buckets(quotas.REPORTS)
         self._downloads: dict[NodeId, float] = {}  # when its quota is whole again
         self._uploading: set[Digest] = set()
         self._leaves: OrderedDict[Digest, bytes] = OrderedDict()
@@ -254,6 +257,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self, request_iterator: AsyncIterator[wire.BlobChunk], context: Context
     ) -> wire.WriteBlobReply:
         return await self._guarded(context, self._write_blob, request_iterator)
+
+    async def Report(self, request: wire.ReportRequest, context: Context) -> wire.ReportReply:  # noqa: N802
+        return await self._guarded(context, self._report, request)
 
     async def Leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:  # noqa: N802
         return await self._guarded(context, self._leave, request)
@@ -557,10 +563,28 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 self._desk.submit(machine.Recalled(rosters, rollbacks))
             if entry is not None:
                 self._desk.submit(machine.EntryArrived(entry))
+                self._notice_fork(entry)
             state = self._desk.state
             return wire.PushEntryReply(
                 missing=[part.digest for part in state.wanted[:WANTED_MAX]], head_round=state.head.round
             )
+
+    def _notice_fork(self, theirs: LogEntry) -> None:
+        """Two certified records that follow the same head: some who signed them lied, and the log is in doubt."""
+        state, number = self._desk.state, theirs.record.round
+        signed = state.history.get(theirs.certificate.ballot.epoch)
+        if number >= state.head.round or signed is None:
+            return
+        (ours,) = self._desk.store.entries(number, 1)
+        ids = record_hash(ours.record), record_hash(theirs.record)
+        if ids[0] == ids[1] or ours.record.previous != theirs.record.previous or ids[1] in state.forks:
+            return  # another branch's record follows another head
+        if not is_certified(theirs, signed.roster):
+            return
+        self._desk.submit(machine.Forked(number, *ids))
+        for evidence in double_voters(ours, theirs):
+            found = prove(evidence, self._desk.manifest.manifest.run)
+            self._desk.submit(machine.Struck(found.node, found.fault, found.round, found.what, found.evidence))
 
     def _unknown_rosters(self, brought: Sequence[bytes]) -> tuple[SignedRoster, ...]:
         """Rosters that this coordinator signed and has no memory of: its database came from a backup."""
@@ -599,6 +623,18 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
     def _check_run(self, what: str, run: RunId) -> None:
         if run != self._desk.manifest.manifest.run:
             raise Refused(Code.SIGNATURE, f"the {what} is of another run")
+
+    async def _report(self, request: wire.ReportRequest, context: Context) -> wire.ReportReply:
+        """What is proved is judged, whoever shows it; what is not costs the reporter nothing, and is counted."""
+        with self._session(context) as session:
+            _pass_by("reports of this node", self._reports.take(session.node, now=time.monotonic()))
+            evidence = canonical.from_bytes(Evidence, request.evidence)
+            if self._desk.store.node(evidence.said.node) is None:
+                raise Refused(Code.UNPROVED, "evidence of nobody who was ever admitted")
+            found = await asyncio.to_thread(prove, evidence, self._desk.manifest.manifest.run)
+            log.warning("a member lied", node=found.node[:16], what=found.what, reporter=session.node[:16])
+            self._desk.submit(machine.Struck(found.node, found.fault, found.round, found.what, found.evidence))
+            return wire.ReportReply(fault=found.fault.value)
 
     async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
         with self._session(context) as session:

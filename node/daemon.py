@@ -15,7 +15,7 @@ import structlog
 from node import letters
 from node.config import Home, Settings, Stopper
 from node.control import Control
-from node.core import rounds, session
+from node.core import rounds, session, witness
 from node.core.rounds import Rounds
 from node.courier import Courier
 from node.decider import Decider, Effect
@@ -39,8 +39,9 @@ from protocol.exchange import packing_of, round_seconds
 from protocol.identity import Key, libp2p_private_key_bytes, verify
 from protocol.invite import Invite
 from protocol.limits import BLOB_BYTES_MAX
-from protocol.log import PROPOSAL, VOTE, is_certified, vote_bytes
+from protocol.log import PROPOSAL, VOTE, is_brought, is_certified, vote_bytes
 from protocol.messages import Begin, LogReply, LogRequest, Message
+from protocol.proof import Said
 from protocol.runspec import RunSpec
 from protocol.types import (
     Ballot,
@@ -102,6 +103,8 @@ class Daemon:
         self._blobs = BlobStore(self._home.blobs, settings.max_disk_bytes or BLOB_BYTES_MAX)
         self._journal = Journal(self._home.journal / manifest.name)
         self._tally = Tally()
+        self._witness = witness.Witness()
+        self._witness_rules = witness.Rules(self._manifest.run, _is_said, is_brought)
         self._engine: Engine | None = None
         self._engine_was_up = False
         self._folding = 0  # certified rounds that are being folded and handed in
@@ -518,7 +521,15 @@ class Daemon:
             case LogReply() as reply, _:
                 self._learn(reply)
             case message, signature:
+                self._bear_witness(message)
                 self._decider.post(rounds.Received(message, signature))
+
+    def _bear_witness(self, message: Message) -> None:
+        state = self._decider.rounds
+        rules = self._witness_rules
+        self._witness, found = witness.hear(self._witness, message, state.rosters, state.head.round, rules)
+        for evidence in found:
+            self._liaison.report(evidence)
 
     def _learn(self, reply: LogReply) -> None:
         try:
@@ -648,6 +659,10 @@ class Daemon:
             confinement=self._workbench.confinement,
             tally=self._tally,
         )
+
+
+def _is_said(said: Said) -> bool:
+    return _is_signed(said.purpose, said.node, said.body, said.signature)
 
 
 def _is_signed(purpose: str, node: NodeId, body: VoteBody, signature: str) -> bool:

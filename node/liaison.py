@@ -29,9 +29,11 @@ from protocol.blobs import BlobStore
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
+from protocol.proof import Evidence
 from protocol.types import Digest, Epoch, LogEntry, Part, RoundNumber, SignedRollback, SignedRoster
 
 FAILURES_BEFORE_ANEW: Final = 3  # in a row, some seconds: a coordinator that was only started again is back by then
+REPORTS_MAX: Final = 64  # one of each member of a roster, while the coordinator is away
 STUCK_SECONDS: Final = 30.0  # without a record folded: the page that was read may be of a branch that is no more
 
 log = structlog.get_logger()
@@ -70,6 +72,7 @@ class Liaison:
         self._pass_on = pass_on
         self._wanted_before: frozenset[Digest] = frozenset()
         self._known_round = RoundNumber(0)
+        self._reports: set[Evidence] = set()  # on their way
 
     # what the coordinator signed, whoever brings it
 
@@ -126,6 +129,26 @@ class Liaison:
         """Once a session is open and its roster learned: only the coordinator can lift a seal, as others rely on it."""
         self._journal.lift_seal()
         self._decider.step(rounds.Unsealed())
+
+    # who lies
+
+    def report(self, evidence: Evidence) -> None:
+        """Tell the coordinator, now or when it is there."""
+        log.warning("a member lied", node=evidence.said.node[:16], kind=evidence.said.purpose)
+        if len(self._reports) < REPORTS_MAX:
+            self._reports.add(evidence)
+            self._spawn(self._bring(evidence))
+
+    async def _bring(self, evidence: Evidence) -> None:
+        async def bring() -> None:
+            log.warning("the coordinator knows of it", fault=await self._link.report(evidence))
+
+        try:
+            await self.retrying(bring)
+        except Refused as refused:
+            log.warning("a report was refused", why=refused.what)
+        finally:
+            self._reports.discard(evidence)
 
     # the log
 

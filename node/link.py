@@ -45,6 +45,7 @@ from protocol.limits import (
     TOKEN_BYTES,
     VOCABULARY_MAX,
 )
+from protocol.proof import Evidence
 from protocol.types import (
     BaseCheckpoint,
     BlobRef,
@@ -355,6 +356,12 @@ class Link:
         seconds = CALL_SECONDS + len(data) / UPLOAD_BYTES_PER_SECOND_MIN
         reply: wire.WriteBlobReply = await self._call("WriteBlob", chunks, seconds=seconds)
         return reply.stored
+
+    async def report(self, evidence: Evidence) -> str:
+        """Show the coordinator what proves that a member lied; tells which fault it is."""
+        request = wire.ReportRequest(evidence=canonical.to_bytes(evidence))
+        reply: wire.ReportReply = await self._call("Report", request)
+        return canonical.shown(reply.fault)
 
     async def leave(self, why: str = "", seal: Seal | None = None) -> None:
         """Give the leases back, and close. With a seal, nobody has to reckon with this node's vote."""

@@ -94,6 +94,7 @@ class Code(Enum):
     CHALLENGE = ("E-AUTH-005", Exit.REFUSED, "The node asks for a new challenge by itself.")
     KICKED = ("E-AUTH-006", Exit.REFUSED, "Start the node again when that time is over: barnraise join")
     PEER_UNKNOWN = ("E-PEER-001", Exit.USAGE, "See the nodes with: barnraise-coordinator peers")
+    UNPROVED = ("E-REPORT-001", Exit.REFUSED, "Nothing was changed; whoever was accused stays as it was.")
     STORE_BAD = ("E-STORE-001", Exit.INTEGRITY, "Restore the run's database from a backup.")
     INTERNAL = ("E-INTERNAL-001", Exit.INTERNAL, "Nothing was changed. Tell the researcher the id.")
     TWO_STORIES = (

@@ -176,6 +176,15 @@ def check_brought(record: Record) -> None:
         check_genuine(record.run, record.round, record.previous, contribution)
 
 
+def is_brought(record: Record) -> bool:
+    """The same as a question."""
+    try:
+        check_brought(record)
+    except Refused:
+        return False
+    return True
+
+
 def check_ranges(record: Record, consumed: Consumed) -> None:
     """Refuse data that an earlier record consumed, or that the record names twice."""
     taken = Consumed()

@@ -115,6 +115,7 @@ class State:
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
     held_since: float | None = None  # since when forgotten promises keep the roster from changing
+    forks: frozenset[Digest] = frozenset()  # certified records that the log has no room for; told of already
     trails: Mapping[NodeId, tuple[Mark, ...]] = field(default_factory=dict)  # what was ever held against a node
     started: float = -1e9  # when this process began
     tokens: int = 0
@@ -192,6 +193,15 @@ class Struck:
     round: RoundNumber
     reason: str  # what exactly, in a few words
     evidence: Digest
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A record was brought that is certified, and follows the same head as another that the log has."""
+
+    round: RoundNumber
+    ours: Digest
+    theirs: Digest
 
 
 @dataclass(frozen=True)
@@ -285,6 +295,7 @@ Event = (
     | HeartbeatArrived
     | NodeLeft
     | Struck
+    | Forked
     | Judged
     | LeasesAsked
     | EntryArrived
@@ -446,6 +457,11 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             return _struck(state, event, now)
         case Judged():
             return _judged(state, event, now)
+        case Forked(round_number, ours, theirs):
+            what = (
+                f"round {round_number} was decided twice: the log has {ours[:12]}, and {theirs[:12]} is certified too"
+            )
+            return _say(replace(state, forks=state.forks | {theirs}), now, what), (Announce(),)
         case LeasesAsked(node, sequences):
             return _lease(state, node, sequences, now, rules)
         case EntryArrived(entry):

@@ -79,6 +79,11 @@ class CoordinatorStub:
                 request_serializer=protocol_dot_v1_dot_barnraise__pb2.ReadLeavesRequest.SerializeToString,
                 response_deserializer=protocol_dot_v1_dot_barnraise__pb2.ReadLeavesReply.FromString,
                 _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/barnraise.v1.Coordinator/Report',
+                request_serializer=protocol_dot_v1_dot_barnraise__pb2.ReportRequest.SerializeToString,
+                response_deserializer=protocol_dot_v1_dot_barnraise__pb2.ReportReply.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/barnraise.v1.Coordinator/Leave',
                 request_serializer=protocol_dot_v1_dot_barnraise__pb2.LeaveRequest.SerializeToString,
@@ -147,6 +152,13 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Report(self, request, context):
+        """Evidence that a member lied; the coordinator checks it by itself. Nothing is held against who reports.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """Ends the session and gives the leases back.
         """
@@ -201,6 +213,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ReadLeaves,
                     request_deserializer=protocol_dot_v1_dot_barnraise__pb2.ReadLeavesRequest.FromString,
                     response_serializer=protocol_dot_v1_dot_barnraise__pb2.ReadLeavesReply.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=protocol_dot_v1_dot_barnraise__pb2.ReportRequest.FromString,
+                    response_serializer=protocol_dot_v1_dot_barnraise__pb2.ReportReply.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -451,6 +468,33 @@ class Coordinator:
             '/barnraise.v1.Coordinator/ReadLeaves',
             protocol_dot_v1_dot_barnraise__pb2.ReadLeavesRequest.SerializeToString,
             protocol_dot_v1_dot_barnraise__pb2.ReadLeavesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/barnraise.v1.Coordinator/Report',
+            protocol_dot_v1_dot_barnraise__pb2.ReportRequest.SerializeToString,
+            protocol_dot_v1_dot_barnraise__pb2.ReportReply.FromString,
             options,
             channel_credentials,
             insecure,

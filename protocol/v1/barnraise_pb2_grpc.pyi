@@ -47,6 +47,8 @@ class CoordinatorStub:
     WriteBlob: _grpc.StreamUnaryMultiCallable[_barnraise_pb2.BlobChunk, _barnraise_pb2.WriteBlobReply]
     ReadLeaves: _grpc.UnaryUnaryMultiCallable[_barnraise_pb2.ReadLeavesRequest, _barnraise_pb2.ReadLeavesReply]
     """The hashes of a blob's chunks, so that a download is checked chunk by chunk; empty for the largest blobs."""
+    Report: _grpc.UnaryUnaryMultiCallable[_barnraise_pb2.ReportRequest, _barnraise_pb2.ReportReply]
+    """Evidence that a member lied; the coordinator checks it by itself. Nothing is held against who reports."""
     Leave: _grpc.UnaryUnaryMultiCallable[_barnraise_pb2.LeaveRequest, _barnraise_pb2.LeaveReply]
     """Ends the session and gives the leases back."""
 
@@ -66,6 +68,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     WriteBlob: _aio.StreamUnaryMultiCallable[_barnraise_pb2.BlobChunk, _barnraise_pb2.WriteBlobReply]  # type: ignore[assignment]
     ReadLeaves: _aio.UnaryUnaryMultiCallable[_barnraise_pb2.ReadLeavesRequest, _barnraise_pb2.ReadLeavesReply]  # type: ignore[assignment]
     """The hashes of a blob's chunks, so that a download is checked chunk by chunk; empty for the largest blobs."""
+    Report: _aio.UnaryUnaryMultiCallable[_barnraise_pb2.ReportRequest, _barnraise_pb2.ReportReply]  # type: ignore[assignment]
+    """Evidence that a member lied; the coordinator checks it by itself. Nothing is held against who reports."""
     Leave: _aio.UnaryUnaryMultiCallable[_barnraise_pb2.LeaveRequest, _barnraise_pb2.LeaveReply]  # type: ignore[assignment]
     """Ends the session and gives the leases back."""
 
@@ -136,6 +140,14 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_barnraise_pb2.ReadLeavesReply, _abc.Awaitable[_barnraise_pb2.ReadLeavesReply]]:
         """The hashes of a blob's chunks, so that a download is checked chunk by chunk; empty for the largest blobs."""
+
+    @_abc_1.abstractmethod
+    def Report(
+        self,
+        request: _barnraise_pb2.ReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_barnraise_pb2.ReportReply, _abc.Awaitable[_barnraise_pb2.ReportReply]]:
+        """Evidence that a member lied; the coordinator checks it by itself. Nothing is held against who reports."""
 
     @_abc_1.abstractmethod
     def Leave(

@@ -9,13 +9,14 @@ import pytest
 from node.core.rounds import Rounds
 from node.decider import Decider
 from node.journal import Journal
-from node.liaison import Liaison
+from node.liaison import REPORTS_MAX, Liaison
 from node.link import News, Page
 from node.status import Tally
 from protocol import canonical
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
+from protocol.proof import Evidence, Said
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -30,6 +31,7 @@ from protocol.types import (
     SignedManifest,
     SignedRollback,
     SignedRoster,
+    VoteBody,
 )
 
 HEAD = Head(5, Digest("55" * 32))
@@ -58,6 +60,7 @@ class Coordinator:
         self.news = {}
         self.page = Page((), (), None, ())
         self.calls = []
+        self.report_refused = None
 
     async def heartbeat(self, beat, *, wait_seconds):
         said = {"head_round": beat.head.round, "epoch": beat.epoch, "branch": beat.branch}
@@ -69,6 +72,11 @@ class Coordinator:
         number = brought.record.round if brought is not None else None
         self.calls.append((number, tuple(each.roster.epoch for each in rosters), len(rollbacks)))
         return ()
+
+    async def report(self, evidence):
+        self.calls.append(evidence)
+        if self.report_refused is not None:
+            raise Refused(self.report_refused, "because")
 
     async def upload_part(self, digest, data):
         self.calls.append(digest)
@@ -245,3 +253,31 @@ async def test_a_log_that_goes_on_from_another_record_than_ours_ends_the_start_i
     stand.coordinator.page = Page((fits,), (), None, ())
     with pytest.raises(TimeoutError):  # its parts may only be slow to come
         await asyncio.wait_for(stand.liaison.catch_up(), 0.5)
+
+
+SAID = Said("a" * 64, "vote", VoteBody("run", 5, Ballot(0, 0), Digest("77" * 32)), "0" * 128)
+
+
+async def test_who_lied_is_told_now_or_when_the_coordinator_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("node.liaison.wait_seconds", lambda **_: 0.01)
+    stand, evidence = Stand(tmp_path), Evidence(SAID, SAID)
+    stand.liaison._spawn = asyncio.create_task
+    stand.coordinator.report_refused = Code.UNREACHABLE
+    stand.liaison.report(evidence)
+    await asyncio.sleep(0.05)
+    assert stand.coordinator.calls.count(evidence) > 1
+    stand.coordinator.report_refused = None
+    await asyncio.sleep(0.05)
+    told = stand.coordinator.calls.count(evidence)
+    stand.coordinator.report_refused = Code.UNPROVED
+    stand.liaison.report(evidence)
+    await asyncio.sleep(0.05)
+    assert stand.coordinator.calls.count(evidence) == told + 1 and not stand.liaison._reports
+
+
+async def test_reports_on_their_way_are_bounded(tmp_path):
+    stand, begun = Stand(tmp_path), []
+    stand.liaison._spawn = lambda work: begun.append(work.close())
+    for number in range(REPORTS_MAX + 5):
+        stand.liaison.report(Evidence(replace(SAID, signature=f"{number:0128x}"), SAID))
+    assert len(begun) == REPORTS_MAX

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from coordinator import service as door
-from coordinator.core import machine
+from coordinator.core import machine, quotas
 from coordinator.core.strikes import Kind
 from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
@@ -38,6 +38,7 @@ from protocol.log import (
     record_hash,
     vote_bytes,
 )
+from protocol.proof import Evidence, Said
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -411,6 +412,67 @@ async def test_a_kick_says_how_long_it_lasts_and_an_unban_ends_it(world):
     assert (await refused(link.heartbeat(Beat("training")))).reason is Code.KICKED
     await asyncio.sleep(0.3)
     await link.open(life=3)
+
+
+def word(link, record, *, purpose=VOTE, ballot=None):
+    body = VoteBody(record.run, record.round, ballot or Ballot(record.epoch, 0), record_hash(record))
+    return Said(link._key.public, purpose, body, link._key.sign(purpose, vote_bytes(body)))
+
+
+async def test_what_a_report_proves_is_judged_and_a_false_one_costs_nobody_anything(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(1)
+    reporter = await world.member()
+    one = world.decide(link, roster, [b"x"], lease).record
+    two = replace(one, state="ab" * 32)
+    for evidence in (
+        Evidence(word(link, one)),
+        Evidence(word(link, one), word(link, one)),
+        Evidence(word(reporter, one), replace(word(reporter, two), node=link._key.public)),
+        Evidence(word(link, one), record=one),
+        Evidence(word(world.link(), one), word(world.link(), two)),  # of nobody who was ever let in
+    ):
+        assert (await refused(reporter.report(evidence))).reason in (Code.UNPROVED, Code.SIGNATURE)
+    assert world.desk.state.trails == {} and world.service.refusals[Code.UNPROVED.code] >= 3
+    assert await reporter.report(Evidence(word(link, one), word(link, two))) == "contradicted"
+    assert await link.report(Evidence(word(link, two), word(link, one))) == "contradicted"  # known already
+    (warning,) = world.desk.state.trails[link._key.public]
+    assert (warning.kind, warning.fault) == (Kind.WARNING, Fault.CONTRADICTED)
+    stranger = replace(one, contributions=(replace(one.contributions[0], node=reporter._key.public),))
+    assert await reporter.report(Evidence(word(link, stranger), record=stranger)) == "forged"
+    assert (await refused(link.heartbeat(Beat("training")))).reason is Code.BANNED
+    assert world.desk.state.trails.keys() == {link._key.public}
+
+
+async def test_reports_are_counted(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(1)
+    same = word(link, world.decide(link, roster, [b"x"], lease).record)
+    request = wire.ReportRequest(evidence=canonical.to_bytes(Evidence(same, same)))
+    codes = []
+    for _ in range(int(quotas.REPORTS.burst) + 1):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await link._stub.Report(request, metadata=link._metadata())
+        codes.append(caught.value.code())
+    assert codes[0] is grpc.StatusCode.PERMISSION_DENIED and codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_second_record_for_a_round_is_told_and_who_signed_both_is_found(world):
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(1)
+    first, second = (world.decide(link, roster, [data], lease) for data in (b"x", b"y"))
+    await link.push_entry(first)
+    world.desk.part_stored(digest_of(b"x"))
+    for _ in range(2):
+        await link.push_entry(second)
+    forks = [text for _, text in world.desk.state.events if "decided twice" in text]
+    assert len(forks) == 1 and record_hash(second.record)[:12] in forks[0]
+    (warning,) = world.desk.state.trails[link._key.public]
+    assert warning.fault is Fault.CONTRADICTED and "vote" in warning.reason
+    await link.push_entry(replace(first, certificate=replace(first.certificate, signatures=())))
+    other = replace(second, record=replace(second.record, previous="ab" * 32))
+    await link.push_entry(other)  # of another branch, as far as anybody can tell
+    assert len(world.desk.state.forks) == 1
 
 
 async def test_a_strike_is_told_to_the_volunteer_at_once_and_takes_no_vote_from_it(world):

@@ -15,8 +15,9 @@ from node.core.rounds import Phase, Rounds, Rules
 from protocol.canonical import digest
 from protocol.errors import Code, Refused
 from protocol.evidence import Vouched, vouched
-from protocol.log import head_after, ranges_of, record_hash
+from protocol.log import PROPOSAL, VOTE, head_after, ranges_of, record_hash
 from protocol.messages import Begin, Message, Propose, Ready, Vote
+from protocol.proof import Said
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -309,7 +310,7 @@ def is_brought(head: Head, contribution: Contribution) -> bool:
 
 
 def check_brought(record: Record) -> None:
-    if not all(is_brought(Head(record.round, record.previous), each) for each in record.contributions):
+    if not everyone_brought(record):
         raise Refused(Code.RECORD_BAD, f"record {record.round} holds what nobody brought")
 
 
@@ -320,6 +321,14 @@ def vouch(body: Vouched) -> Part:
 
 def is_vouched(record: Record, part: Part) -> bool:
     return part.size == (part.stop - part.start) // 2 and vouch(vouched(record, part)) == part
+
+
+def is_said(said: Said) -> bool:
+    return said.signature == {VOTE: sign, PROPOSAL: sign_proposal}[said.purpose](said.node, said.body)
+
+
+def everyone_brought(record: Record) -> bool:
+    return all(is_brought(Head(record.round, record.previous), each) for each in record.contributions)
 
 
 def _brought(head: Head, contribution: Contribution) -> str:

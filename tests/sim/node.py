@@ -9,7 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from coordinator.core import machine
-from node.core import rounds, session
+from node.core import rounds, session, witness
 from node.core.rounds import Rounds, group
 from node.progress import Carry, Drop, Offer, Progress, Settle, resume
 from protocol.canonical import digest
@@ -41,10 +41,13 @@ from tests.sim.invariants import (
     GENESIS,
     GENESIS_STATE,
     RUN,
+    InvariantBroken,
     Known,
     Spans,
     brings,
+    everyone_brought,
     is_brought,
+    is_said,
     is_vouched,
     sign,
     sign_proposal,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 PARAMETERS = 16 * 65536
+WITNESS_RULES = witness.Rules(RUN, is_said, everyone_brought)
 UPDATE = digest("an encoded vector")
 TICK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 3.0
@@ -165,6 +169,7 @@ class SimNode(Process):
             is_brought=is_brought,
             entry_is_certified=certified,
         )
+        self.witness = witness.Witness()
         world.at(luck.uniform(0, swarm.start_seconds) if index >= 2 else 0.0, self.start)
 
     # life and death
@@ -568,6 +573,10 @@ class SimNode(Process):
                 self._learn(rollbacks, rosters)
                 self.rounds_event(rounds.LogArrived(entries, rosters))
             case _:
+                state = self.rounds
+                self.witness, lies = witness.hear(self.witness, message, state.rosters, state.head.round, WITNESS_RULES)
+                if lies:  # nobody here lies: what crashes, old disks and bad networks bring about must strike nobody
+                    raise InvariantBroken(f"{self.me} would accuse {lies[0].said.node}: {lies[0]}")
                 self.rounds_event(rounds.Received(message, "s"))
 
     def _tell_log(self, to: NodeId, start: int) -> None:
