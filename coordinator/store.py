@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import (
+    URL,
     Boolean,
     Column,
     Connection,
@@ -47,6 +48,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from coordinator.core.leases import Cursor, Leases
 from coordinator.core.strikes import Mark
 from protocol import canonical
+from protocol.blobs import full_disk_refused
 from protocol.errors import Code, Refused
 from protocol.log import record_hash
 from protocol.types import (
@@ -260,7 +262,8 @@ class Store:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path
         self._check_not_lost()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite itself would let others read
+        with full_disk_refused(path.parent):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite itself would let others read
         self._engine = _engine(path)
         try:
             self._prepare()
@@ -582,20 +585,21 @@ class Store:
         go on meanwhile, so it may run in another thread. Where the database is rotten, the last copy is left."""
         path = path or backup_of(self.path)
         new = path.with_name(f".new-{path.name}")
-        new.unlink(missing_ok=True)
-        try:
-            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            with closing(sqlite3.connect(self.path)) as source, closing(sqlite3.connect(new)) as copy:
-                source.backup(copy)
-                copy.execute("PRAGMA journal_mode=DELETE")  # one file is a whole database
-                self._check_whole(copy.execute("PRAGMA integrity_check(1)").fetchone()[0])
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            new.replace(path)
-        except sqlite3.DatabaseError as error:
-            raise (self._refusal(error) or error) from None
-        finally:
+        with full_disk_refused(path.parent):
             new.unlink(missing_ok=True)
+            try:
+                os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                with closing(sqlite3.connect(self.path)) as source, closing(sqlite3.connect(new)) as copy:
+                    source.backup(copy)
+                    copy.execute("PRAGMA journal_mode=DELETE")  # one file is a whole database
+                    self._check_whole(copy.execute("PRAGMA integrity_check(1)").fetchone()[0])
+                with new.open("rb") as file:
+                    os.fsync(file.fileno())
+                new.replace(path)
+            except sqlite3.DatabaseError as error:
+                raise (self._refusal(error) or error) from None
+            finally:
+                new.unlink(missing_ok=True)
 
     def _check_not_lost(self) -> None:
         """Refuse to begin afresh where there was a run: SQLite takes an empty file for a new database."""
@@ -642,9 +646,11 @@ class Store:
             return Refused(Code.DISK_CAP, f"no room to write to {self.path}: {error}", fix=fix)
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             return self._bad(f"is not a whole SQLite database: {error}")
-        if name.startswith("SQLITE_IOERR"):
-            fix = "See that the disk is in order and has room, then start the coordinator again. Nothing was changed."
-            return Refused(Code.STORE_BAD, f"{self.path} cannot be read or written: {error}", fix=fix)
+        if name.startswith(("SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):  # the last two: a remounted disk
+            fix = (
+                "See that the disk is in order and may be written to, then start the coordinator. Nothing was changed."
+            )
+            return Refused(Code.DISK_BAD, f"{self.path} cannot be read or written: {error}", fix=fix)
         return None
 
     @contextmanager
@@ -675,7 +681,8 @@ class Store:
 
 
 def _engine(path: Path) -> Engine:
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
+    url = URL.create("sqlite", database=str(path))  # not a text: a folder's name may have a ? in it
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: ConnectionPoolEntry) -> None:

@@ -461,12 +461,17 @@ class Daemon:
                 post(session.DataUsed(event.queued_sequences, self._supply.wanted()))
             case OutOfData():
                 post(session.DataUsed(0, self._supply.wanted()))
-            case Skipped(_, what):
+            case Skipped(ranges, what):
                 log.warning("a step was left out", why=what)
-            case Failed(reason, what, shard):
+                self._supply.leave_out(ranges)
+            case Failed(reason, what, shard, ranges):
                 log.error("training failed", code=reason.code, why=what)
                 self._tally.notice = f"{reason.code}: {what}"
-                self._spawn(self._set_training(True) if shard is not None else self._replace_trainer(what))
+                if shard is None:
+                    self._spawn(self._replace_trainer(what))
+                else:
+                    self._spawn(self._supply.mend(shard, ranges))
+                    self._spawn(self._set_training(True))
             case Exited(returncode):
                 self._spawn(self._workbench.lost_trainer())
                 post(session.PartDied(session.Part.TRAINER, f"exit code {returncode}"))

@@ -20,6 +20,7 @@ from protocol.types import Digest, Exchange, NodeId, PeerId, RunId
 START_SECONDS: Final = 60.0  # importing torch on a slow disk, and p2pd's own 15 seconds
 STOP_SECONDS: Final = 5.0
 GRACE_SECONDS: Final = 10.0  # the engine keeps its own deadlines; past them by this much, it hangs
+UNANSWERED_MAX: Final = 3  # orders in a row, while it says nothing else either: then it is ended, and another started
 ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",  # the trainer needs the cores
     "MALLOC_ARENA_MAX": "2",  # worker threads come and go; their arenas would stay
@@ -78,6 +79,7 @@ class Engine:
         self._on_message = on_message
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Frame]] = {}
+        self._unanswered = 0  # since it was last heard
         self._reading = asyncio.create_task(self._read(child.channel))
 
     @classmethod
@@ -196,6 +198,9 @@ class Engine:
         except ChannelClosed:
             raise Refused(Code.CHILD_DIED, f"the engine ended during {order}") from None
         except TimeoutError:
+            self._unanswered += 1
+            if self._unanswered >= UNANSWERED_MAX:
+                await self._child.stop(grace_seconds=0)  # the reader hears of it
             raise Refused(Code.CHILD_DIED, f"the engine does not answer to {order}") from None
         finally:
             self._answers.pop(number, None)
@@ -207,6 +212,7 @@ class Engine:
         with suppress(ChannelClosed):
             while True:
                 frame = await channel.receive()
+                self._unanswered = 0
                 if "message_from" in frame.body:
                     self._on_message(PeerId(frame.body["message_from"]), frame.payload)
                 elif (answer := self._answers.get(frame.body["number"])) is not None and not answer.done():

@@ -59,6 +59,7 @@ class Supply:
         self._grants = [grant_of(lease) for lease in membership.leases]  # a lease may be lost when its data is trained
         self._trainer: Trainer | None = None
         self._given = Consumed()  # to this trainer
+        self._left_out = Consumed()  # no step could be made on it here: for others to try
         self._turn = asyncio.Lock()  # one gives or takes at a time
 
     @property
@@ -88,6 +89,9 @@ class Supply:
         """Get data: leases from the coordinator, their shards from wherever they are, into the trainer's queue."""
         given = 0
         try:
+            for held in {lease.range.shard for lease in self._leases.values()}:
+                if not await asyncio.to_thread(self._blobs.is_sound, held):
+                    await self._fetch(self._shards[held])
             for lease in await self._link.acquire_leases(sequences):
                 if not self._decider.rules.is_data(lease.range):
                     what = f"a lease of sequences {lease.range.start} to {lease.range.stop} of a shard that has not so many"
@@ -129,12 +133,28 @@ class Supply:
         """What was trained too long ago to be of use is data like any other; `settle` gives it again."""
         self._given = _without(self._given, ranges)
 
+    def leave_out(self, ranges: Iterable[DataRange]) -> None:
+        """Steps on it diverged. The rest of its leases is trained, then they are given up."""
+        self._left_out = self._left_out.with_ranges(ranges)
+
+    async def mend(self, shard: Digest, ranges: Iterable[DataRange]) -> None:
+        """The trainer could not read this shard, and has dropped these ranges: fetch it again if it is not whole."""
+        async with self._turn:
+            self._given = _without(self._given, ranges)
+            await asyncio.to_thread(self._blobs.is_sound, shard)
+        with suppress(Refused):  # then with the next lease
+            await self._fetch(self._shards[shard])
+        async with self._turn:
+            left = self._decider.session.sequences_left + await self._top_up()
+        self._decider.post(session.DataUsed(left, self.wanted()))
+
     async def settle(self, record: Record) -> None:
         """After a round: leases that are used up are leases no more; whatever is left is for the trainer.
 
         What others brought while our lease was theirs would be trained here in vain: who slept finds much of it."""
         consumed = self._decider.rounds.consumed
-        self._leases = {key: lease for key, lease in self._leases.items() if not consumed.covers(lease.range)}
+        done = consumed.with_ranges(_listed(self._left_out))  # a lease that nobody renews goes to somebody else
+        self._leases = {key: lease for key, lease in self._leases.items() if not done.covers(lease.range)}
         self._grants = [grant for grant in self._grants if not consumed.covers(grant.range)]
         async with self._turn:
             await self._forget([each for each in ranges_of(record) if self._given.overlaps(each)])
@@ -169,8 +189,10 @@ class Supply:
         state = self._decider.rounds
         waiting = [c for c in (state.contribution, state.carried) if c is not None]
         used = state.consumed.with_ranges(each for contribution in waiting for each in contribution.ranges)
-        used = used.with_ranges(_listed(self._given))
-        here = [lease.range for lease in self._leases.values() if self._blobs.has(lease.range.shard)]
+        used = used.with_ranges(_listed(self._given)).with_ranges(_listed(self._left_out))
+        shards = {lease.range.shard for lease in self._leases.values()}
+        sound = {shard for shard in shards if await asyncio.to_thread(self._blobs.is_sound, shard)}
+        here = [lease.range for lease in self._leases.values() if lease.range.shard in sound]
         free = rounds.unused(tuple(here), used)
         if self._trainer is None or not free:
             return 0

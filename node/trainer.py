@@ -108,8 +108,11 @@ class Feed:
         self._queue = deque(rest for piece in self._queue for rest in _without(piece, gone))
         return dropped
 
-    def drop_shard(self, shard: str) -> None:
+    def drop_shard(self, shard: str) -> list[DataRange]:
+        """Forget what is queued of it; what that was."""
+        dropped = [each for each, _ in self._queue if each.shard == shard]
         self._queue = deque(piece for piece in self._queue if piece[0].shard != shard)
+        return dropped
 
     def read(self, pieces: Sequence[Piece]) -> tuple[Tokens, Tokens]:
         """Inputs and targets, each (sequences, context). Read and not mapped: a file cut short must not kill us."""
@@ -435,8 +438,8 @@ class Loop:
             inputs, targets = self._feed.read(pieces)
         except ShardError as error:
             self._feed.put_back(pieces)
-            self._feed.drop_shard(error.shard)
-            self._fail(error.reason, error.what, shard=error.shard)
+            dropped = self._feed.drop_shard(error.shard)
+            self._fail(error.reason, error.what, shard=error.shard, ranges=dropped)
             return
         began = time.monotonic()
         loss = self._learner.step(inputs, targets, self._pausing.is_set)
@@ -473,10 +476,11 @@ class Loop:
         if self._rejected >= REJECTED_MAX:
             self._fail(Code.DIVERGED, f"{REJECTED_MAX} inner steps in a row had a loss or gradient that is not finite")
 
-    def _fail(self, reason: Code, what: str, *, shard: str | None = None) -> None:
+    def _fail(self, reason: Code, what: str, *, shard: str | None = None, ranges: Iterable[DataRange] = ()) -> None:
         self._running = False
         self._report()
-        self._tell({"event": "failed", "code": reason.code, "what": what, "shard": shard})
+        lost = [plain(each) for each in ranges]
+        self._tell({"event": "failed", "code": reason.code, "what": what, "shard": shard, "ranges": lost})
 
     def _report_goal(self) -> None:
         if self._goal is not None and self._done.steps >= self._goal:
@@ -496,6 +500,7 @@ class Loop:
                 "loss": shown.loss,
                 "tokens_per_second": shown.tokens / shown.seconds if shown.steps else 0.0,
                 "queued_sequences": self._feed.sequences,
+                "step_seconds": shown.seconds / shown.steps if shown.steps else None,
                 "busy": [self._since, self._reported, self._busy_seconds],
             }
         )

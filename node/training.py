@@ -25,6 +25,7 @@ MODULE = "node.trainer"
 START_SECONDS_MAX = 900  # a first import of torch from a slow disk, and a large model to build and probe
 STOP_SECONDS = 10.0  # volunteers get their machine back within this
 ANSWER_SECONDS = 300.0  # for the longest inner step there is; a trainer that answers later than that hangs
+GRACE_SECONDS = 60.0  # beyond two steps of its own: other programs want the machine, or memory is swapped
 _FOLDERS = {"TMPDIR": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda", "HF_HOME": "huggingface"}
 
 
@@ -96,6 +97,7 @@ class Failed:
     reason: Code
     what: str
     shard: Digest | None
+    ranges: tuple[DataRange, ...] = ()  # what was queued of it
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class Trainer:
     _asked: int = 0
     _busy: _Busy = field(default_factory=_Busy)
     _stopping: bool = False
+    _step_seconds: float | None = None  # what one took when we last heard of one
     steps: int = 0  # since the last snapshot, as far as has been heard
     _snapshot_pending: bool = False
     _snapshot_asked: int = 0  # the number of that order
@@ -249,6 +252,13 @@ class Trainer:
         if self._reading is not None:
             await self._reading
 
+    @property
+    def _patience_seconds(self) -> float:
+        """How long an order may take: it waits for the step under way."""
+        if self._step_seconds is None:
+            return ANSWER_SECONDS
+        return min(ANSWER_SECONDS, GRACE_SECONDS + 2 * self._step_seconds)
+
     async def _ask(self, order: str, **fields: Any) -> Mapping[str, Any]:
         self._asked += 1
         number = self._asked
@@ -257,13 +267,11 @@ class Trainer:
             if self._reading is None or self._reading.done():
                 raise ChannelClosed("the trainer has ended")
             await self._child.channel.send({"do": order, "number": number, **fields})
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(patience := self._patience_seconds):
                 body: Mapping[str, Any] = await answer
         except TimeoutError:
             await self._child.stop(grace_seconds=0)  # the reader hears of it, and says so
-            raise Refused(
-                Code.CHILD_DIED, f"the trainer was ended: it did not {order} in {ANSWER_SECONDS:.0f} s"
-            ) from None
+            raise Refused(Code.CHILD_DIED, f"the trainer was ended: it did not {order} in {patience:.0f} s") from None
         except ChannelClosed as error:
             raise Refused(Code.CHILD_DIED, f"the trainer has ended before it could {order}") from error
         finally:
@@ -289,8 +297,9 @@ class Trainer:
                     self.steps = 0  # here, for what is heard next is of steps since
                 if (answer := self._waiting.get(number)) is not None and not answer.done():
                     answer.set_result(body)
-            case {"event": "stepped", "busy": [since, until, seconds], **fields}:
+            case {"event": "stepped", "busy": [since, until, seconds], "step_seconds": step_seconds, **fields}:
                 self._busy = _Busy(since, until, seconds)
+                self._step_seconds = step_seconds or self._step_seconds
                 stepped = Stepped(**{key: value for key, value in fields.items() if key != "event"})
                 self.steps = stepped.steps
                 self._on_event(stepped)
@@ -298,8 +307,9 @@ class Trainer:
                 self._on_event(OutOfData())
             case {"event": "skipped", "ranges": ranges, "what": what}:
                 self._on_event(Skipped(tuple(ranged(each) for each in ranges), what))
-            case {"event": "failed", "code": code, "what": what, "shard": shard}:
-                self._on_event(Failed(Refused.from_wire(code, what).reason, what, shard))
+            case {"event": "failed", "code": code, "what": what, "shard": shard, "ranges": ranges}:
+                lost = tuple(ranged(each) for each in ranges)
+                self._on_event(Failed(Refused.from_wire(code, what).reason, what, shard, lost))
             case _:
                 raise AssertionError(f"the trainer said {body}")
 

@@ -31,6 +31,7 @@ LEAF_BYTES: Final = 32
 _ORPHAN_SECONDS: Final = 3600.0  # a new file that nobody has written to for so long was left by a crash
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})  # Windows has no quota
+_FAILS = frozenset({errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, getattr(errno, "EUCLEAN", errno.EIO)})
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has neither the flag nor, without rights, the links
 
 
@@ -80,17 +81,20 @@ def atomic_file(path: Path, *, full_fix: str | None = None) -> Iterator[BinaryIO
                 os.fsync(file.fileno())
             new.replace(path)
         except BaseException:
-            new.unlink(missing_ok=True)
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
 
 
 @contextmanager
 def full_disk_refused(folder: Path, *, fix: str | None = None) -> Iterator[None]:
-    """A disk that is full is no fault of ours: a refusal, which says where."""
+    """A disk that is full, fails, or became read-only is no fault of ours: a refusal, which says where."""
     try:
         yield
     except OSError as error:
+        if error.errno in _FAILS:
+            raise Refused(Code.DISK_BAD, f"the disk fails: {folder}: {error.strerror}") from None
         if error.errno not in _NO_ROOM:
             raise
         raise Refused(Code.DISK_CAP, f"no room to write to {folder}: {error.strerror}", fix=fix) from None
@@ -114,6 +118,7 @@ class BlobStore:
         _sweep(folder)
         self.bytes_used = sum(_file_sizes(folder))
         self._writing: set[Digest] = set()
+        self._hashed: dict[Digest, tuple[int, int, int]] = {}  # inode, size and time of change when it was
 
     def path(self, digest: Digest) -> Path:
         """Where the blob is, or would be. Read it through open or read, which check more."""
@@ -164,6 +169,22 @@ class BlobStore:
             size = file.tell()
         if tree.root(size) != digest:
             raise Refused(Code.BLOB_CORRUPT, f"blob {digest[:12]} has changed on disk")
+
+    def is_sound(self, digest: Digest) -> bool:
+        """Whether the blob is here, whole. It is hashed, unless it was and its file has not changed since; what has
+        rotted, or was edited, is deleted."""
+        try:
+            with self.open(digest) as file:
+                status = os.fstat(file.fileno())
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if self._hashed.get(digest) != stamp:
+                self.verify(digest)
+                self._hashed[digest] = stamp
+        except Refused as refused:
+            if refused.reason is not Code.BLOB_MISSING:
+                self.delete(digest)
+            return False
+        return True
 
     def leaves(self, digest: Digest) -> bytes:
         """The hashes of the blob's chunks, one after the other: with them a reader checks each chunk as it comes."""
@@ -351,7 +372,8 @@ class Writer:
         if self._open:
             with suppress(OSError):
                 self._file.close()  # what it holds back may find no room
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that became read-only it stays, and is hashed again before it is used
+                self._path.unlink(missing_ok=True)
             self._end(kept=0)
 
     @contextmanager
@@ -361,7 +383,7 @@ class Writer:
             with self._store._named():
                 yield
         except (OSError, Refused) as error:
-            if not isinstance(error, Refused) or error.reason is Code.DISK_CAP:
+            if not isinstance(error, Refused) or error.reason in (Code.DISK_CAP, Code.DISK_BAD):
                 self.discard()
             raise
 

@@ -1,5 +1,6 @@
 """Blobs: content addresses, verified and resumed downloads, and a store that never passes its cap."""
 
+import errno
 import hashlib
 import os
 
@@ -230,7 +231,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
     atomic_write(path, b"old")
     monkeypatch.setattr(blobs.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "EIO")))
-    with pytest.raises(OSError):
+    with pytest.raises(Refused, match="the disk fails"):
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
@@ -246,9 +247,46 @@ def test_a_failed_fsync_keeps_nothing_of_a_blob(store, monkeypatch, tmp_path):
     writer.write(b"xyz")
     monkeypatch.setattr(blobs.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "EIO")))
     for use in (lambda: store.put_bytes(b"abc"), lambda: store.put_file(tmp_path / "source"), writer.finish):
-        with pytest.raises(OSError):
+        with pytest.raises(Refused):
             use()
     assert store.bytes_used == used_on_disk(store) == 0
+
+
+def test_a_blob_that_was_edited_is_not_sound_and_is_deleted_and_one_that_was_not_is_hashed_once(store, monkeypatch):
+    ref = store.put_bytes(b"whole")
+    assert store.is_sound(ref.digest)
+    path = store.path(ref.digest)
+    hashed = []
+    monkeypatch.setattr(store, "verify", lambda digest: (hashed.append(digest), type(store).verify(store, digest)))
+    assert store.is_sound(ref.digest) and not hashed
+    os.utime(path, (1, 1))
+    assert store.is_sound(ref.digest) and hashed == [ref.digest]
+    path.write_bytes(b"edits")
+    assert not store.is_sound(ref.digest) and not path.exists() and store.bytes_used == 0
+    assert not store.is_sound(ref.digest), "it is gone"
+    path.symlink_to("/etc/passwd")
+    assert not store.is_sound(ref.digest) and not path.is_symlink()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_is_named_and_keeps_nothing(store, monkeypatch, number):
+    writer = store.writer(digest_of(b"xyz"), 3)
+    writer.write(b"xyz")
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(blobs.os, "fsync", fail)
+    for use in (lambda: store.put_bytes(b"abc"), writer.finish):
+        with pytest.raises(Refused, match="the disk fails") as caught:
+            use()
+        assert caught.value.reason is Code.DISK_BAD and "disk" in caught.value.fix
+    assert store.bytes_used == used_on_disk(store) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(blobs.Path, "replace", fail)
+    with pytest.raises(Refused, match="the disk fails"):
+        store.put_bytes(b"abc")
+    assert used_on_disk(store) == 0, "a rename that fails leaves no new file"
 
 
 def test_what_a_crash_left_is_swept_at_start(store):

@@ -845,6 +845,20 @@ async def test_a_peer_is_not_looked_for_nearer_than_the_coordinator_is(swarm):
         door.close()
 
 
+async def test_an_engine_that_hangs_is_ended(swarm, monkeypatch):
+    engine = await swarm.engine("engine-that-hangs")
+    try:
+        monkeypatch.setattr("node.engine.GRACE_SECONDS", 0.2)
+        os.kill(engine.pid, signal.SIGSTOP)
+        for _ in range(3):
+            assert not engine.closed.done(), "it may be busy"
+            with pytest.raises(Refused, match="does not answer"):
+                await engine._ask("usage", {}, seconds=0.1)
+        assert await asyncio.wait_for(engine.closed, 5) == -signal.SIGKILL
+    finally:
+        await engine.stop()
+
+
 def alive(process):
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE

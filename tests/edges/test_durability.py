@@ -771,6 +771,59 @@ def test_a_backup_that_finds_no_room_leaves_the_one_before(died, tmp_path):
     store.close()
 
 
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from coordinator.store import Store
+from protocol import blobs as module
+from protocol.blobs import BlobStore
+from protocol.errors import Code, Refused
+module.DISK_FREE_BYTES_MIN = 0
+folder = Path(sys.argv[1])
+mount = lambda *words: subprocess.run(["mount", *words, str(folder)], check=True)
+mount("-t", "tmpfs", "-o", "size=8m", "tmpfs")
+store, blobs = Store(folder / "run" / "coordinator.db"), BlobStore(folder / "blobs")
+store.set("a", b"1")
+store.close()  # whom the kernel itself takes the disk from need not let go of it first, as we have to
+mount("-o", "remount,ro")
+for act in (lambda: store.set("a", b"2"), lambda: blobs.put_bytes(b"x"), lambda: Store(folder / "run" / "coordinator.db")):
+    try:
+        act()
+    except Refused as refused:
+        assert refused.reason is Code.DISK_BAD, refused
+        assert "disk" in refused.fix
+    else:
+        raise AssertionError("it was written")
+mount("-o", "remount,rw")
+assert store.get("a") == b"1"
+store.set("a", b"2")
+"""
+
+
+def test_a_disk_that_became_read_only_is_named_on_both_sides(tmp_path):
+    inside = ["unshare", "-rm", sys.executable, "-c", READ_ONLY, str(tmp_path)]
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("no mounts in a namespace of one's own here")
+    done = subprocess.run(
+        inside, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folders_name_may_hold_what_means_something_in_a_url(tmp_path):
+    for name in ("what?mode=ro", "a#b", "50%25", "sp ace", "ünï"):
+        path = tmp_path / name / "coordinator.db"
+        Store(path).close()
+        store = Store(path)
+        store.set("a", b"1")
+        store.backup()
+        store.close()
+        assert {each.name for each in path.parent.iterdir()} >= {"coordinator.db", "coordinator.backup.db"}
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_a_full_disk_keeps_no_half_of_a_blob(tmp_path):
     fix = "Free some space."
     store = BlobStore(tmp_path / "blobs", full_fix=fix)

@@ -74,6 +74,7 @@ class Trainer:
 class Stand:
     def __init__(self, *leases, **state):
         self.granted = []
+        self.rotten = set()
         self.fetching = asyncio.Event()
         self.fetching.set()
         fields = {"head": Head(0, Digest("0" * 64)), "digest": Digest("1" * 64), "consumed": Consumed()}
@@ -90,7 +91,7 @@ class Stand:
             decider=self.decider,
             membership=self.membership,
             link=SimpleNamespace(acquire_leases=self._grant),
-            blobs=SimpleNamespace(has=lambda digest: True, path=lambda digest: digest, delete=lambda digest: None),
+            blobs=SimpleNamespace(is_sound=lambda digest: digest not in self.rotten, path=lambda digest: digest),
             fetch=self._fetch,
             tally=Tally(),
         )
@@ -100,6 +101,7 @@ class Stand:
 
     async def _fetch(self, shard):
         await self.fetching.wait()
+        self.rotten.discard(shard.digest)
 
     def know(self, **state):
         self.decider.begin(replace(self.decider.rounds, **state))
@@ -115,6 +117,48 @@ async def test_a_new_trainer_gets_what_is_leased_and_neither_in_a_record_nor_on_
     trainer = Trainer()
     await stand.supply.supply(trainer)
     assert trainer.given == Counter([4, 5, 8, 9])
+
+
+async def test_what_diverged_here_is_given_up_with_the_end_of_its_lease_and_not_trained_again():
+    stand, trainer = Stand(lease("1", 0, 10), lease("2", 10, 20)), Trainer()
+    await stand.supply.supply(trainer)
+    trained = trainer.train(10)
+    stand.supply.leave_out([span(4, 6)])
+    stand.know(consumed=Consumed().with_ranges([span(0, 3)]))
+    await stand.supply.settle(record())
+    assert stand.supply.lease_ids == ("1", "2"), "the rest of it is still to come"
+    stand.know(consumed=Consumed().with_ranges(each for each in trained if each.start not in (4, 5)))
+    await stand.supply.settle(record())
+    assert stand.supply.lease_ids == ("2",), "nobody renews it: it goes to somebody else"
+
+    another = Trainer()
+    stand.granted = [(lease("3", 4, 6),)]
+    await stand.supply.supply(another)
+    await stand.supply.acquire(2)
+    assert set(another.given) == set(range(10, 20))
+
+
+async def test_a_shard_that_rotted_is_not_given_and_comes_again_with_the_next_data():
+    stand, trainer = Stand(lease("1", 0, 10)), Trainer()
+    stand.rotten.add(SHARD.digest)
+    await stand.supply.supply(trainer)
+    assert not trainer.given
+    stand.granted = [()]
+    await stand.supply.acquire(4)
+    await stand.supply.settle(record())
+    assert set(trainer.given) == set(range(10))
+
+
+async def test_a_shard_that_the_trainer_cannot_read_is_fetched_and_given_again():
+    stand, trainer = Stand(lease("1", 0, 10)), Trainer()
+    await stand.supply.supply(trainer)
+    trained = trainer.train(4)
+    lost, trainer.queue = trainer.queue, []
+    trainer.given.subtract(lost)
+    stand.rotten.add(SHARD.digest)
+    await stand.supply.mend(SHARD.digest, [span(at, at + 1) for at in lost])
+    assert trainer.queue == lost and not stand.rotten
+    assert all(count == 1 for count in trainer.given.values()), trained
 
 
 @pytest.mark.parametrize(
@@ -135,7 +179,8 @@ async def test_a_shard_above_the_owners_cap_is_named_and_the_node_goes_on_with_w
     large = Shard(Digest("cd" * 32), 50_001, 25_000, 500)
 
     async def fetch(shard):
-        blobs.writer(shard.digest, shard.size)
+        if shard is large:
+            blobs.writer(shard.digest, shard.size)
 
     await stand.supply.supply(trainer)
     events = []

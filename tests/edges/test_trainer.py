@@ -273,6 +273,20 @@ async def test_a_trainer_that_hangs_is_ended(started, monkeypatch):
     assert (await heard(Exited)).returncode == -signal.SIGKILL
 
 
+async def test_how_long_a_trainer_may_be_silent_follows_its_own_steps(started, monkeypatch, tmp_path):
+    trainer, _, heard = started
+    assert trainer._patience_seconds == training.ANSWER_SECONDS, "nothing is known of its steps"
+    await trainer.add_data([(piece(0, 64), shard(tmp_path, sequences=64))])
+    await trainer.run()
+    await heard(OutOfData)
+    assert training.GRACE_SECONDS < trainer._patience_seconds < training.GRACE_SECONDS + 20
+    monkeypatch.setattr(training, "GRACE_SECONDS", 0.3)
+    os.kill(trainer.pid, signal.SIGSTOP)
+    with pytest.raises(Refused, match="did not snapshot"):
+        await trainer.snapshot()
+    assert (await heard(Exited)).returncode == -signal.SIGKILL
+
+
 async def test_a_trainer_dies_with_its_owner_and_leaves_no_shared_memory(tmp_path):
     before = set(os.listdir("/dev/shm"))
     code = f"""
