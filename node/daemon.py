@@ -181,6 +181,7 @@ class Daemon:
         daemon = cls(settings, key, link, membership, owned, on_status)
         owned.callback(daemon._workbench.close)
         owned.push_async_callback(daemon._close_children)
+        await daemon._workbench.check_model()
         return daemon
 
     def _make_rules(self) -> rounds.Rules:

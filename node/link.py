@@ -555,6 +555,7 @@ class Link:
         return asyncio.CancelledError()
 
 
+_VERSION: Final = re.compile(r"[0-9][0-9a-z.]{0,31}")
 _NOBODY_CAN: Final = "No node can train this run: tell the researcher who invited you."
 
 
@@ -569,6 +570,9 @@ def check_manifest(signed: SignedManifest, run: RunId) -> Manifest:
     ):
         if not 1 <= value <= most:
             raise Refused(Code.FIELD, f"the manifest's {what} is {value}, wanted 1 to {most}", fix=_NOBODY_CAN)
+    if not _VERSION.fullmatch(manifest.transformers):  # it becomes part of a command that a volunteer may type
+        wrong = f"the manifest's transformers is {canonical.shown(manifest.transformers)!r}, wanted a version"
+        raise Refused(Code.FIELD, wrong, fix=_NOBODY_CAN)
     if manifest.token_bytes not in TOKEN_BYTES:
         wrong = f"the manifest's token_bytes is {manifest.token_bytes}, wanted 2 or 4"
         raise Refused(Code.FIELD, wrong, fix=_NOBODY_CAN)

@@ -13,7 +13,7 @@ from typing import IO, Final
 
 import structlog
 
-from node import hardware
+from node import hardware, rehearsal
 from node.config import Home, Settings
 from node.core import rounds
 from node.core.rounds import Phase, Rounds
@@ -118,6 +118,10 @@ class Workbench:
 
     def close(self) -> None:
         self._vectors.close()
+
+    async def check_model(self) -> None:
+        """Refuse, before a download, a model that this machine's libraries do not build."""
+        await rehearsal.check_model(self._manifest, log=self._log_file("trainer"), sandbox=self._sandbox)
 
     # the shared state
 

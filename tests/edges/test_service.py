@@ -638,7 +638,14 @@ async def test_other_data_than_the_manifest_names_is_refused_at_every_open(world
 
 @pytest.mark.parametrize(
     "change",
-    [{"parameters": 10**15}, {"parameters": 0}, {"context": 10**8}, {"vocabulary": 0}, {"token_bytes": 1}],
+    [
+        {"parameters": 10**15},
+        {"parameters": 0},
+        {"context": 10**8},
+        {"vocabulary": 0},
+        {"token_bytes": 1},
+        {"transformers": "5.0; id"},
+    ],
     ids=lambda change: " ".join(change),
 )
 async def test_a_manifest_of_impossible_sizes_is_refused(world, change):
