@@ -49,8 +49,7 @@ from protocol.limits import (
     ROLLBACKS_MAX,
     ROSTERS_RECALLED_MAX,
 )
-from protocol.log import is_certified, record_hash
-from protocol.proof import Evidence, double_voters, prove
+from protocol.proof import Evidence, prove
 from protocol.types import (
     BaseCheckpoint,
     Digest,
@@ -563,28 +562,10 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 self._desk.submit(machine.Recalled(rosters, rollbacks))
             if entry is not None:
                 self._desk.submit(machine.EntryArrived(entry))
-                self._notice_fork(entry)
             state = self._desk.state
             return wire.PushEntryReply(
                 missing=[part.digest for part in state.wanted[:WANTED_MAX]], head_round=state.head.round
             )
-
-    def _notice_fork(self, theirs: LogEntry) -> None:
-        """Two certified records that follow the same head: some who signed them lied, and the log is in doubt."""
-        state, number = self._desk.state, theirs.record.round
-        signed = state.history.get(theirs.certificate.ballot.epoch)
-        if number >= state.head.round or signed is None:
-            return
-        (ours,) = self._desk.store.entries(number, 1)
-        ids = record_hash(ours.record), record_hash(theirs.record)
-        if ids[0] == ids[1] or ours.record.previous != theirs.record.previous or ids[1] in state.forks:
-            return  # another branch's record follows another head
-        if not is_certified(theirs, signed.roster):
-            return
-        self._desk.submit(machine.Forked(number, *ids))
-        for evidence in double_voters(ours, theirs):
-            found = prove(evidence, self._desk.manifest.manifest.run)
-            self._desk.submit(machine.Struck(found.node, found.fault, found.round, found.what, found.evidence))
 
     def _unknown_rosters(self, brought: Sequence[bytes]) -> tuple[SignedRoster, ...]:
         """Rosters that this coordinator signed and has no memory of: its database came from a backup."""

@@ -5,7 +5,6 @@ A vote and a proposal are signed over the same short body, so two of them, or on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol import canonical, identity
@@ -58,15 +57,11 @@ def prove(evidence: Evidence, run: RunId) -> Proof:
     if said.body.run != run:
         raise Refused(Code.UNPROVED, "evidence of another run")
     check_said(said)
-    where = f"round {said.body.round}, attempt {said.body.ballot.attempt} under roster {said.body.ballot.epoch}"
     if other is not None and record is None:
         check_said(other)
         if said.place != other.place or said.body.record == other.body.record:
             raise Refused(Code.UNPROVED, "two words that do not contradict each other")
-        digests = sorted((said.body.record, other.body.record))
-        what = f"a {said.purpose} for {digests[0][:8]} and one for {digests[1][:8]} in {where}"
-        known = canonical.digest((said.node, said.purpose, canonical.digest(said.body.ballot), *digests))
-        return Proof(said.node, Fault.CONTRADICTED, said.body.round, what, known)
+        return contradiction(said, other)
     if record is None or other is not None or record_hash(record) != said.body.record:
         raise Refused(Code.UNPROVED, "evidence of neither two words nor one with its record")
     if (record.run, record.round) != (run, said.body.round) or len(record.contributions) > MEMBERS_MAX:
@@ -74,9 +69,22 @@ def prove(evidence: Evidence, run: RunId) -> Proof:
     try:
         check_brought(record)
     except Refused as refused:
-        what = f"a {said.purpose} in {where}: {refused.what}"
+        what = f"a {said.purpose} in {_where(said)}: {refused.what}"
         return Proof(said.node, Fault.FORGED, said.body.round, what, canonical.digest((said.node, said.body.record)))
     raise Refused(Code.UNPROVED, "each member has signed what the record says of it")
+
+
+def contradiction(said: Said, other: Said) -> Proof:
+    """What two words prove that contradict each other, whoever has checked that they are genuine."""
+    digests = sorted((said.body.record, other.body.record))
+    what = f"a {said.purpose} for {digests[0][:8]} and one for {digests[1][:8]} in {_where(said)}"
+    known = canonical.digest((said.node, said.purpose, canonical.digest(said.body.ballot), *digests))
+    return Proof(said.node, Fault.CONTRADICTED, said.body.round, what, known)
+
+
+def _where(said: Said) -> str:
+    ballot = said.body.ballot
+    return f"round {said.body.round}, attempt {ballot.attempt} under roster {ballot.epoch}"
 
 
 def check_said(said: Said) -> None:
@@ -93,14 +101,10 @@ def votes_of(entry: LogEntry) -> tuple[Said, ...]:
     return tuple(Said(signature.node, VOTE, body, signature.value) for signature in certificate.signatures)
 
 
-def double_voters(first: LogEntry, second: LogEntry) -> tuple[Evidence, ...]:
-    """Who signed both certificates, where they are of one ballot and of different records.
+def double_voters(first: LogEntry, second: LogEntry) -> tuple[Proof, ...]:
+    """Who signed both certificates, where they are of one ballot and of different records; both have been checked.
 
     Certificates of different ballots prove nobody's guilt alone: a member may vote again in a later one."""
     mine = {said.place: said for said in votes_of(first)}
-    both = ((mine.get(said.place), said) for said in votes_of(second))
-    return contradictions((one, said) for one, said in both if one is not None)
-
-
-def contradictions(pairs: Iterable[tuple[Said, Said]]) -> tuple[Evidence, ...]:
-    return tuple(Evidence(one, other) for one, other in pairs if one.body.record != other.body.record)
+    both = ((mine[said.place], said) for said in votes_of(second) if said.place in mine)
+    return tuple(contradiction(one, other) for one, other in both if one.body.record != other.body.record)

@@ -16,9 +16,9 @@ from coordinator.core.strikes import By, Kind, Mark
 from protocol.errors import Refused
 from protocol.limits import ROLLBACKS_MAX
 from protocol.log import check_ranges, check_record_shape, head_after, next_head, next_turn, ranges_of, record_hash
+from protocol.proof import double_voters
 from protocol.state import Consumed
 from protocol.types import (
-    Certificate,
     Digest,
     Epoch,
     Fault,
@@ -115,7 +115,6 @@ class State:
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
     held_since: float | None = None  # since when forgotten promises keep the roster from changing
-    forks: frozenset[Digest] = frozenset()  # certified records that the log has no room for; told of already
     trails: Mapping[NodeId, tuple[Mark, ...]] = field(default_factory=dict)  # what was ever held against a node
     started: float = -1e9  # when this process began
     tokens: int = 0
@@ -193,15 +192,6 @@ class Struck:
     round: RoundNumber
     reason: str  # what exactly, in a few words
     evidence: Digest
-
-
-@dataclass(frozen=True)
-class Forked:
-    """A record was brought that is certified, and follows the same head as another that the log has."""
-
-    round: RoundNumber
-    ours: Digest
-    theirs: Digest
 
 
 @dataclass(frozen=True)
@@ -295,7 +285,6 @@ Event = (
     | HeartbeatArrived
     | NodeLeft
     | Struck
-    | Forked
     | Judged
     | LeasesAsked
     | EntryArrived
@@ -457,11 +446,6 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             return _struck(state, event, now)
         case Judged():
             return _judged(state, event, now)
-        case Forked(round_number, ours, theirs):
-            what = (
-                f"round {round_number} was decided twice: the log has {ours[:12]}, and {theirs[:12]} is certified too"
-            )
-            return _say(replace(state, forks=state.forks | {theirs}), now, what), (Announce(),)
         case LeasesAsked(node, sequences):
             return _lease(state, node, sequences, now, rules)
         case EntryArrived(entry):
@@ -647,10 +631,8 @@ def _forked(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     if not rules.entry_is_certified(entry, signed.roster):
         return state, ()
     effects: tuple[Effect, ...] = ()
-    for node in double_voters(ours.certificate, entry.certificate):
-        struck = Struck(
-            node, Fault.CONTRADICTED, number, "votes for two records of one round", record_hash(entry.record)
-        )
+    for found in double_voters(ours, entry):
+        struck = Struck(found.node, found.fault, found.round, found.what, found.evidence)
         state, more = _struck(state, struck, now)
         effects += more
     what = f"members have certified two records of round {number}"
@@ -659,14 +641,6 @@ def _forked(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
         known = any(text == advice for _, text in state.events)  # it is brought again with each heartbeat
         return (state if known else _say(state, now, advice)), effects
     return _say(state, now, what), (*effects, BranchOff(number, what))
-
-
-def double_voters(one: Certificate, other: Certificate) -> tuple[NodeId, ...]:
-    """Who has signed two records in one ballot. Nobody who keeps what it signed on disk does so by accident."""
-    if one.ballot != other.ballot or one.record == other.record:
-        return ()
-    signers = {signature.node for signature in one.signatures}
-    return tuple(signature.node for signature in other.signatures if signature.node in signers)
 
 
 def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:

@@ -128,8 +128,9 @@ def test_anything_else_proves_nothing(evidence):
 
 def test_of_a_fork_those_are_guilty_who_signed_both_in_one_ballot():
     first, second = entry(ONE, A, C), entry(TWO, B, C)
-    (evidence,) = double_voters(first, second)
-    assert prove(evidence, RUN).node == C.public
+    (found,) = double_voters(first, second)
+    ours, theirs = (next(said for said in votes_of(each) if said.node == C.public) for each in (first, second))
+    assert found == prove(Evidence(ours, theirs), RUN) and found.node == C.public
     assert not double_voters(first, entry(TWO, B, C, ballot=Ballot(2, 2)))  # one may vote again in a later ballot
     assert not double_voters(first, entry(ONE, B, C))
 

@@ -11,10 +11,12 @@ from coordinator.core import leases as data
 from coordinator.core import machine, strikes
 from coordinator.core.leases import Leases
 from protocol.log import head_after, line_head, next_head, ranges_of
+from protocol.proof import Evidence
 from protocol.state import Consumed
 from protocol.types import (
     Digest,
     Epoch,
+    Fault,
     Head,
     Lease,
     LogEntry,
@@ -340,6 +342,11 @@ class SimCoordinator(Process):
         if forgotten or len(rollbacks) > len(self.state.rollbacks):
             self._event(machine.Recalled(forgotten, rollbacks))
         self._event(machine.EntryArrived(entry))
+        return ()
+
+    def report(self, evidence: Evidence) -> tuple[()]:
+        said, fault = evidence.said, Fault.FORGED if evidence.other is None else Fault.CONTRADICTED
+        self._event(machine.Struck(said.node, fault, said.body.round, "a witness has said so", said.body.record))
         return ()
 
     def store_part(self, part: Digest) -> tuple[()]:

@@ -575,8 +575,10 @@ class SimNode(Process):
             case _:
                 state = self.rounds
                 self.witness, lies = witness.hear(self.witness, message, state.rosters, state.head.round, WITNESS_RULES)
-                if lies:  # nobody here lies: what crashes, old disks and bad networks bring about must strike nobody
-                    raise InvariantBroken(f"{self.me} would accuse {lies[0].said.node}: {lies[0]}")
+                for evidence in lies:  # what crashes, old disks and bad networks bring about must strike nobody
+                    if evidence.said.node not in self.world.truth.liars:
+                        raise InvariantBroken(f"{self.me} would accuse {evidence.said.node}: {evidence}")
+                    self._call(lambda c, found=evidence: c.report(found), lambda *_: None)
                 self.rounds_event(rounds.Received(message, "s"))
 
     def _tell_log(self, to: NodeId, start: int) -> None:
