@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -73,6 +73,8 @@ from protocol.v1 import barnraise_pb2 as wire
 from protocol.v1 import barnraise_pb2_grpc as wire_grpc
 
 NONCE_SECONDS: Final = 30
+ALIVE_SECONDS: Final = 5.0  # for a process that is there to answer, over any line
+GOODBYE_SECONDS: Final = 1.0  # for the reason to arrive before the connection of a banned node is closed
 NONCES_MAX: Final = 4096  # unanswered challenges: nearly twice what all networks together may ask for in that time
 PASS_SECONDS: Final = 30 * 86400  # renewed with every session
 WAIT_SECONDS_MAX: Final = 30.0  # of a heartbeat: proxies and routers forget a silent connection after a minute
@@ -175,6 +177,10 @@ class Session:
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
     told_notice: str = ""
+    notice: str = ""  # besides what is held against it
+    since_ms: int = 0
+    heard: float = 0.0  # when its newest call began
+    roused: asyncio.Event = field(default_factory=asyncio.Event)  # its heartbeat is answered at once
     life: int = 0  # the highest that it has said
 
 
@@ -313,6 +319,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             raise Refused(Code.FIELD, what)
         known = self._desk.store.node(node)
         self._check_welcome(node)
+        await self._check_alone(node, request.incarnation, self._caller(context))
         token = known.invite if known else self._admit(request.invite, node, peer, now_ms)
         name = self._name(request.name, node, known)
         body = Pass(self._desk.manifest.manifest.run, node, peer, name, now_ms, now_ms + PASS_SECONDS * 1000)
@@ -392,7 +399,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         return Caller(f"{connection}#{passage.number}", passage.host, passage)
 
     def _new_session(self, node: NodeId, incarnation: bytes, caller: Caller) -> Session:
-        session = Session(node, secrets.token_hex(32), incarnation, caller)
+        session = Session(node, secrets.token_hex(32), incarnation, caller, since_ms=self._desk.now_ms())
         older = self._end_session(node)
         if older is not None and older.caller.passage is not None and older.caller.passage is not caller.passage:
             older.caller.passage.close()  # one connection is enough for one node
@@ -400,6 +407,31 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             self.gate.welcome(caller.passage)
         self._sessions[session.token] = self._session_of[node] = session
         return session
+
+    async def _check_alone(self, node: NodeId, incarnation: bytes, caller: Caller) -> None:
+        """Of two processes with one key, the one that is here and answers stays, and both are told.
+
+        Nothing is held against either: a folder was copied, or its key stolen."""
+        older = self._session_of.get(node)
+        if older is None or older.incarnation == incarnation or not older.calls:  # a process that ends ends its calls
+            return
+        if not await self._answers(older):
+            return
+        now, began = _clock_text(self._desk.now_ms()), _clock_text(older.since_ms)
+        where = "this address" if older.caller.host == caller.host else "another address"
+        if not older.notice:
+            name = self._desk.store.names()[node]
+            self._desk.submit(machine.Noticed(f"{name}: a second process with its key was refused"))
+        older.notice = f"at {now} another process with this node's key came, and was refused: one folder is one node"
+        raise Refused(Code.IDENTITY_TAKEN, f"this node's key is in use since {began} from {where}")
+
+    async def _answers(self, session: Session) -> bool:
+        """Whether this process is there: it is told something, and has to ask again."""
+        asked = time.monotonic()
+        session.roused.set()
+        while session.heard < asked and time.monotonic() - asked < ALIVE_SECONDS:
+            await asyncio.sleep(ALIVE_SECONDS / 100)
+        return session.heard >= asked and self._session_of.get(session.node) is session
 
     def _begin_life(self, session: Session, life: int) -> tuple[int, Epoch | None]:
         """Keep the life that this process says; tells the highest, and up to which roster the node signs nothing."""
@@ -428,6 +460,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._calls.rate = quotas.share(len(self._sessions) if self.gate is None else self.gate.members)
         _pass_by("calls of this node", self._calls.take(session.node, now=time.monotonic()))
         session.calls += 1
+        session.heard = time.monotonic()
         try:
             yield session
         finally:
@@ -438,7 +471,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         now_ms = self._desk.now_ms()
         mark = self._desk.state.shut(node, now_ms / 1000)
         if mark is not None:
-            self._end_session(node)
+            older = self._end_session(node)
+            if older is not None and older.caller.passage is not None:
+                asyncio.get_running_loop().call_later(GOODBYE_SECONDS, older.caller.passage.close)
             raise Refused(Code.BANNED if mark.kind is Kind.BAN else Code.KICKED, strikes.refusal(mark, now_ms))
 
     # what a member may ask
@@ -452,11 +487,20 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             self._desk.submit(beat)
             end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
             while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
-                await self._desk.changed(left)
+                await self._stirred(session, left)
                 self._check_welcome(session.node)
                 if self._sessions.get(session.token) is not session:
                     raise Refused(Code.SESSION, "a newer session replaced this one")
             return self._answer(session, request, beat)
+
+    async def _stirred(self, session: Session, seconds: float) -> None:
+        """Returns when there may be news, for all or for this one."""
+        waits = {asyncio.ensure_future(each) for each in (self._desk.changed(seconds), session.roused.wait())}
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
 
     def _news(self, session: Session, request: wire.HeartbeatRequest, beat: machine.HeartbeatArrived) -> bool:
         state = self._desk.state
@@ -467,12 +511,14 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
             or (self._desk.finished() and not session.told_finished)
             or self._notice(session) != session.told_notice
+            or session.roused.is_set()
         )
 
     def _notice(self, session: Session) -> str:
         """One line for the volunteer."""
         state = self._desk.state
-        return strikes.notice(state.trails.get(session.node, ()), state.head.round)
+        held = strikes.notice(state.trails.get(session.node, ()), state.head.round)
+        return "; ".join(filter(None, (held, session.notice)))
 
     def _newer_roster(self, beat: machine.HeartbeatArrived) -> SignedRoster | None:
         signed = self._desk.state.roster
@@ -485,6 +531,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         wanted = [part.digest for part in state.wanted[:WANTED_MAX]]
         session.told, session.told_finished = frozenset(wanted), self._desk.finished()
         session.told_notice = self._notice(session)
+        session.roused.clear()
         mine = {lease.lease_id for lease in state.leases.of(session.node)}
         return wire.HeartbeatReply(
             roster=canonical.to_bytes(roster) if roster else b"",
@@ -814,6 +861,10 @@ _STATUS_OF_EXIT: Final = {
 
 def _status(code: Code) -> grpc.StatusCode:
     return _STATUS.get(code) or _STATUS_OF_EXIT.get(code.exit, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+def _clock_text(ms: int) -> str:
+    return time.strftime("%H:%M UTC", time.gmtime(ms / 1000))
 
 
 def _check_version(theirs: int) -> None:

@@ -1,6 +1,7 @@
 """The door and the link: real gRPC over TLS on loopback, a real store, real blobs, the real machine."""
 
 import asyncio
+import re
 import socket
 import ssl
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from coordinator import service as door
 from coordinator.core import machine, quotas
 from coordinator.core.strikes import Kind
-from coordinator.service import CoordinatorService, distinct_name, generated_name, serve, visible
+from coordinator.service import ALIVE_SECONDS, CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
 from node.core.session import LinkOpened
 from node.liaison import Liaison
@@ -894,6 +895,41 @@ async def test_a_clone_and_the_node_that_it_is_a_copy_of_are_both_silent(world):
     news = await link.heartbeat(Beat("training", epoch=roster.epoch))  # its session was replaced, so it opens another
     assert news.silent_epoch == roster.epoch
     assert world.desk.store.begin_life(link._key.public, 1, roster.epoch, bytes(16))[0] == 4
+
+
+async def beats(link, epoch, heard):
+    """A node that is there."""
+    while True:
+        heard.append(await link.heartbeat(Beat("training", epoch=epoch), wait_seconds=20))
+
+
+async def test_of_two_processes_with_one_key_the_second_is_refused_and_both_are_told(world):
+    link, roster = await world.training()
+    heard = []
+    alive = asyncio.create_task(beats(link, roster.epoch, heard))
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    refusal = await refused(world.again(link).open(life=1))
+    assert (refusal.reason, refusal.reason.exit) == (Code.IDENTITY_TAKEN, Exit.REFUSED)
+    assert re.fullmatch(r"this node's key is in use since \d\d:\d\d UTC from this address", refusal.what)
+    assert time.monotonic() - began < ALIVE_SECONDS
+    await asyncio.sleep(0.2)
+    assert any("another process with this node's key came, and was refused" in news.notice for news in heard)
+    assert all(news.silent_epoch is None for news in heard)  # the first keeps its vote
+    assert any("a second process with its key" in text for _, text in world.desk.state.events)
+    assert world.desk.state.trails == {}
+    alive.cancel()
+
+
+async def test_a_node_that_starts_again_is_not_kept_out_by_what_is_left_of_it(world, monkeypatch):
+    """Its machine lost power: the connection of its last process is still open here, and nobody answers on it."""
+    monkeypatch.setattr(door, "ALIVE_SECONDS", 0.5)
+    link, roster = await world.training()
+    (session,) = world.service._sessions.values()
+    session.calls = 1
+    again = world.again(link)
+    await again.open(life=2)
+    assert (await again.heartbeat(Beat("training", epoch=roster.epoch))).silent_epoch is None
 
 
 async def test_a_life_that_was_raised_between_starts_shows_that_a_younger_backup_came_back(world):
