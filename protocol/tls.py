@@ -112,6 +112,9 @@ def _check_pair(path_key: Path, path_cert: Path) -> None:
         raise Refused(Code.KEY_UNUSABLE, f"{path_cert} is no certificate: {error}") from None
     if certificate.public_key() != _private(path_key).public_key():
         raise Refused(Code.KEY_UNUSABLE, f"{path_key} is not the key of {path_cert}")
+    if (end := certificate.not_valid_after_utc) < datetime.now(UTC):  # ours has no end; gRPC would serve it to nobody
+        fix = "Move both files away: new ones are made, and their fingerprint goes into new invites."
+        raise Refused(Code.KEY_UNUSABLE, f"{path_cert} ended on {end:%Y-%m-%d}: no node would connect", fix=fix)
 
 
 def _private(path: Path) -> ec.EllipticCurvePrivateKey:

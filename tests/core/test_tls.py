@@ -4,9 +4,11 @@ import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import grpc
 import pytest
+from cryptography import x509
 
 from protocol import tls
 from protocol.address import Address
@@ -118,3 +120,25 @@ def test_a_fingerprint_is_of_the_certificate_and_not_of_its_spelling(pair):
     assert len(tls.fingerprint(pem)) == 64
     for junk in (b"", b"\xff", b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----"):
         assert refused(tls.fingerprint, junk).reason is Code.KEY_UNUSABLE
+
+
+def test_our_certificate_has_no_end_and_no_beginning_that_a_wrong_clock_could_miss(pair):
+    ours = x509.load_pem_x509_certificate(pair[1].read_bytes())
+    assert (ours.not_valid_before_utc.year, ours.not_valid_after_utc.year) == (1970, 9999)
+
+
+def test_an_expired_certificate_of_another_maker_fits_its_pin_and_is_refused_where_it_would_be_served(
+    tmp_path, monkeypatch
+):
+    """The pin decides for a node; gRPC looks at the dates as well, so the coordinator's owner is told at the start."""
+    monkeypatch.setattr(tls, "_NO_END", datetime(2020, 2, 29, tzinfo=UTC))
+    pair = tmp_path / "tls.key", tmp_path / "tls.pem"
+    tls.make_certificate(*pair, [])
+    with serving(*pair) as address:
+        root, _ = tls.fetch_pinned(address, tls.fingerprint(pair[1].read_bytes()), timeout_seconds=5)
+        with pytest.raises(grpc.RpcError):
+            call(address, root)
+    before = [file.read_bytes() for file in pair]
+    refusal = refused(tls.make_certificate, *pair, [])
+    assert refusal.reason is Code.KEY_UNUSABLE and "2020-02-29" in refusal.what and "new invites" in refusal.fix
+    assert [file.read_bytes() for file in pair] == before
