@@ -206,6 +206,26 @@ def start(
         return asyncio.run(serve(folder, spec, as_json=as_json, named=run))
 
 
+@app.command(rich_help_panel="Serve")
+def certificate(
+    new: Annotated[bool, typer.Option("--new", help="Make another, in place of one whose key may be stolen.")] = False,
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The TLS certificate by which nodes know this coordinator.
+
+    Invites name it. With a new one they stay good: the run's key endorses it, and nodes refuse the old one from the
+    moment when they have seen the new.
+    """
+    folder, _ = _run(run)
+    if new:
+        folder.replace_tls()
+        if folder.busy:
+            console.complain("Restart the coordinator: it goes on with the old one until then.")
+    shown = {"fingerprint": folder.fingerprint()}
+    print(to_json(shown) if as_json else rows_text([("fingerprint", shown["fingerprint"])]))
+
+
 @invite_app.command("create")
 def invite_create(
     uses: Annotated[int, typer.Option("--uses", metavar="N", min=1, max=65535, help="How many nodes may use it.")] = 1,

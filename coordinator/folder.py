@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from coordinator.ingest import Corpus
     from coordinator.store import Store
     from protocol.model import Size
+    from protocol.tls import Owner
     from protocol.types import BaseCheckpoint, RunId, SignedManifest
 
 RUN_FILE: Final = "run.toml"
+_TLS_NAMES: Final = ("localhost",)  # nodes look for none of them: the pin decides
 OURS: Final = ".barnraise"
 
 _LOCK_SECONDS: Final = 0.5  # `runs` holds it for a moment to see whether it is free
@@ -185,9 +187,24 @@ class RunFolder:
         from protocol.tls import make_certificate
 
         self.prepare()
-        pair = self.keys / "tls.key", self.keys / "tls.crt"
-        make_certificate(*pair, ("localhost",))
-        return pair
+        make_certificate(*self._tls_pair, _TLS_NAMES, self._owner())
+        return self._tls_pair
+
+    def replace_tls(self) -> int:
+        """A new pair; tells the number under which the run endorses it. Who serves now goes on with the old one."""
+        from protocol.tls import replace_certificate
+
+        self.prepare()
+        return replace_certificate(*self._tls_pair, _TLS_NAMES, self._owner())
+
+    @property
+    def _tls_pair(self) -> tuple[Path, Path]:
+        return self.keys / "tls.key", self.keys / "tls.crt"
+
+    def _owner(self) -> Owner:
+        from protocol.tls import Owner
+
+        return Owner(self.key(), self.run_id(), int(time.time()))
 
     def fingerprint(self) -> str:
         from protocol.tls import fingerprint

@@ -108,6 +108,7 @@ class Door:
     addresses: tuple[str, ...]  # host:port
     fingerprint: str
     run: RunId
+    endorsed: int = 0  # the highest number of a certificate that it has shown
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -389,7 +390,12 @@ class Link:
                 continue
             try:
                 pinned = await asyncio.to_thread(
-                    tls.fetch_pinned, found, self.door.fingerprint, timeout_seconds=CONNECT_SECONDS
+                    tls.fetch_pinned,
+                    found,
+                    self.door.fingerprint,
+                    self.door.run,
+                    newest=self.door.endorsed,
+                    timeout_seconds=CONNECT_SECONDS,
                 )
             except Refused as refusal:
                 failures.append(refusal)
@@ -400,6 +406,7 @@ class Link:
             credentials = grpc.ssl_channel_credentials(pinned.root)
             self._channel, self._host = grpc.aio.secure_channel(text, credentials, (*OPTIONS, own_pace)), pinned.host
             self._stub = wire_grpc.CoordinatorStub(self._channel)
+            self.door = replace(self.door, endorsed=pinned.number)
             return
         impostors = [refusal for refusal in failures if refusal.reason is Code.PIN_MISMATCH]
         raise next(iter(impostors + failures), Refused(Code.UNREACHABLE, "no address of the coordinator is known"))

@@ -6,7 +6,8 @@ import platform
 import random
 from asyncio import sleep
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ from typing import Final
 import structlog
 
 from node.core.backoff import wait_seconds
-from node.link import Link, Opened
+from node.link import Door, Link, Opened
 from node.standing import Standing, begin_life, raise_life
 from protocol import invite as invites
 from protocol.errors import Code, Refused
@@ -22,6 +23,7 @@ from protocol.invite import Invite
 from protocol.types import Lease, NodeId
 
 STANDING: Final = "standing.json"
+DOOR: Final = "door.json"
 TRIES_BEFORE_ALONE: Final = 2  # a coordinator that is being restarted answers the second knock
 
 log = structlog.get_logger()
@@ -54,6 +56,7 @@ class Membership:
     async def begin(self, *, known: bool) -> None:
         """Be let in. A first join fails at once when nobody answers; a member goes on with what it knows."""
         where, link = self._folder / STANDING, self._link
+        self._recall_door()
         self._standing = Standing.load(where, link.door, node=self._node, peer=link.peer)
         if self._standing is not None:
             link.expect(self._standing.manifest.manifest)
@@ -81,7 +84,19 @@ class Membership:
         self._opened, self.online = opened, True
         with _unless_full("a start without the coordinator is not possible"):
             self._save(Standing.of(opened, self.leases))
+        self._keep_door()
         return opened
+
+    def _recall_door(self) -> None:
+        """A certificate that the run has replaced is not believed after a restart either."""
+        with suppress(FileNotFoundError, Refused):
+            known = Door.load(self._folder / DOOR)
+            if known.run == self._link.door.run:
+                self._link.door = replace(self._link.door, endorsed=known.endorsed)
+
+    def _keep_door(self) -> None:
+        with _unless_full("a certificate that the run replaces may be believed again"):
+            self._link.door.save(self._folder / DOOR)
 
     def renew(self) -> None:
         """A new life: a backup of this disk that is older than it will be noticed."""

@@ -33,7 +33,8 @@ class Code(Enum):
     PIN_MISMATCH = (
         "E-TLS-001",
         Exit.INTEGRITY,
-        "This is not the coordinator that issued your invite. Ask the researcher for a new invite.",
+        "This is not the coordinator that issued your invite, or a proxy or a scanner on this network opens what you send."
+        " Try another network, or ask the researcher for a new invite.",
     )
     SPEC_SYNTAX = ("E-SPEC-001", Exit.BAD_INPUT, "Mend the run file at the place named.")
     SPEC_UNKNOWN_KEY = ("E-SPEC-002", Exit.BAD_INPUT, "Rename or remove the key.")

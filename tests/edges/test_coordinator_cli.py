@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from coordinator.folder import RunFolder
 from coordinator.orders import JudgeOrder, RollbackOrder
 from coordinator.plan import plan
 from coordinator.store import Evaluation, StoredNode
-from protocol import address, console, contribution, identity, invite, runspec
+from protocol import address, console, contribution, identity, invite, runspec, tls
 from protocol.codec import codec
 from protocol.contribution import sign_grant
 from protocol.errors import Code, Refused
@@ -1101,3 +1102,13 @@ def test_a_body_that_is_no_order_is_refused(body):
 def test_an_order_that_cannot_be_is_refused(order):
     with pytest.raises(Refused):
         JudgeOrder.from_bytes(order.to_bytes())
+
+
+def test_a_new_certificate_is_one_command_and_endorsed_by_the_run(folder, capsys):
+    shown = []
+    for words in ((), ("--new",), ()):
+        assert call("certificate", *words, "--run", folder.path, "--json") == 0
+        shown.append(json.loads(capsys.readouterr().out)["fingerprint"])
+    assert shown[0] != shown[1] == shown[2]
+    der = ssl.PEM_cert_to_DER_cert(folder.tls()[1].read_text())
+    assert tls.endorsed(der, folder.run_id()) > 0

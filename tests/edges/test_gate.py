@@ -77,7 +77,9 @@ from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 from protocol import tls
 folder = Path(sys.argv[1])
-tls.make_certificate(folder / "k", folder / "c", [])
+from protocol.identity import Key, run_id
+key = Key.generate()
+tls.make_certificate(folder / "k", folder / "c", [], tls.Owner(key, run_id(key.public, "test"), 1))
 server = grpc.server(ThreadPoolExecutor(1))
 pair = ((folder / "k").read_bytes(), (folder / "c").read_bytes())
 port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))

@@ -262,14 +262,14 @@ class World:
 async def a_world(tmp_path):
     desk = RealDesk(tmp_path)
     key, cert = tmp_path / "tls.key", tmp_path / "tls.pem"
-    tls.make_certificate(key, cert, [])
+    tls.make_certificate(key, cert, [], tls.Owner(desk.key, desk.run, 1000))
     service = CoordinatorService(desk)
     server = await serve(service, listen="127.0.0.1:0", key=key, certificate=cert)
     world = World(desk, service, server, cert.read_bytes())
     yield world
     for link in world.links:
         await link.close()
-    await server.stop(None)
+    await world.server.stop(None)
     desk.store.close()
 
 
@@ -505,7 +505,8 @@ async def test_a_node_whose_clock_is_wrong_is_let_in_and_told(world):
 
 
 async def test_another_certificate_is_a_hard_stop_before_anything_is_sent(world):
-    refusal = await refused(world.link(fingerprint="00" * 32).open(life=1, invite=world.invite()))
+    elsewhere = identity.run_id(Key.generate().public, "test")  # the run of the invite endorses no other
+    refusal = await refused(world.link(fingerprint="00" * 32, run=elsewhere).open(life=1, invite=world.invite()))
     assert refusal.reason is Code.PIN_MISMATCH
     assert refusal.reason.exit is Exit.INTEGRITY
     assert not world.service._nonces
@@ -584,7 +585,9 @@ def test_nothing_older_than_tls_1_3_is_spoken(tmp_path):
         with socket.create_connection(("127.0.0.1", port), 5) as plain, context.wrap_socket(plain) as secured:
             return secured.version()
 
-    tls.make_certificate(tmp_path / "tls.key", tmp_path / "tls.pem", [])
+    key = Key.generate()
+    owner = tls.Owner(key, identity.run_id(key.public, "test"), 1000)
+    tls.make_certificate(tmp_path / "tls.key", tmp_path / "tls.pem", [], owner)
     command = [sys.executable, "-c", SERVE, str(tmp_path / "tls.key"), str(tmp_path / "tls.pem")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         port = int(server.stdout.readline())
