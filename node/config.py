@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from node.core.schedule import MINUTES_A_DAY, Hours, Policy
 from protocol import p2pd
 from protocol.console import parse_size, printable, suggestion
 from protocol.errors import Code, Refused
@@ -48,6 +49,12 @@ class Settings:
     listen: str = LISTEN_DEFAULT  # IP:port of the peer-to-peer socket
     sandbox: Mode = Mode.AUTO  # of the trainer
     allow_root: bool = False
+    hours: tuple[Hours, ...] = ()  # when it may train; none: always
+    on_battery: bool = False
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.hours, self.on_battery)
 
     @property
     def runtime(self) -> Path:
@@ -308,6 +315,17 @@ def _mode(value: object) -> Mode:
         raise _wrong(value, "auto, required or off") from None
 
 
+def _hours(value: object) -> tuple[Hours, ...]:
+    found = []
+    for part in _string(value).split(","):
+        times = _HOURS.fullmatch(part.strip())
+        minutes = [60 * int(times[at]) + int(times[at + 1]) for at in (1, 3)] if times else [0, 0]
+        if minutes[0] % MINUTES_A_DAY == minutes[1] % MINUTES_A_DAY or max(minutes) > MINUTES_A_DAY:
+            raise _wrong(value, "hours such as 22:00-07:00, or several with commas between them")
+        found.append(Hours(*(minute % MINUTES_A_DAY for minute in minutes)))
+    return tuple(found)
+
+
 def _truth(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -374,6 +392,7 @@ def _wrong(value: object, wanted: str) -> Refused:
     return Refused(Code.USAGE, f"{printable(str(value)[:60])!r} is not {wanted}")
 
 
+_HOURS: Final = re.compile(r"([0-2]?[0-9]):([0-5][0-9])\s*-\s*([0-2]?[0-9]):([0-5][0-9])", re.ASCII)
 _TRUTHS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _FIELDS: Final = {"max_disk": "max_disk_bytes"}
 _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
@@ -385,6 +404,8 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "listen": _listen,
     "sandbox": _mode,
     "allow_root": _truth,
+    "hours": _hours,
+    "on_battery": _truth,
 }
 
 

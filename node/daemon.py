@@ -12,10 +12,10 @@ from typing import IO, Any, Final
 
 import structlog
 
-from node import letters
+from node import hardware, letters
 from node.config import Home, Settings, Stopper
 from node.control import Control
-from node.core import rounds, session, witness
+from node.core import rounds, schedule, session, witness
 from node.core.rounds import Rounds
 from node.courier import Courier
 from node.decider import Decider, Effect
@@ -24,7 +24,7 @@ from node.journal import Journal, Promise
 from node.liaison import Liaison
 from node.link import Door, Link
 from node.membership import Membership
-from node.status import Tally, view
+from node.status import VERSION, Tally, view
 from node.supply import Supply
 from node.training import Event as TrainerEvent
 from node.training import Exited, Failed, OutOfData, Skipped, Stepped
@@ -63,6 +63,7 @@ from protocol.types import (
 
 IDENTITY: Final = "p2p.identity"
 TICK_SECONDS: Final = 0.2
+POLICY_SECONDS: Final = 5.0  # a laptop that is unplugged is quiet within ten
 STATUS_SECONDS: Final = 0.5
 LEAVE_SECONDS: Final = 2.0  # for the coordinator to hear that we go
 POLITE_SECONDS: Final = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
@@ -78,9 +79,40 @@ async def run(
     on_status: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
     """Be a node until the run ends, the volunteer stops it, or it cannot go on. Returns the exit code."""
-    async with AsyncExitStack() as owned:
-        daemon = await Daemon.open(settings, invite, owned, on_status)
-        return await daemon.run(stopper)
+    while True:
+        try:
+            async with AsyncExitStack() as owned:
+                daemon = await Daemon.open(settings, invite, owned, on_status)
+                return await daemon.run(stopper)
+        except Refused as refused:
+            if refused.reason is not Code.DISK_CAP or hardware.has_room(settings.home) or stopper.polite.is_set():
+                raise
+            if not await _room_comes(settings, stopper, on_status, refused.what):
+                return Exit.INTERRUPTED.value
+
+
+async def _room_comes(settings: Settings, stopper: Stopper, on_status: Any, why: str) -> bool:
+    """Another program has filled the disk: wait until there is room. False if the owner does not want to wait."""
+    log.warning("waiting for room on the disk", why=why)
+    status = {"version": VERSION, "activity": session.Activity.PAUSED.value, "reason": f"the disk is full: {why}"}
+
+    async def answer(verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if verb in ("leave", "finish"):
+            stopper.ask()
+        return status
+
+    control = Control(Home(settings.home).control, answer)
+    await control.start()
+    try:
+        while not hardware.has_room(settings.home):
+            if on_status is not None:
+                on_status(status)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopper.polite.wait(), POLICY_SECONDS)
+                return False
+    finally:
+        await control.close()
+    return True
 
 
 class Daemon:
@@ -219,6 +251,7 @@ class Daemon:
         self._owned.push_async_callback(control.close)
         self._spawn(self._prepare())
         self._spawn(self._tick())
+        self._spawn(self._keep_policy())
         self._spawn(self._stop_when_asked(stopper))
         if self._on_status is not None:
             self._spawn(self._report())
@@ -276,6 +309,8 @@ class Daemon:
                 self._spawn(self._start_trainer())
             case session.Restart(session.Part.ENGINE):
                 self._spawn(self._start_engine())
+            case session.Release():
+                self._spawn(self._release_trainer())
             case session.End(failed):
                 if failed:
                     self._fail(Refused(Code.CHILD_DIED, failed))
@@ -308,6 +343,17 @@ class Daemon:
             await asyncio.sleep(TICK_SECONDS)
             self._decider.post(session.TimePassed())
             self._decider.post(rounds.Ticked())
+
+    async def _keep_policy(self) -> None:
+        """What the owner's policy says, whenever that changes."""
+        before = ""
+        while True:
+            obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
+            if obstacle != before:
+                log.info("policy", obstacle=obstacle or "none")
+                self._decider.post(session.ObstacleChanged(obstacle))
+            before = obstacle
+            await asyncio.sleep(POLICY_SECONDS)
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:
         await stopper.polite.wait()
@@ -476,6 +522,11 @@ class Daemon:
             case Exited(returncode):
                 self._spawn(self._workbench.lost_trainer())
                 post(session.PartDied(session.Part.TRAINER, f"exit code {returncode}"))
+
+    async def _release_trainer(self) -> None:
+        if await self._workbench.release_trainer():
+            log.info("the trainer has ended until this machine may train again")
+            self._decider.post(session.TrainerReleased())
 
     async def _replace_trainer(self, why: str) -> None:
         """The local model is past saving: a new trainer starts from the shared state."""

@@ -6,13 +6,16 @@ import math
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from node.core.schedule import Conditions
 from protocol.errors import Code, Refused
+from protocol.limits import DISK_FREE_BYTES_MIN
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -54,6 +57,22 @@ def measure(folder: Path, *, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS)
         disk_free_bytes=shutil.disk_usage(_existing(folder)).free,
         processor=platform.processor() or platform.machine(),
         system=f"{platform.system()} {platform.release()}",
+    )
+
+
+def has_room(folder: Path) -> bool:
+    """Whether its disk has more left than we leave to other programs."""
+    return shutil.disk_usage(_existing(folder)).free >= DISK_FREE_BYTES_MIN
+
+
+def conditions(folder: Path) -> Conditions:
+    """How things are now; a machine without a battery, or whose system does not tell, is not on it."""
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    clock = time.localtime()
+    return Conditions(
+        minute=clock.tm_hour * 60 + clock.tm_min,
+        on_battery=battery is not None and battery.power_plugged is False,
+        disk_free_bytes=shutil.disk_usage(_existing(folder)).free,
     )
 
 

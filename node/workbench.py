@@ -203,6 +203,22 @@ class Workbench:
         await trainer.stop()
         return True
 
+    async def release_trainer(self) -> bool:
+        """End it and keep what it has made; false if that cannot be now: a round is about to take it."""
+        async with self._turn:
+            trainer = self.trainer
+            if trainer is None or self._gradient.pending:
+                return False
+            if trainer.steps:
+                if not _idle(self._decider.rounds):
+                    return False
+                with suppress(Refused):  # it has died
+                    await self._save_progress(trainer)
+            await self.stop_trainer()
+            await self._take_up_lost()
+            self._decider.post(rounds.Progressed(0))
+        return True
+
     async def discard_trainer(self) -> bool:
         """The local model is past saving, and what was saved of it is not to be trusted; false if there was none."""
         if not await self.stop_trainer():

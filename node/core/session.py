@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 LEASE_ASK_SECONDS = 2.0  # between two requests for data when none was granted
+RELEASE_SECONDS = 120.0  # of a pause: then the trainer ends, and the device has its memory back
+RELEASE_AGAIN_SECONDS = 10.0  # a round was about to take what it made
 RESTART_SECONDS = (1.0, 5.0, 30.0)  # waits before a child process is started again
 RESTARTS_MAX = 5  # in the window below; then the node stops and explains
 RESTART_WINDOW_SECONDS = 600.0
@@ -37,6 +39,10 @@ class Session:
     engine_ready: bool = False
     paused: bool = False
     paused_until: float | None = None
+    obstacle: str = ""  # what speaks against training by the owner's own policy
+    idle_since: float | None = None
+    release_at: float = 0.0  # not again before
+    released: bool = False  # the trainer was ended because of a pause
     finishing: bool = False
     run_over: bool = False
     sequences_left: int = 0  # leased, not yet trained on
@@ -56,7 +62,12 @@ class Session:
     @property
     def trains(self) -> bool:
         """Whether it brings work to rounds."""
-        return self.trainer_ready and not self.paused
+        return self.trainer_ready and self.allowed
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the owner lets it train."""
+        return not self.paused and not self.obstacle
 
 
 # events
@@ -117,6 +128,18 @@ class ResumeAsked:
 
 
 @dataclass(frozen=True)
+class ObstacleChanged:
+    """What schedule.obstacle says, when it says something new."""
+
+    obstacle: str
+
+
+@dataclass(frozen=True)
+class TrainerReleased:
+    """It has ended; its work is kept, and the device free."""
+
+
+@dataclass(frozen=True)
 class FinishAsked:
     pass
 
@@ -149,6 +172,8 @@ Event = (
     | DataUsed
     | PauseAsked
     | ResumeAsked
+    | ObstacleChanged
+    | TrainerReleased
     | FinishAsked
     | RunEnded
     | RoundSettled
@@ -177,13 +202,18 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class Release:
+    """End the trainer for the time of a pause. Ends as TrainerReleased, or as nothing if that cannot be now."""
+
+
+@dataclass(frozen=True)
 class End:
     """Stop the daemon; `failed` explains a failure, and is empty for a wished end."""
 
     failed: str = ""
 
 
-Effect = SetTraining | AcquireLeases | Restart | End
+Effect = SetTraining | AcquireLeases | Restart | Release | End
 Outcome = tuple[Session, tuple[Effect, ...]]
 
 
@@ -216,8 +246,12 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
             return replace(state, sequences_left=left, sequences_wanted=wanted), ()
         case PauseAsked(until):
             return replace(state, paused=True, paused_until=until), ()
-        case ResumeAsked():
-            return replace(state, paused=False, paused_until=None), ()
+        case ResumeAsked():  # the owner's word is above the owner's policy, until that says something new
+            return replace(state, paused=False, paused_until=None, obstacle=""), ()
+        case ObstacleChanged(obstacle):
+            return replace(state, obstacle=obstacle), ()
+        case TrainerReleased():
+            return replace(_without(state, Part.TRAINER), released=True), ()
         case FinishAsked():
             return replace(state, finishing=True, paused=False, paused_until=None), ()  # a round needs it once more
         case RunEnded():
@@ -253,7 +287,9 @@ def _settle(state: Session, now: float) -> Outcome:
     effects: list[Effect] = [Restart(part) for part, at in state.restart_at if now >= at]
     if effects:
         state = replace(state, restart_at=tuple((part, at) for part, at in state.restart_at if now < at))
-    train = state.trainer_ready and state.synced and not state.paused and not state.finishing
+    state, more = _rest(state, now)
+    effects += more
+    train = state.trainer_ready and state.synced and state.allowed and not state.finishing
     if train != state.training and state.trainer_ready:
         state = replace(state, training=train)
         effects.append(SetTraining(train))
@@ -264,8 +300,22 @@ def _settle(state: Session, now: float) -> Outcome:
     return state, tuple(effects)
 
 
+def _rest(state: Session, now: float) -> Outcome:
+    """A short pause keeps the trainer, so that it goes on at once; a long one gives the device back."""
+    if state.allowed:
+        again = state.released and not state.finishing
+        rested = replace(state, idle_since=None, released=state.released and not again)
+        return rested, (Restart(Part.TRAINER),) if again else ()
+    state = replace(state, idle_since=now if state.idle_since is None else state.idle_since)
+    assert state.idle_since is not None
+    due = now - state.idle_since >= RELEASE_SECONDS and now >= state.release_at
+    if not due or not state.trainer_ready or state.finishing:
+        return state, ()
+    return replace(state, release_at=now + RELEASE_AGAIN_SECONDS), (Release(),)
+
+
 def activity(state: Session) -> Activity:
-    if state.paused:
+    if not state.allowed and not state.finishing:
         return Activity.PAUSED
     if state.finishing:
         return Activity.FINISHING
@@ -282,6 +332,8 @@ def reason(state: Session, now: float) -> str:
     """One line that says why the node is not training, or that it is."""
     match activity(state):
         case Activity.PAUSED:
+            if not state.paused:
+                return f"{state.obstacle}; barnraise resume trains all the same"
             if state.paused_until is None:
                 return "paused by you; barnraise resume goes on"
             return f"paused by you for another {max(0, round((state.paused_until - now) / 60))} min"

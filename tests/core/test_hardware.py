@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from node import hardware
 from node.hardware import Device, choose_device, measure, usable_threads
 from protocol.errors import Code, Refused
 
@@ -92,3 +94,26 @@ def test_a_cuda_device_is_refused_where_there_is_none():
 def test_importing_hardware_does_not_import_torch():
     code = "import sys, node.hardware, node.training; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("battery", "on_it"), [(None, False), (True, False), (False, True)])
+def test_a_machine_is_on_its_battery_when_that_says_so(tmp_path, monkeypatch, battery, on_it):
+    told = None if battery is None else SimpleNamespace(percent=80, power_plugged=battery)
+    monkeypatch.setattr(hardware.psutil, "sensors_battery", lambda: told, raising=False)
+    now = hardware.conditions(tmp_path / "not" / "made")
+    assert now.on_battery == on_it and 0 <= now.minute < 1440
+    assert now.disk_free_bytes > 0
+    monkeypatch.delattr(hardware.psutil, "sensors_battery")
+    assert not hardware.conditions(tmp_path).on_battery
+
+
+@pytest.mark.parametrize("module", ["node.daemon", "node.engine", "node.workbench"])
+def test_what_starts_children_has_no_torch_in_it(module):
+    """Nothing is forked after CUDA: each child is an interpreter of its own, and who starts them never opens a device."""
+    code = f"import sys, {module}; sys.exit(any(each in sys.modules for each in ('torch', 'hivemind', 'multiprocessing.popen_fork')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_process_that_averages_opens_no_device():
+    code = "import torch, node.swarm; assert not torch.cuda.is_initialized()"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -15,10 +15,12 @@ from node.core.session import (
     LeasesArrived,
     LinkLost,
     LinkOpened,
+    ObstacleChanged,
     Part,
     PartDied,
     PartReady,
     PauseAsked,
+    Release,
     Restart,
     ResumeAsked,
     RoundSettled,
@@ -26,6 +28,7 @@ from node.core.session import (
     Session,
     SetTraining,
     TimePassed,
+    TrainerReleased,
     activity,
     reason,
 )
@@ -157,3 +160,49 @@ def test_one_word_and_one_line_say_what_a_node_does(events, word):
     state, _ = after(*events)
     assert activity(state) is word
     assert reason(state, 0.0)
+
+
+# the owner's policy
+
+
+def test_an_obstacle_stops_training_with_its_reason_and_goes_by_itself():
+    state, effects = after(ObstacleChanged("this machine runs on its battery"), state=training())
+    assert effects == [SetTraining(False)] and state.votes and not state.trains
+    assert activity(state) is Activity.PAUSED
+    assert reason(state, 0.0) == "this machine runs on its battery; barnraise resume trains all the same"
+    state, effects = after(ObstacleChanged(""), state=state)
+    assert effects == [SetTraining(True)] and state.trains and activity(state) is Activity.TRAINING
+
+
+def test_a_pause_by_hand_outlasts_an_obstacle_that_goes():
+    state = after(ObstacleChanged("outside of your hours"), PauseAsked(None), ObstacleChanged(""), state=training())[0]
+    assert not state.trains and reason(state, 0.0).startswith("paused by you")
+
+
+def test_the_owners_word_is_above_the_policy_until_that_says_something_new():
+    state, effects = after(ObstacleChanged("outside of your hours"), ResumeAsked(), state=training())
+    assert effects == [SetTraining(False), SetTraining(True)] and state.trains
+    assert not after(ObstacleChanged("this machine runs on its battery"), state=state)[0].trains
+
+
+def test_a_long_pause_gives_the_device_back_and_its_end_starts_the_trainer_again():
+    state, effects = after(PauseAsked(None), TimePassed(), state=training(), at=10.0)
+    late = 10.0 + session.RELEASE_SECONDS
+    assert after(TimePassed(), state=state, at=late - 1)[1] == []
+    state, effects = after(TimePassed(), TimePassed(), state=state, at=late)
+    assert effects == [Release()], "asked for once"
+    again = after(TimePassed(), state=state, at=late + session.RELEASE_AGAIN_SECONDS)
+    assert again[1] == [Release()], "a round stood in its way"
+    state, effects = after(TrainerReleased(), TimePassed(), state=state, at=late + 60)
+    assert effects == [] and not state.trainer_ready and activity(state) is Activity.PAUSED and state.votes
+    state, effects = after(ResumeAsked(), TimePassed(), state=state, at=late + 70)
+    assert effects == [Restart(Part.TRAINER)], "once"
+    assert activity(state) is Activity.SYNCING
+    assert SetTraining(True) in after(PartReady(Part.TRAINER), state=state, at=late + 80)[1]
+
+
+def test_a_short_pause_keeps_the_trainer():
+    state = after(PauseAsked(None), state=training(), at=0.0)[0]
+    state = after(ResumeAsked(), state=state, at=100.0)[0]
+    state, effects = after(PauseAsked(None), TimePassed(), state=state, at=session.RELEASE_SECONDS + 50)
+    assert Release() not in effects

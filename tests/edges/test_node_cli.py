@@ -380,8 +380,33 @@ def test_a_size_is_read_as_people_write_it(text, size):
 
 @pytest.mark.parametrize("text", ["-5G", "0", "1e400", "NaN", "inf", "", "5 X", "5iB", "1,000", "9" * 400, "99999999P"])
 def test_a_size_that_is_none_is_refused_with_the_forms_that_are(text):
-    with pytest.raises(Refused):
+    with pytest.raises(Refused) as caught:
         console.parse_size(text)
+    assert "5GB" in caught.value.what or "between 1 byte and" in caught.value.what
+
+
+def test_a_cap_that_is_no_size_ends_a_join_before_anything_is_made(tmp_path, text, capsys):
+    for wrong in ("-5G", "0", "1e400", "NaN"):
+        code, _, err = run(capsys, "join", text, f"--max-disk={wrong}", "--home", str(tmp_path / "home"))
+        assert code == 2 and "--max-disk" in err and ("5GB" in err or "between 1 byte" in err)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_port_that_needs_rights_is_refused_with_the_first_that_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("node.config._lowest_port", lambda: 1024)
+    with pytest.raises(Refused, match="port 22 needs rights") as caught:
+        settings(Home(tmp_path), {"listen": "0.0.0.0:22"}, {})
+    assert caught.value.reason.exit.value == 2 and "1024" in caught.value.fix
+    assert settings(Home(tmp_path), {"listen": "0.0.0.0:0"}, {}).listen == "0.0.0.0:0"
+
+
+def test_without_a_home_folder_one_has_to_be_named(monkeypatch):
+    import platformdirs
+
+    monkeypatch.setattr(platformdirs, "user_data_dir", lambda name: "~/x")
+    with pytest.raises(Refused, match="no home folder") as caught:
+        home_of(None, {})
+    assert "--home" in caught.value.fix
 
 
 def test_numbers_are_short_enough_for_a_status_line():
@@ -433,6 +458,78 @@ def test_root_is_refused_unless_its_owner_insists_and_the_sandbox_stays(tmp_path
     assert sandbox.plan(sandbox.Mode.AUTO, sandbox.kernel()).text in err
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     cli._check_user(settings(Home(home), {}))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("22:00-07:00", "22:00-07:00"),
+        (" 9:30 - 17:00 , 20:00-24:00", "09:30-17:00, 20:00-00:00"),
+        ("00:00-06:00", "00:00-06:00"),
+    ],
+)
+def test_hours_are_read_as_people_write_them(tmp_path, written, meant):
+    (tmp_path / "config.toml").write_text(f'hours = "{written}"\non_battery = true')
+    found = settings(Home(tmp_path), {}, {})
+    assert ", ".join(map(str, found.policy.hours)) == meant and found.policy.on_battery
+
+
+@pytest.mark.parametrize(
+    "written", ['""', '"night"', '"22-7"', '"22:00"', '"25:00-26:00"', '"08:00-08:00"', "8", '"8:60-9:00"']
+)
+def test_hours_that_are_none_are_refused_with_an_example(tmp_path, written):
+    (tmp_path / "config.toml").write_text(f"hours = {written}")
+    with pytest.raises(Refused, match=r"22:00-07:00|text in quotes") as caught:
+        settings(Home(tmp_path), {}, {})
+    assert caught.value.reason.exit.value == 3
+
+
+async def test_a_node_waits_for_room_on_a_full_disk_says_so_and_goes_on_by_itself(tmp_path, monkeypatch):
+    from node import daemon, hardware
+    from node.config import Settings, Stopper
+
+    home, lives, seen, room = Home(tmp_path / "home"), [], [], [False]
+    home.prepare()
+
+    class Daemon:
+        async def run(self, stopper):
+            lives.append(1)
+            if len(lives) == 1:
+                raise Refused(Code.DISK_CAP, "no room to write to the journal")
+            return 0
+
+        @classmethod
+        async def open(cls, *_):
+            return cls()
+
+    def told(status):
+        seen.append(status)
+
+    monkeypatch.setattr(daemon, "Daemon", Daemon)
+    monkeypatch.setattr(daemon, "POLICY_SECONDS", 0.05)
+    monkeypatch.setattr(hardware, "has_room", lambda folder: room[0])
+    running = asyncio.create_task(daemon.run(Settings(home.path), None, stopper=Stopper(), on_status=told))
+    while not seen:
+        await asyncio.sleep(0.01)
+    answer = await asyncio.to_thread(cli.ask, home.path, "status")
+    assert answer["activity"] == "paused" and "the disk is full" in answer["reason"]
+    assert len(lives) == 1
+    room[0] = True
+    assert await asyncio.wait_for(running, 10) == 0 and len(lives) == 2
+    assert not home.control.exists()
+
+    lives.clear()
+    room[0] = False
+    stopper = Stopper()
+    running = asyncio.create_task(daemon.run(Settings(home.path), None, stopper=stopper))
+    await asyncio.sleep(0.1)
+    stopper.ask()
+    assert await asyncio.wait_for(running, 5) == 130 and len(lives) == 1
+
+    lives.clear()
+    room[0] = True
+    with pytest.raises(Refused):  # the owner's cap is met: no waiting helps
+        await daemon.run(Settings(home.path), None, stopper=Stopper())
 
 
 @pytest.mark.parametrize(("written", "meant"), [("auto", "auto"), ("Required", "required"), ("off", "off")])

@@ -330,6 +330,65 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(vectors, mon
     assert refused.value.reason is reason
 
 
+def test_a_model_that_this_machine_cannot_train_is_refused_with_the_number(vectors, monkeypatch):
+    monkeypatch.setattr(model, "build", lambda *_: pytest.fail("built"))
+    needed = SIZE.parameters * child.STATE_BYTES
+    little = replace(child.hardware.measure(Path.cwd()), memory_available_bytes=needed - 1)
+    monkeypatch.setattr(child.hardware, "measure", lambda folder: little)
+    with pytest.raises(Refused, match=f"{needed:,} bytes of memory, {needed - 1:,} are free") as caught:
+        child.Learner(SPEC, vectors)
+    assert caught.value.reason is Code.MODEL_TOO_LARGE and caught.value.reason.exit.value == 5
+
+
+def test_a_device_without_room_for_one_sequence_is_refused_by_name(vectors, monkeypatch):
+    def short(self, sequences):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(child.Learner, "_try", short)
+    with pytest.raises(Refused, match="cpu has too little memory for the model and one sequence") as caught:
+        child.Learner(SPEC, vectors)
+    assert caught.value.reason is Code.MEMORY and caught.value.reason.exit.value == 5
+
+
+BROKEN_DEVICE = """
+import asyncio
+from node import trainer
+steps = trainer.Learner.step
+def step(self, *arguments):
+    if self._step == 3:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    return steps(self, *arguments)
+trainer.Learner.step = step
+asyncio.run(trainer._main())
+"""
+
+
+async def test_an_error_of_the_device_ends_the_trainer_and_the_next_one_goes_on(vectors, tmp_path, monkeypatch):
+    (tmp_path / "broken_device.py").write_text(BROKEN_DEVICE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
+    path, ended = shard(tmp_path, sequences=64), asyncio.Future()
+    for module, expected in (("broken_device", Code.CHILD_DIED.exit.value), ("node.trainer", None)):
+        monkeypatch.setattr(training, "MODULE", module)
+        ended, out = asyncio.Future(), asyncio.Event()
+
+        def heard(event, ended=ended, out=out):
+            if isinstance(event, Exited):
+                ended.set_result(event.returncode)
+            if isinstance(event, OutOfData):
+                out.set()
+
+        with open(tmp_path / "log", "wb") as log:
+            trainer = await Trainer.start(SPEC, vectors=vectors, log=log, on_event=heard)
+        await trainer.add_data([(piece(0, 64), path)])
+        await trainer.run()
+        if expected is not None:
+            assert await asyncio.wait_for(ended, 30) == expected
+            assert b"device-side assert" in (tmp_path / "log").read_bytes()
+        else:
+            await asyncio.wait_for(out.wait(), 30)
+        await trainer.stop()
+
+
 async def test_a_refusal_in_the_child_reaches_the_owner_by_name(vectors, tmp_path):
     with open(tmp_path / "log", "wb") as log, pytest.raises(Refused, match="E-MODEL-001"):
         await Trainer.start(replace(SPEC, layout="00" * 32), vectors=vectors, log=log, on_event=print)

@@ -363,6 +363,28 @@ async def test_fresh_work_has_missed_no_round(stand):
     assert stand.progress()[0].missed == 0
 
 
+# a long pause
+
+
+async def test_a_trainer_that_is_released_leaves_its_work_behind(stand):
+    trainer = stand.with_trainer(span(0, 4))
+    trainer.steps = 3
+    assert await stand.bench.release_trainer()
+    assert trainer.dead and stand.bench.trainer is None
+    assert plain(stand.rounds.carried) == brings(span(0, 4))
+    assert np.allclose(stand.u, STEP)
+    assert not await stand.bench.release_trainer(), "there is none"
+
+
+async def test_a_trainer_whose_work_a_round_is_about_to_take_is_not_released(stand):
+    trainer = stand.with_trainer(span(0, 4))
+    trainer.steps = 3
+    stand.decider.begin(replace(stand.rounds, snapshot_asked=True))
+    assert not await stand.bench.release_trainer() and not trainer.dead
+    stand.decider.begin(replace(stand.rounds, snapshot_asked=False))
+    assert await stand.bench.release_trainer()
+
+
 # a full disk
 
 

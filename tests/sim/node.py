@@ -493,6 +493,8 @@ class SimNode(Process):
                     self.training = on
                 case session.AcquireLeases(sequences):
                     self._lease(sequences)
+                case session.Release():
+                    pass  # memory of a device is nothing that a simulation has
                 case _:
                     raise AssertionError(f"unexpected {effect}")
         after = self.session.votes, self.session.trains

@@ -1,0 +1,52 @@
+"""May this machine train now? What its owner allows against how things are; knows no clock and no sensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protocol.limits import DISK_FREE_BYTES_MIN
+
+MINUTES_A_DAY = 24 * 60
+
+
+@dataclass(frozen=True)
+class Hours:
+    """A part of the day by the owner's clock, in minutes since midnight; over midnight when it stops before it starts."""
+
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return "-".join(f"{minute // 60:02}:{minute % 60:02}" for minute in (self.start, self.stop))
+
+    def hold(self, minute: int) -> bool:
+        return (minute - self.start) % MINUTES_A_DAY < (self.stop - self.start) % MINUTES_A_DAY
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the owner allows."""
+
+    hours: Sequence[Hours] = ()  # none: always
+    on_battery: bool = False
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How things are."""
+
+    minute: int  # since midnight
+    on_battery: bool
+    disk_free_bytes: int
+
+
+def obstacle(policy: Policy, now: Conditions) -> str:
+    """Why not to train now, for people; empty when nothing speaks against it."""
+    if policy.hours and not any(hours.hold(now.minute) for hours in policy.hours):
+        return f"outside of your hours, {', '.join(map(str, policy.hours))}"
+    if now.on_battery and not policy.on_battery:
+        return "this machine runs on its battery"
+    if now.disk_free_bytes < DISK_FREE_BYTES_MIN:
+        return f"the disk has less than {DISK_FREE_BYTES_MIN >> 30} GiB left"
+    return ""
