@@ -347,6 +347,8 @@ class Coordinator:
                 self.submit(machine.RollbackAsked(self._record_head(number), reason))
             case machine.TurnLog(turn):
                 self._turn(turn)
+            case machine.Call():
+                self._spawn(self._call(effect))
             case machine.SaveLeases():
                 self.store.save_leases(self.state.leases)
             case machine.SaveMarks(marks):
@@ -377,6 +379,13 @@ class Coordinator:
         if self._rendezvous is not None and self.state.roster is not None:
             with suppress(Refused):
                 await self._rendezvous.set_roster(member.peer for member in self.state.roster.roster.members)
+
+    async def _call(self, order: machine.Call) -> None:
+        answered: str | None = None
+        with suppress(Refused):
+            if self._rendezvous is not None:
+                answered = await self._rendezvous.call(order.peer, order.addresses)
+        self.submit(machine.Called(order.node, order.addresses, answered))
 
     # following the log
 

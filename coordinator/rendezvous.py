@@ -1,15 +1,17 @@
 """The rendezvous: the hivemind DHT's bootstrap peer, in a child process, and the coordinator's handle on it.
 
-It keeps where each rostered peer last was, for an hour at most, and answers nobody else. hivemind is imported only
-in the child.
+It keeps where each rostered peer last was, for an hour at most, and answers nobody else; and it tries whether nodes can
+be called. hivemind is imported only in the child.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -22,8 +24,11 @@ from protocol.types import PeerId, RunId
 START_SECONDS: Final = 60.0  # importing torch on a slow disk, and p2pd's own 15 seconds
 STOP_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 10.0
+CALL_SECONDS: Final = 10.0  # a TCP and TLS handshake across the world, twice over
+CALLS_AT_ONCE: Final = 2  # each is a p2pd of its own for as long as it takes
+CALL_WAITS_SECONDS: Final = 120.0  # behind those of a swarm that has just started
 MESSAGE_BYTES_MAX: Final = 1 << 16  # a DHT message carries one record, and the few other bootstrap peers
-RECORD_BYTES_MAX: Final = 2048  # eight addresses
+RECORD_BYTES_MAX: Final = 2048  # eight addresses, as node.swarm reads them
 RECORD_SECONDS_MAX: Final = 3600.0
 ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HIVEMIND_LOGLEVEL": "ERROR"}
 
@@ -37,8 +42,9 @@ class Rendezvous:
         self.closed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._child = child
         self._runtime_dir = runtime_dir
-        self._asking = asyncio.Lock()
-        self._waiting = asyncio.create_task(self._wait())
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[Frame]] = {}
+        self._reading = asyncio.create_task(self._read())
 
     @classmethod
     async def start(
@@ -53,7 +59,7 @@ class Rendezvous:
             "listen": list(listen),
         }
         try:
-            started = await rendezvous._ask(settings, seconds=START_SECONDS)
+            started = await rendezvous._ask("start", settings, seconds=START_SECONDS)
         except BaseException:
             await rendezvous.stop()
             raise
@@ -67,26 +73,44 @@ class Rendezvous:
 
     async def set_roster(self, peers: Iterable[PeerId]) -> None:
         """Who is answered at all. Replaces the roster before."""
-        await self._ask({"roster": list(peers)}, seconds=ANSWER_SECONDS)
+        await self._ask("roster", {"peers": list(peers)}, seconds=ANSWER_SECONDS)
+
+    async def call(self, peer: PeerId, addresses: Sequence[str]) -> str:
+        """The one of these multiaddrs at which the peer answers somebody whom it has never met; "" if at none."""
+        answer = await self._ask("call", {"peer": peer, "addresses": list(addresses)}, seconds=CALL_WAITS_SECONDS)
+        return str(answer.body["answered"])
 
     async def stop(self) -> None:
         await self._child.stop(grace_seconds=STOP_SECONDS)
-        await self._waiting
+        await self._reading
         p2pd.sweep(self._runtime_dir)
 
-    async def _ask(self, body: dict[str, Any], *, seconds: float) -> Frame:
+    async def _ask(self, order: str, body: Mapping[str, Any], *, seconds: float) -> Frame:
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(seconds), self._asking:
-                await self._child.channel.send(body)
-                answer = await self._child.channel.receive()
+            async with asyncio.timeout(seconds):
+                await self._child.channel.send({"order": order, "number": number, **body})
+                frame: Frame = await answer
         except (ChannelClosed, TimeoutError) as error:
             raise Refused(Code.CHILD_DIED, f"the rendezvous does not answer: {error}") from error
-        if "refused" in answer.body:
-            raise Refused.from_wire(answer.body["refused"], answer.body["what"])
-        return answer
+        finally:
+            self._answers.pop(number, None)
+        if "refused" in frame.body:
+            raise Refused.from_wire(frame.body["refused"], frame.body["what"])
+        return frame
 
-    async def _wait(self) -> None:
-        self.closed.set_result(await self._child.wait())
+    async def _read(self) -> None:
+        with suppress(ChannelClosed):
+            while True:
+                frame = await self._child.channel.receive()
+                if (answer := self._answers.get(frame.body["number"])) is not None and not answer.done():
+                    answer.set_result(frame)
+        code = await self._child.wait()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(ChannelClosed("the rendezvous has ended"))
+        self.closed.set_result(code)
 
 
 async def serve(channel: Channel) -> None:
@@ -95,10 +119,13 @@ async def serve(channel: Channel) -> None:
     from hivemind.dht.node import DHTNode
     from hivemind.dht.routing import DHTID
     from hivemind.p2p import P2P, P2PContext, P2PDaemonError, PeerID
+    from hivemind.utils.multiaddr import Multiaddr
 
     settings = (await channel.receive()).body
     roster: set[PeerID] = set()
     caller: ContextVar[PeerID] = ContextVar("caller")
+    turn = asyncio.Semaphore(CALLS_AT_ONCE)
+    calls: set[asyncio.Task[None]] = set()
 
     class GuardedP2P(P2P):  # type: ignore[misc]
         """Answers rostered peers only. The DHT's requests are all unary."""
@@ -130,6 +157,26 @@ async def serve(channel: Channel) -> None:
             lasts = record.expiration_time <= time.time() + RECORD_SECONDS_MAX
             return bool(record.key == own and lasts and len(record.subkey) + len(record.value) <= RECORD_BYTES_MAX)
 
+    async def call(order: Mapping[str, Any]) -> None:
+        """With a p2pd that knows nobody: one that the peer has connected to would not call it, nor one that has before."""
+        answer, peer = {"number": order["number"], "answered": ""}, PeerID.from_base58(order["peer"])
+        async with turn:
+            try:
+                stranger = await GuardedP2P.create(host_maddrs=None, no_listen=True, dht_mode="none", **p2pd.OPTIONS)
+            except P2PDaemonError as error:
+                await channel.send(answer | {"refused": Code.CHILD_DIED.code, "what": f"p2pd: {error}"})
+                return
+            try:
+                async with asyncio.timeout(CALL_SECONDS):
+                    await stranger._client.connect(peer, [Multiaddr(address) for address in order["addresses"]])
+                    found = await stranger.list_peers()
+                answer["answered"] = next((str(at) for info in found if info.peer_id == peer for at in info.addrs), "")
+            except (P2PDaemonError, TimeoutError):
+                pass  # it cannot be called
+            finally:
+                await stranger.shutdown()
+        await channel.send(answer)
+
     os.environ.update(p2pd.ENVIRONMENT)
     try:
         p2pd.check_free(settings["listen"])
@@ -142,20 +189,27 @@ async def serve(channel: Channel) -> None:
         )
     except (Refused, P2PDaemonError) as error:
         refused = error if isinstance(error, Refused) else Refused(Code.CHILD_DIED, f"p2pd: {error}")
-        await channel.send({"refused": refused.reason.code, "what": refused.what})
+        await channel.send({"number": settings["number"], "refused": refused.reason.code, "what": refused.what})
         return
     try:
         node = await DHTNode.create(transport, record_validator=AddressesOnly(), cache_size=1, cache_locally=False)
         addresses = [str(address) for address in await transport.get_visible_maddrs()]
-        await channel.send({"peer": str(transport.peer_id), "addresses": addresses})
+        await channel.send({"number": settings["number"], "peer": str(transport.peer_id), "addresses": addresses})
         while node.is_alive:
             order = (await channel.receive()).body
+            if order["order"] == "call":
+                calls.add(task := asyncio.create_task(call(order)))
+                task.add_done_callback(calls.discard)
+                continue
             roster.clear()
-            roster.update(PeerID.from_base58(peer) for peer in order["roster"])
-            await channel.send({})
+            roster.update(PeerID.from_base58(peer) for peer in order["peers"])
+            await channel.send({"number": order["number"]})
     except ChannelClosed:
         pass
     finally:
+        for task in calls:
+            task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
         await transport.shutdown()
 
 

@@ -330,7 +330,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._joins.welcome(session.caller.host)
         life, silent = self._begin_life(session, request.life)
         forgot = silent is not None and silent != self._desk.state.silent.get(node)
-        self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot))
+        self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot, session.caller.host))
         software = canonical.shown(request.software)
         log.info("a node opened a session", node=node[:16], name=name, software=software, life=life, forgot=forgot)
         state = self._desk.state
@@ -480,7 +480,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     async def _heartbeat(self, request: wire.HeartbeatRequest, context: Context) -> wire.HeartbeatReply:
         with self._session(context) as session:
-            beat = _beat(session.node, request)
+            beat = _beat(session.node, request, session.caller.host)
             wait_seconds = _number("wait_seconds", request.wait_seconds, high=math.inf)
             if request.life > session.life:
                 self._begin_life(session, request.life)
@@ -910,7 +910,7 @@ def _is_address(text: str) -> bool:
     return False
 
 
-def _beat(node: NodeId, request: wire.HeartbeatRequest) -> machine.HeartbeatArrived:
+def _beat(node: NodeId, request: wire.HeartbeatRequest, source: str) -> machine.HeartbeatArrived:
     if request.activity not in ACTIVITIES:
         raise Refused(Code.FIELD, f"activity {canonical.shown(request.activity[:40])!r} is not one that we know")
     if len(request.lease_ids) > RANGES_MAX:
@@ -933,6 +933,7 @@ def _beat(node: NodeId, request: wire.HeartbeatRequest) -> machine.HeartbeatArri
         request.bytes_sent,
         request.bytes_received,
         tuple(request.lease_ids),
+        source,
     )
 
 

@@ -47,6 +47,7 @@ class Settings:
     batch: int | None = None  # sequences in one forward pass
     max_disk_bytes: int | None = None
     listen: str = LISTEN_DEFAULT  # IP:port of the peer-to-peer socket
+    announce: str | None = None  # IP:port at which others reach it, where a router or a cloud has another
     sandbox: Mode = Mode.AUTO  # of the trainer
     allow_root: bool = False
     hours: tuple[Hours, ...] = ()  # when it may train; none: always
@@ -66,9 +67,11 @@ class Settings:
 
     @property
     def listen_multiaddrs(self) -> tuple[str, ...]:
-        host, _, port = self.listen.rpartition(":")
-        version = 6 if host.startswith("[") else 4
-        return (f"/ip{version}/{host.strip('[]')}/tcp/{port}",)
+        return (_multiaddr(self.listen),)
+
+    @property
+    def announce_multiaddrs(self) -> tuple[str, ...]:
+        return (_multiaddr(self.announce),) if self.announce is not None else ()
 
     def log_file(self, name: str) -> BinaryIO:
         """Open for appending; the caller closes it. Logs of earlier days do not grow without end."""
@@ -362,6 +365,21 @@ def _listen(value: object) -> str:
     return str(found)
 
 
+def _announce(value: object) -> str:
+    from protocol import address
+
+    found = address.parse(_string(value).strip())
+    if found is None or not _is_ip(found.host) or found.unspecified:
+        raise _wrong(value, "an IP:port that others can connect to, such as 203.0.113.7:49400")
+    return str(found)
+
+
+def _multiaddr(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    version = 6 if host.startswith("[") else 4
+    return f"/ip{version}/{host.strip('[]')}/tcp/{port}"
+
+
 def _is_ip(host: str) -> bool:
     import ipaddress
 
@@ -402,6 +420,7 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "batch": _whole(BATCH_MAX),
     "max_disk": _size,
     "listen": _listen,
+    "announce": _announce,
     "sandbox": _mode,
     "allow_root": _truth,
     "hours": _hours,

@@ -462,6 +462,7 @@ class Daemon:
                 identity_path=self._home.runtime / IDENTITY,
                 run=self._manifest.run,
                 listen=self._settings.listen_multiaddrs,
+                announce=self._settings.announce_multiaddrs,
                 rendezvous=self._membership.opened.rendezvous,
                 coordinator=self._membership.opened.coordinator,
                 named=self._link.door.names,

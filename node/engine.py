@@ -90,6 +90,7 @@ class Engine:
         identity_path: Path,
         run: RunId,
         listen: Sequence[str],
+        announce: Sequence[str] = (),
         rendezvous: Sequence[str],
         coordinator: str,
         named: Sequence[str] = (),
@@ -102,7 +103,8 @@ class Engine:
     ) -> Engine:
         """Start the process and its p2pd. `listen` and `rendezvous` are multiaddrs; a client listens on none.
 
-        `coordinator` and `named`, as protocol.address.may_dial has them, say whom this engine may connect to.
+        What `announce` has is told to others in place of where it listens. `coordinator` and `named`, as
+        protocol.address.may_dial has them, say whom this engine may connect to.
         """
         engine = cls(await Child.start("node.swarm", env=ENVIRONMENT, log=log), runtime_dir, on_message)
         settings = {
@@ -110,6 +112,7 @@ class Engine:
             "identity_path": str(identity_path),
             "run": run,
             "listen": list(listen),
+            "announce": list(announce),
             "rendezvous": list(rendezvous),
             "coordinator": coordinator,
             "named": list(named),

@@ -55,7 +55,9 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         self._calls: Counter[PeerID] = Counter()
 
     @classmethod
-    async def start(cls, *, runtime_dir: Path, identity_path: Path, listen: Sequence[str]) -> GuardedP2P:
+    async def start(
+        cls, *, runtime_dir: Path, identity_path: Path, listen: Sequence[str], announce: Sequence[str] = ()
+    ) -> GuardedP2P:
         p2pd.check_free(listen)
         os.environ.update(p2pd.ENVIRONMENT)
         cls._UNIX_SOCKET_PREFIX = f"/unix{p2pd.socket_folder(runtime_dir)}/"
@@ -63,6 +65,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]
             return await cls.create(  # type: ignore[no-any-return]
                 host_maddrs=list(listen) or None,
                 no_listen=not listen,
+                announce_maddrs=list(announce) or None,
                 identity_path=str(identity_path),
                 dht_mode="none",
                 persistent_conn_max_msg_size=UNARY_BYTES_MAX,

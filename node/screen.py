@@ -21,6 +21,12 @@ Status = Mapping[str, Any]
 
 NARROW_COLUMNS = 30  # below this a live screen is harder to read than lines
 _IDLE = ("waiting", "paused")
+_REACH = {
+    "direct": "direct: the other nodes can call this one",
+    "outbound-only": "outbound-only: this node calls the others, and that is enough; a port that your router forwards to it "
+    "(listen, announce) would let it do a share of the averaging",
+    "nobody": "outbound-only, like every node of this run: no round can end until one of them has an open port",
+}
 _UNLINKED = "the coordinator is not reached; training goes on without it"
 
 
@@ -166,6 +172,8 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"  {confinement}")
     if status.get("linked") is False and activity != "joining":
         lines.append(f"  {_UNLINKED}")
+    if reach := _REACH.get(_text(status, "reach")):
+        lines.append(f"  {reach}")
     if trouble := _text(status, "trouble"):
         lines.append(f"  ! {trouble}")
     return lines

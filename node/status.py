@@ -11,6 +11,7 @@ from node.core import session
 from node.core.rounds import Rounds, Rules, majority_awaited
 from node.core.session import Session
 from node.training import Stepped, Trainer
+from protocol.types import NodeId, Role, Roster
 
 VERSION: Final = 1  # raised when a field changes its meaning
 RECENT_ROUNDS: Final = 20
@@ -92,6 +93,16 @@ def view(
     return shown | _rounds(rounds, rules)
 
 
+def _reach(roster: Roster | None, me: NodeId) -> str | None:
+    """How this node and the others come together: what the coordinator found out when it called."""
+    member = roster.member(me) if roster is not None else None
+    if roster is None or member is None:
+        return None
+    if member.role is not Role.CLIENT:
+        return "direct"
+    return "outbound-only" if any(other.role is not Role.CLIENT for other in roster.members) else "nobody"
+
+
 def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:
     roster = rounds.roster
     return {
@@ -101,6 +112,7 @@ def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:
         "epoch": max(rounds.rosters, default=None),
         "rostered": roster is not None and roster.member(rules.me) is not None,
         "peers": len(roster.members) - 1 if roster is not None else 0,
+        "reach": _reach(roster, rules.me),
         "round_steps": rounds.steps,
         "round_steps_goal": rules.inner_steps(rounds.head.round),
     }

@@ -7,6 +7,7 @@ dies with it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -21,7 +22,8 @@ from typing import AsyncIterator as Stream  # noqa: UP035  # hivemind tells stre
 
 import torch
 from google.protobuf.message import DecodeError
-from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import achain, as_aiter
@@ -47,6 +49,10 @@ ADDRESS_SECONDS: Final = 900.0  # how long the DHT keeps where we are
 FETCH_SILENCE_SECONDS: Final = 10.0  # a peer from which nothing of a part comes for so long: another may have it
 PUBLISH_SECONDS: Final = 300.0  # a third of it
 ADDRESS_CHARACTERS_MAX: Final = 256
+RECORD_BYTES_MAX: Final = 2048  # ADDRESSES_MAX of the longest that there are; the rendezvous takes no more either
+DHT_SHAPE: Final = (20, 5, 1)  # bucket size, depth, replicas: of a table that only ever holds the rendezvous
+
+_ADDRESS: Final = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d{1,5}")
 
 
 class BarnraisePeer(ServicerBase):  # type: ignore[misc]
@@ -242,10 +248,10 @@ class Directory:
         self._p2p = p2p
         self._run = run
         self._rendezvous = rendezvous
-        self._node: DHTNode | None = None
+        self._protocol: DHTProtocol | None = None
 
     async def keep(self) -> None:
-        """Say where we are, again and again; join first, as soon as a rendezvous answers."""
+        """Say where we are, again and again, to each rendezvous that answers. Whoever cannot be called has no need to."""
         while self._rendezvous:
             if not self._p2p.calls_only:
                 with suppress(P2PDaemonError, P2PHandlerError, TimeoutError, OSError):
@@ -255,41 +261,44 @@ class Directory:
     async def look_up(self, peer: PeerID) -> tuple[str, ...]:
         with suppress(P2PDaemonError, P2PHandlerError, TimeoutError, OSError):
             async with asyncio.timeout(CONNECT_SECONDS):
-                node = await self._join()
-                found = await node.get(f"{self._run}/{peer}") if node is not None else None
-                return _addresses(found.value) if found is not None else ()
+                key = self._key(peer)
+                async for protocol, rendezvous in self._reached():
+                    found, _ = (await protocol.call_find(rendezvous, [key]) or {}).get(key, (None, {}))
+                    if found is not None:
+                        return _addresses(found.value)
         return ()
 
     async def _publish(self) -> None:
-        node = await self._join()
-        if node is None:
-            return
-        addresses, until = list(self._p2p.addresses()), time.time() + ADDRESS_SECONDS
-        await node.store(
-            f"{self._run}/{self._p2p.peer_id}", addresses, until
-        )  # a key for each: nobody writes another's
+        record, until = json.dumps(self._p2p.addresses()).encode(), time.time() + ADDRESS_SECONDS
+        async for protocol, rendezvous in self._reached():
+            await protocol.call_store(rendezvous, [self._key(self._p2p.peer_id)], [record], until)
 
-    async def _join(self) -> DHTNode | None:
-        reached = [address for address in self._rendezvous if await self._p2p.reached(address)]
-        if self._node is None and reached:
-            self._node = await DHTNode.create(
-                self._p2p,
-                initial_peers=reached,
-                client_mode=True,  # asks, and is not asked: the rendezvous holds the few records
-                cache_locally=False,
-                cache_nearest=0,
-                ensure_bootstrap_success=False,
-                strict=False,
+    def _key(self, peer: PeerID) -> DHTID:
+        """One for each peer: nobody writes another's."""
+        return DHTID.generate(f"{self._run}/{peer}")
+
+    async def _reached(self) -> Stream[tuple[DHTProtocol, PeerID]]:
+        """Every rendezvous that answers, and how to speak to it. A DHTNode would ask others in turn, and unpack before
+        we can look; there are no others, and what is stored is a stranger's."""
+        if self._protocol is None:
+            self._protocol = await DHTProtocol.create(
+                self._p2p, DHTID.generate(), *DHT_SHAPE, wait_timeout=CONNECT_SECONDS / 2, client_mode=True
             )
-        return self._node
+        for address in self._rendezvous:
+            if await self._p2p.reached(address):
+                yield self._protocol, PeerID.from_base58(address.rpartition("/p2p/")[2])
 
 
-def _addresses(value: object) -> tuple[str, ...]:
+def _addresses(record: object) -> tuple[str, ...]:
     """The multiaddrs in a stranger's record."""
-    if not isinstance(value, list | tuple) or len(value) > ADDRESSES_MAX:
+    try:
+        value = json.loads(record) if isinstance(record, bytes) and len(record) <= RECORD_BYTES_MAX else ()
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(value, list) or len(value) > ADDRESSES_MAX:
         return ()
     texts = [text for text in value if isinstance(text, str) and len(text) <= ADDRESS_CHARACTERS_MAX]
-    return tuple(text for text in texts if re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d+", text))
+    return tuple(text for text in texts if _ADDRESS.fullmatch(text))
 
 
 def _open_blob(folder: Path, digest: str, size: int) -> int | None:
@@ -337,6 +346,7 @@ class Desk:
                 runtime_dir=Path(settings["runtime_dir"]),
                 identity_path=Path(settings["identity_path"]),
                 listen=settings["listen"],
+                announce=settings["announce"],
             )
         except Refused as refused:
             await self._channel.send({"number": number, "refused": refused.reason.code, "what": refused.what})

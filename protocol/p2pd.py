@@ -50,10 +50,12 @@ def write_identity(path: Path, private_key: bytes) -> None:
 
 
 def tied(arguments: Sequence[str]) -> list[str]:
-    """The same command, killed by the kernel when the process that starts it ends, however it ends (Linux)."""
+    """The same command, as nobody's relay, killed by the kernel when the process that starts it ends, however it ends
+    (Linux)."""
+    alone = [*arguments, "-relayService=0"]  # hivemind has no word for it
     if sys.platform != "linux":
-        return list(arguments)
-    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *arguments]
+        return alone
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *alone]
 
 
 def check_free(listen: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import leases as data
-from coordinator.core import strikes
+from coordinator.core import reachability, strikes
 from coordinator.core.leases import Leases
+from coordinator.core.reachability import Reach
 from coordinator.core.rosters import next_members, quorum
 from coordinator.core.strikes import By, Kind, Mark
 from protocol.errors import Refused
@@ -76,7 +77,7 @@ class Node:
     peer: PeerId
     name: str
     addresses: tuple[str, ...] = ()
-    role: Role = Role.PEER
+    reach: Reach = field(default_factory=Reach)
     activity: str = "joining"
     head_round: int = -1
     epoch: int = -1
@@ -158,6 +159,7 @@ class NodeOpened:
     name: str
     addresses: tuple[str, ...]
     forgot: bool = False  # its disk came back from a backup: it does not know what it has signed
+    source: str = ""  # the IP address that it comes from; "" where nobody looks
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,16 @@ class HeartbeatArrived:
     bytes_sent: int = 0
     bytes_received: int = 0
     lease_ids: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Called:
+    """The end of a Call: the address that answered, "" if none did; None if nothing could be tried."""
+
+    node: NodeId
+    tried: tuple[str, ...]
+    answered: str | None
 
 
 @dataclass(frozen=True)
@@ -283,6 +295,7 @@ class Ticked:
 Event = (
     NodeOpened
     | HeartbeatArrived
+    | Called
     | NodeLeft
     | Struck
     | Judged
@@ -347,6 +360,15 @@ class Rewind:
 
 
 @dataclass(frozen=True)
+class Call:
+    """Connect to a node's peer at one of these addresses, as somebody who has never met it; ends as Called."""
+
+    node: NodeId
+    peer: PeerId
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SaveMarks:
     """Make them durable before anything that follows: a ban outlives every crash."""
 
@@ -401,6 +423,7 @@ Effect = (
     | BranchOff
     | TurnLog
     | Rewind
+    | Call
     | SaveMarks
     | GrantLeases
     | SaveLeases
@@ -426,12 +449,13 @@ def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
 
 def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
     match event:
-        case NodeOpened(node, peer, name, addresses, forgot):
+        case NodeOpened(node, peer, name, addresses, forgot, source):
             known = state.nodes.get(node) or Node(node, peer, name)
             goes_on = known.activity in TAKES_PART and known.present(now, rules)  # only its connection was lost
             activity = known.activity if goes_on else "joining"
             where = addresses or known.addresses  # a node says where it is once its engine runs
-            fresh = replace(known, peer=peer, name=name, addresses=where, seen=now, activity=activity)
+            reach = reachability.heard(reachability.returned(known.reach), where, source)
+            fresh = replace(known, peer=peer, name=name, addresses=where, reach=reach, seen=now, activity=activity)
             state = replace(state, seals={other: seal for other, seal in state.seals.items() if other != node})
             if forgot:
                 fresh = replace(fresh, activity="joining")
@@ -440,6 +464,8 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
             return _say(_with_node(state, fresh), now, f"{name} connected"), (Announce(),)
         case HeartbeatArrived():
             return _heartbeat(state, event, now, rules)
+        case Called():
+            return _called(state, event, now)
         case NodeLeft(node, why, seal):
             return _left(state, node, why, now, seal)
         case Struck():
@@ -502,6 +528,7 @@ def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -
             head_round=beat.head_round,
             epoch=beat.epoch,
             addresses=beat.addresses,
+            reach=reachability.heard(known.reach, beat.addresses, beat.source),
             seen=now,
             tokens_per_second=beat.tokens_per_second,
             train_loss=beat.train_loss if beat.train_loss is not None else known.train_loss,
@@ -513,6 +540,29 @@ def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -
     until_ms = int((now + rules.lease_seconds) * 1000)
     renewed, _ = data.renew(state.leases, beat.node, beat.lease_ids, until_ms)
     return replace(state, leases=renewed), (Announce(),)
+
+
+def _called(state: State, event: Called, now: float) -> Outcome:
+    known = state.nodes.get(event.node)
+    if known is None:
+        return state, ()
+    reach = reachability.called(known.reach, event.tried, event.answered, now)
+    if reach.open is not known.reach.open:
+        can = "can be called" if reach.open else "cannot be called: it calls the others"
+        state = _say(state, now, f"{known.name} {can}")
+    return _with_node(state, replace(known, reach=reach)), (Announce(),)
+
+
+def _call(state: State, now: float, rules: Rules) -> Outcome:
+    """Call everyone whose turn it is."""
+    here = [node for node in state.nodes.values() if node.present(now, rules)]
+    needed = not any(node.reach.open for node in here)
+    due = [node for node in here if node.reach.due(now, needed=needed)]
+    if not due:
+        return state, ()
+    calling = {node.node: replace(node, reach=replace(node.reach, calling=True)) for node in due}
+    calls = tuple(Call(node.node, node.peer, node.reach.candidates) for node in due)
+    return replace(state, nodes={**state.nodes, **calling}), calls
 
 
 def _left(state: State, node: NodeId, why: str, now: float, seal: Seal | None = None) -> Outcome:
@@ -793,6 +843,8 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
         if node.activity != "left" and node.seen > 0 and not node.present(now, rules):
             state, more = _left(state, node.node, f"not heard of for {rules.absent_seconds:.0f} s", now)
             effects += more
+    state, calls = _call(state, now, rules)
+    effects += calls
     gone = data.expired(state.leases, int(now * 1000))
     if gone:
         state = replace(state, leases=data.give_back(state.leases, gone))
@@ -819,14 +871,15 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
         return state, ()  # what nodes remember of this log is ahead of it
     newest = state.roster or state.history.get(max(state.history, default=Epoch(-1)))
     rostered = set(newest.roster.nodes) if newest else set()
+    wide = reachability.is_wide(n.reach for n in state.nodes.values() if n.present(now, rules))
     desired = tuple(
-        Member(n.node, n.peer, n.addresses, rules.weight_cap, n.role)
+        _member(n, newest.roster.member(n.node) if newest else None, rules, wide=wide)
         for n in state.nodes.values()
         if n.activity in TAKES_PART
         and n.present(now, rules)
         and state.shut(n.node, now) is None
         and not state.aside(n.node)
-        and (n.node in rostered or n.head_round >= state.head.round - BEHIND_MAX)
+        and (n.node in rostered or (n.reach.known and n.head_round >= state.head.round - BEHIND_MAX))
     )
     if not state.history and len(desired) < rules.min_nodes:
         return state, ()
@@ -857,6 +910,15 @@ def _fresh_epoch(state: State, now: float) -> Epoch:
     if newest is None or newest.roster.issued_ms >= int(state.started * 1000):
         return state.next_epoch
     return Epoch(state.next_epoch + max(0, int(now * 1000) - newest.roster.issued_ms))
+
+
+def _member(node: Node, before: Member | None, rules: Rules, *, wide: bool) -> Member:
+    """As its peers are to see it: one that cannot be called reduces nothing, and its addresses are nobody's business."""
+    if before is not None and not node.reach.known:
+        return before  # after a restart of ours, until it has been called
+    where = reachability.addresses(node.reach, node.addresses, wide=wide)
+    role = Role.PEER if where or not node.reach.source else Role.CLIENT
+    return Member(node.node, node.peer, where, rules.weight_cap, role)
 
 
 def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:

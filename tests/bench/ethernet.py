@@ -64,13 +64,18 @@ class Network:
 
     def enter(self, index: int | None) -> None:
         """Let this thread, and what it starts, be in a node's namespace; None is the hub's."""
-        if _libc.setns(self._hub if index is None else self._spaces[index], CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
+        enter(self._hub if index is None else self._spaces[index])
 
     def counted(self, index: int) -> Counted:
         """Seen from the node, which is the other end of the hub's port. Asked for in the hub."""
         port = interface(f"port{index}")
         return Counted(port.received, port.sent, port.packets_received, port.packets_sent)
+
+
+def enter(space: int) -> None:
+    """Let this thread be in the namespace that this file stands for."""
+    if _libc.setns(space, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def possible() -> bool:

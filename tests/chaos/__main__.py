@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 PARTS = ("faults", "storm", "goodput")
-MORE = ("alternative",)  # the same faults against others' software; only when asked for
+MORE = ("nat", "alternative")  # routers; the same faults against others' software: only when asked for
 
 
 def main():

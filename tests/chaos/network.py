@@ -1,6 +1,7 @@
 """Links that can be cut in one direction, or made slow: the bench's small Ethernet, with faults. Needs root."""
 
 import subprocess
+from contextlib import contextmanager
 
 from tests.bench import ethernet
 from tests.bench.ethernet import possible  # noqa: F401  # asked by whoever would make one
@@ -30,6 +31,15 @@ class Lan(ethernet.Network):
     def full_speed(self, index):
         self._in(index, "qdisc", "del", "dev", _device(index), "root", tool="tc")
         self._in(None, "qdisc", "del", "dev", f"port{index}", "root", tool="tc")
+
+    @contextmanager
+    def inside(self, space):
+        """In a namespace by its file; then back in the hub."""
+        ethernet.enter(space)
+        try:
+            yield
+        finally:
+            self.enter(None)
 
     def _in(self, index, *words, tool="ip"):
         self.enter(index)

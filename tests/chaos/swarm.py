@@ -202,11 +202,11 @@ class Watch(threading.Thread):
 class Swarm:
     """All of it. `members` are expected to take part; `spare` names are for nodes that join later."""
 
-    def __init__(self, folder, *, nodes, settings=SETTINGS, own_machines=True):
+    def __init__(self, folder, *, nodes, settings=SETTINGS, own_machines=True, lan=None):
         self.arena = Arena(folder)
         self.small_disks, self.disks = own_machines and _own_mounts(), []
         self.arena.disk = self._disk
-        self.lan = network.Lan(len(NAMES)) if own_machines and network.possible() else None
+        self.lan = lan or (network.Lan(len(NAMES)) if own_machines and network.possible() else None)
         self.coordinator = Coordinator(self.arena, settings, self.lan)
         self.homes = []
         self.watch = Watch(self.homes)

@@ -69,6 +69,7 @@ class Swarm:
         rendezvous=(),
         listen=(LOCAL,),
         coordinator="127.0.0.1",
+        announce=(),
     ) -> Engine:
         home = self.folder / name
         (home / "blobs").mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,7 @@ class Swarm:
             identity_path=home / "identity",
             run=RUN,
             listen=listen,
+            announce=announce,
             rendezvous=rendezvous,
             coordinator=coordinator,
             packing=Packing(codec(up), codec(down), rule),
@@ -857,6 +859,28 @@ async def test_an_engine_that_hangs_is_ended(swarm, monkeypatch):
         assert await asyncio.wait_for(engine.closed, 5) == -signal.SIGKILL
     finally:
         await engine.stop()
+
+
+async def test_whether_a_peer_can_be_called_is_found_out_by_a_stranger_to_it(swarm, trio):
+    """The rendezvous itself has a connection to the client, and would find it wherever it is."""
+    home = swarm.folder / "rendezvous"
+    home.mkdir()
+    (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+    meeting = await Rendezvous.start(runtime_dir=home / "run", identity_path=home / "identity", run=RUN, listen=[LOCAL])
+    try:
+        client = await swarm.engine("client", listen=(), rendezvous=meeting.addresses)
+        (there,), (elsewhere,) = trio[0].addresses, trio[1].addresses
+        answers = await asyncio.gather(
+            meeting.call(trio[0].peer, ("/ip4/127.0.0.1/tcp/1", there)),
+            meeting.call(trio[0].peer, (elsewhere,)),
+            meeting.call(client.peer, ("/ip4/127.0.0.1/tcp/1",)),
+        )
+        assert answers == [there, "", ""]
+        assert await meeting.call(trio[0].peer, ("/ip4/127.0.0.1/tcp/1",)) == "", "nobody remembers where it was"
+        await client.stop()
+    finally:
+        await meeting.stop()
+    assert list((home / "run").glob("*.sock")) == []
 
 
 def alive(process):

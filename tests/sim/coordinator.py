@@ -243,10 +243,24 @@ class SimCoordinator(Process):
                 store.leases = leases
             case machine.GrantLeases(_, granted):
                 self.granted = granted
+            case machine.Call(node, _, addresses):
+                self._call(node, addresses)
             case machine.Fold(entry):
                 self._slowly(lambda: self._fold(entry))
             case machine.Rewind():
                 self._slowly(self._rewind)
+
+    def _call(self, node: NodeId, addresses: tuple[str, ...]) -> None:
+        world = self.world
+        seconds = world.luck.uniform(0.1, 12.0)
+
+        def end() -> None:
+            called = world.nodes[node]
+            there = called.awake and not called.behind_router and world.reaches(self.name, node)
+            lost = world.luck.random() < world.weather.loss
+            self._event(machine.Called(node, addresses, addresses[0] if there and not lost else ""))
+
+        self.later(seconds, end)
 
     def _slowly(self, work: object) -> None:
         """One after the other, as in the engine's queue."""

@@ -30,6 +30,7 @@ from protocol.types import (
     LogEntry,
     NodeId,
     Part,
+    Role,
     Roster,
     SignedRollback,
     SignedRoster,
@@ -90,6 +91,7 @@ class Swarm:
     save_seconds: float | None = None  # between two saves of local progress
     exchange: Exchange = Exchange.ALL_REDUCE
     pace_seconds: float = 0.0  # of a round for each member: what they upload is capped
+    behind_routers: int = 0  # so many of the nodes can be called by nobody
     liars: Mapping[int, Lie] = field(default_factory=dict)  # which of the nodes
 
     @classmethod
@@ -97,7 +99,8 @@ class Swarm:
         return cls(
             exchange=Exchange.ALL_GATHER if seed % 3 == 2 else Exchange.ALL_REDUCE,
             pace_seconds=0.7 if seed % 5 == 4 else 0.0,
-            nodes=luck.randint(2, 7),
+            nodes=(nodes := luck.randint(2, 7)),
+            behind_routers=nodes // 2 if seed % 7 == 3 else 0,
             ahead_rounds=luck.choice((2, 4, 40)),
             stale_rounds=luck.choice((1, 3, 8)),
             save_seconds=luck.choice((None, 2.0, 10.0)),
@@ -142,6 +145,7 @@ class SimNode(Process):
         luck, swarm = world.luck, world.swarm
         self.disk = Disk()
         self.backup: Disk | None = None
+        self.behind_router = index >= swarm.nodes - swarm.behind_routers
         self.slow = SLOW if luck.random() < world.weather.slow_nodes else 1.0
         self.speed = luck.uniform(*swarm.speeds)
         self.inner_steps = luck.choice(swarm.steps)
@@ -152,7 +156,7 @@ class SimNode(Process):
             parameters=PARAMETERS,
             context=CONTEXT,
             inner_steps=lambda _round: steps,
-            exchange=lambda _roles: swarm.exchange,
+            exchange=lambda roles: Exchange.ALL_REDUCE if Role.CLIENT in roles else swarm.exchange,
             part_is_vouched=is_vouched,
             is_data=lambda _data: True,
             round_seconds_min=lambda members: swarm.pace_seconds * members,
@@ -390,6 +394,7 @@ class SimNode(Process):
             head_round=state.head.round,
             epoch=max(state.rosters, default=-1),
             addresses=("/ip4/127.0.0.1/tcp/1",),
+            source="127.0.0.1" if self.world.swarm.behind_routers else "",
             branch=len(state.rollbacks),
             lease_ids=tuple(self.disk.leases),
         )
@@ -562,10 +567,22 @@ class SimNode(Process):
             if receiver == self.me:
                 self.later(0.0, lambda: self.rounds_event(rounds.Received(message, "s")))
             elif receiver in world.nodes:
-                node = world.nodes[receiver]
-                slowness = SLOW_ANSWERS if max(self.slow, node.slow) > 1 else 1.0
-                hear = lambda node=node: node.take(lambda: node.hear(message))  # noqa: E731
-                world.deliver(self.me, receiver, hear, slowness=slowness)
+                self._deliver(world.nodes[receiver], message)
+
+    def _deliver(self, receiver: SimNode, message: Message) -> None:
+        """Straight; or, between two that nobody can call, by way of one that everybody can."""
+        world = self.world
+        slowness = SLOW_ANSWERS if max(self.slow, receiver.slow) > 1 else 1.0
+        hear = lambda: receiver.take(lambda: receiver.hear(message))  # noqa: E731
+        if not self.cannot_call(receiver.me):
+            world.deliver(self.me, receiver.me, hear, slowness=slowness)
+            return
+        carrier = world.luck.choice([node for node in world.nodes.values() if not node.behind_router])
+        carry = lambda: world.deliver(carrier.me, receiver.me, hear, slowness=slowness)  # noqa: E731
+        world.deliver(self.me, carrier.me, lambda: carrier.take(carry), slowness=slowness)
+
+    def cannot_call(self, other: str) -> bool:
+        return self.behind_router and other in self.world.nodes and self.world.nodes[NodeId(other)].behind_router
 
     def hear(self, message: Message) -> None:
         match message:
@@ -616,7 +633,7 @@ class SimNode(Process):
         start, stop = layout(exchange, PARAMETERS, roles)[index]
 
         def came(node: NodeId) -> bool:
-            there = world.nodes[node].awake and world.reaches(node, self.me)
+            there = world.nodes[node].awake and world.reaches(node, self.me) and not self.cannot_call(node)
             return node == self.me or (there and world.luck.random() >= world.weather.reduce_failure)
 
         def reduce() -> None:
@@ -624,7 +641,7 @@ class SimNode(Process):
             if exchange is Exchange.ALL_GATHER:
                 included = (self.me,)
             part = None
-            if included:
+            if included and start < stop:
                 hashed = digest((begin.ballot, key[1], index, included))
                 part = Part(index, start, stop, hashed, (stop - start) // 2, self.me, included)
                 tokens = tuple(weights[node] for node in included)
@@ -652,7 +669,7 @@ class SimNode(Process):
         coordinator = world.coordinator
 
         def both_ways(name: str) -> bool:
-            return world.reaches(name, self.me) and world.reaches(self.me, name)
+            return world.reaches(name, self.me) and world.reaches(self.me, name) and not self.cannot_call(name)
 
         around = [world.nodes[s].disk.parts for s in sources if world.nodes[s].awake and both_ways(s)]
         around.append(self.disk.parts)

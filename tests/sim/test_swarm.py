@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.core import leases, machine, rosters
 from node.core import rounds
-from protocol.types import NodeId, Roster
+from protocol.types import NodeId, Role, Roster
 from tests.sim import swarm
 from tests.sim.faults import CALM, Weather
 from tests.sim.invariants import InvariantBroken
@@ -122,6 +122,20 @@ def test_a_calm_swarm_certifies_round_after_round():
     world = simulate(1, rounds=10, under=CALM, swarm=Swarm(nodes=3))
     assert world.truth.certified >= 10
     assert world.counts["lost"] == 0
+
+
+@pytest.mark.parametrize(("nodes", "behind"), [(3, 2), (5, 3), (7, 6)])
+def test_nodes_that_nobody_can_call_bring_what_they_train_like_the_others(nodes, behind):
+    """And where a single one can be called, it is all that the others need."""
+    world = simulate(1, rounds=10, under=CALM, swarm=Swarm(nodes=nodes, behind_routers=behind))
+    roles = [member.role for member in world.coordinator.state.roster.roster.members]
+    assert roles.count(Role.CLIENT) == behind and len(world.truth.bringers) == nodes
+    assert len(world.truth.attempts) <= world.truth.certified + 4, "no round had to be tried again and again"
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_every_invariant_holds_where_everything_fails_and_most_cannot_be_called(seed):
+    simulate(seed, rounds=10, under=ROUGH, swarm=Swarm(nodes=5, behind_routers=3))
 
 
 def test_a_seed_replays_to_the_same_trace():

@@ -1,0 +1,175 @@
+"""Nodes behind routers that masquerade, as at home: two of four have no address that anybody else could call.
+
+make chaos PART=nat [ARGS="--rounds 5"]       # root and nft (Debian: nftables); without them it says so and is left out
+
+Both homes have the same private addresses, and neither router forwards a port. Then one router gets another address, as
+lines at home do every night: all connections through it are dead, and nobody is told.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos import audit, network, report
+from tests.chaos.swarm import SETTINGS, Swarm, ends_when_told, until
+
+HUB, PUBLIC, ROUTERS = "9.9.1.1", "9.9.1.{}", "9.9.2.{}"  # addresses of the internet, which is not here
+HOME, GATEWAY = "192.168.1.2", "192.168.1.1"  # in every home the same
+HOMES = (2, 3)  # of the members, those behind routers
+BACK_SECONDS = 120.0  # from another address of a router to the next round with what the node behind it has trained
+MASQUERADE = """
+table ip nat {
+    chain out { type nat hook postrouting priority srcnat; oifname "wan" masquerade; }
+}
+table ip filter {
+    chain in { type filter hook input priority filter; policy drop; ct state established,related accept; }
+    chain through {
+        type filter hook forward priority filter; policy drop
+        ct state established,related accept
+        iifname "lan" accept
+    }
+}
+"""
+
+
+class Internet(network.Lan):
+    """A hub with the coordinator, members with addresses of their own, and members behind routers."""
+
+    def __init__(self, nodes, homes):
+        super().__init__(0)
+        ip("addr", "add", f"{HUB}/16", "dev", "hub")
+        self.routers = {}
+        for index in range(nodes):
+            space = self._space()
+            if index not in homes:
+                self._plug(f"port{index}", space, "wan", PUBLIC.format(10 + index))
+            else:
+                self.routers[index] = router = self._space()
+                self._plug(f"port{index}", router, "wan", ROUTERS.format(10 + index))
+                self._behind(router, space)
+            self._spaces.append(space)
+        self._homes = homes
+
+    def address(self, index):
+        if index is None:
+            return HUB
+        return HOME if index in self._homes else PUBLIC.format(10 + index)
+
+    def moves(self, index):
+        """The router of this member has another address from now on; what it was forwarding is forgotten."""
+        with self.inside(self.routers[index]):
+            ip("addr", "flush", "dev", "wan")
+            ip("addr", "add", f"{ROUTERS.format(100 + index)}/16", "dev", "wan")
+            subprocess.run(["nft", "flush", "ruleset"], check=True)
+            subprocess.run(["nft", "-f", "-"], input=MASQUERADE, text=True, check=True)
+
+    def _space(self):
+        network.ethernet.enter_own_network()
+        space = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        self.enter(None)
+        return space
+
+    def _plug(self, port, space, name, address):
+        ip("link", "add", port, "type", "veth", "peer", "name", name, "netns", f"/proc/{os.getpid()}/fd/{space}")
+        ip("link", "set", port, "master", "hub", "up")
+        with self.inside(space):
+            ip("addr", "add", f"{address}/16", "dev", name)
+            ip("link", "set", name, "up")
+
+    def _behind(self, router, space):
+        with self.inside(router):
+            ip("link", "add", "lan", "type", "veth", "peer", "name", "eth0", "netns", f"/proc/{os.getpid()}/fd/{space}")
+            ip("addr", "add", f"{GATEWAY}/24", "dev", "lan")
+            ip("link", "set", "lan", "up")
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+            subprocess.run(["nft", "-f", "-"], input=MASQUERADE, text=True, check=True)
+        with self.inside(space):
+            ip("addr", "add", f"{HOME}/24", "dev", "eth0")
+            ip("link", "set", "eth0", "up")
+            ip("route", "add", "default", "via", GATEWAY)
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True)
+
+
+def possible():
+    return network.possible() and shutil.which("nft") is not None
+
+
+def main():
+    ends_when_told()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="with something by everybody, before a router moves")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of the run")
+    given = parser.parse_args()
+    if not possible():
+        print("left out: it takes root, ip and nft")
+        return 0
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="barnraise-chaos-")) / "w"
+    swarm = Swarm(folder, nodes=4, settings=SETTINGS, lan=Internet(4, HOMES))
+    wrong = []
+    try:
+        swarm.start()
+        behind = [swarm.members[index] for index in HOMES]
+        calm = swarm.settle(time.time())
+        print(
+            f"everybody has brought something after {max(each.round for each in calm.values()) + 1} rounds", flush=True
+        )
+        keys = {member.key: member.name for member in swarm.members}
+        start = time.time()
+        swarm.certified_after(start, given.rounds)
+        rounds = swarm.watch.after(start)[: given.rounds]
+        shares = {name: sum(any(n.startswith(key) for n in r.tokens) for r in rounds) for key, name in keys.items()}
+        print(
+            f"of {len(rounds)} rounds, those with something by each: {shares}; attempts {[r.attempt for r in rounds]}"
+        )
+        reach = {member.name: member.status()["reach"] for member in swarm.members}
+        print(f"status says: {reach}")
+        wrong += [f"{m.name} is {reach[m.name]}" for m in behind if reach[m.name] != "outbound-only"]
+        wrong += [f"{m.name} is {reach[m.name]}" for m in swarm.others(*behind) if reach[m.name] != "direct"]
+        wrong += _roles(swarm, {member.key for member in behind})
+
+        moved, at = behind[0], time.time()
+        swarm.lan.moves(swarm.members.index(moved))
+        back = until(
+            lambda: swarm.watch.contributed(moved.key, at + 5.0),  # what was on its way had been sent before
+            f"{moved.name} brings something through its router's new address",
+            seconds=BACK_SECONDS,
+        )
+        print(f"its router has another address: {moved.name} is in a round again after {back.at - at:.0f} s")
+        found, facts = audit.everything(swarm, swarm.members)
+        wrong += found
+    finally:
+        swarm.close(keep=given.keep)
+    print(f"{time.monotonic() - began:.0f} s")
+    report.ending(wrong + swarm.unplanned, facts)
+    return 1 if wrong or swarm.unplanned else 0
+
+
+def _roles(swarm, behind):
+    """What the newest roster and the records say of those behind routers."""
+    with audit.opened(swarm.coordinator) as store:
+        roster, entries = store.rosters()[-1].roster, store.entries()
+
+    def is_behind(node):
+        return any(node.startswith(key) for key in behind)
+
+    for member in roster.members:
+        if is_behind(member.node) != (member.role.value == "client"):
+            yield f"{member.node[:8]} is rostered as {member.role.value}"
+        if any("192.168." in address for address in member.addresses):
+            yield f"the roster names {member.addresses}"
+    for entry in entries:
+        if is_behind(entry.record.leader) or any(is_behind(part.reducer) for part in entry.record.parts):
+            yield f"round {entry.record.round} was led or reduced from behind a router"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

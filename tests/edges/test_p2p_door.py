@@ -1,0 +1,305 @@
+"""The one port that strangers and members reach a node's engine by, and what floods, lies and oversize achieve there."""
+
+import asyncio
+import contextlib
+import os
+import stat
+import time
+
+import psutil
+import pytest
+import pytest_asyncio
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2P, PeerID
+from hivemind.utils.asyncio import as_aiter
+from hivemind.utils.multiaddr import Multiaddr
+
+from coordinator.rendezvous import RECORD_SECONDS_MAX, Rendezvous
+from node.p2p import CALLS_PER_PEER_MAX
+from node.swarm import ADDRESS_CHARACTERS_MAX, BarnraisePeer, _addresses
+from protocol import p2pd
+from protocol.errors import Refused
+from protocol.identity import Key, libp2p_private_key_bytes
+from protocol.limits import ADDRESSES_MAX
+from protocol.v1 import barnraise_pb2
+from tests.edges.test_averaging import LOCAL, RUN, Swarm
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # the engines are shared
+
+LETTER = barnraise_pb2.PeerEnvelope(kind="Ready", body=bytes(1000))
+FLAT_BYTES = 48 << 20  # what a process may grow by under attack: garbage is collected when it pleases
+FLOOD_STREAMS, FLOOD_CONNECTIONS = 1000, 300
+PROMPT_SECONDS = 5.0  # for an honest letter in a flood, on a machine that does other things as well
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def swarm(tmp_path_factory):
+    return Swarm(tmp_path_factory.mktemp("door"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(swarm):
+    engine = await swarm.engine("engine")
+    yield engine
+    await engine.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def honest(swarm):
+    engine = await swarm.engine("honest")
+    yield engine
+    await engine.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def caller(swarm, engine, honest):
+    """A peer of the test's own making, rostered by the engine."""
+    caller = await swarm.outsider(f"caller-{time.monotonic_ns()}")
+    await engine.set_roster({str(caller.peer_id): caller.addresses(), honest.peer: honest.addresses})
+    await honest.set_roster({engine.peer: engine.addresses})
+    caller.roster = {PeerID.from_base58(engine.peer): engine.addresses}
+    await caller.reach(PeerID.from_base58(engine.peer))
+    yield caller
+    await caller.shutdown()
+
+
+def grown(engine):
+    """How much memory the engine and its p2pd hold."""
+    process = psutil.Process(engine.pid)
+    return [each.memory_info().rss for each in (process, *process.children())]
+
+
+async def stream_to(caller, engine, method="rpc_message"):
+    name = BarnraisePeer._get_handle_name(RUN, method)
+    _, reader, writer = await caller.call_binary_stream_handler(PeerID.from_base58(engine.peer), name)
+    return reader, writer
+
+
+async def is_taken(engine, to):
+    began = time.monotonic()
+    await engine.send(to.peer, LETTER.SerializeToString(), timeout_seconds=2 * PROMPT_SECONDS)
+    return time.monotonic() - began
+
+
+async def test_a_header_that_promises_a_tebibyte_ends_the_stream_and_takes_no_memory(engine, caller):
+    before = grown(engine)
+    for method in ("rpc_message", "rpc_part", "rpc_aggregate_part"):
+        reader, writer = await stream_to(caller, engine, method)
+        writer.write(P2P.MESSAGE_MARKER + (1 << 40).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER))
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(20):
+                for _ in range(200):
+                    writer.write(bytes(1 << 20))
+                    await writer.drain()
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
+    assert all(now - then < FLAT_BYTES for then, now in zip(before, grown(engine), strict=True))
+
+
+async def test_a_member_has_so_many_calls_at_once_and_others_are_answered_meanwhile(engine, caller, honest):
+    held = [await stream_to(caller, engine) for _ in range(CALLS_PER_PEER_MAX)]
+    await asyncio.sleep(0.5)  # until they are all admitted
+    stub = BarnraisePeer.get_stub(caller, PeerID.from_base58(engine.peer), namespace=RUN)
+    assert [ack async for ack in await stub.rpc_message(as_aiter(LETTER))] == []
+    await is_taken(honest, engine)
+    for _, writer in held:
+        writer.close()
+    async with asyncio.timeout(10):
+        while not [ack async for ack in await stub.rpc_message(as_aiter(LETTER))]:
+            await asyncio.sleep(0.1)
+
+
+async def test_a_flood_of_streams_and_connections_by_strangers_costs_nobody_an_answer(swarm, engine, honest, caller):
+    stranger = await swarm.outsider("stranger")
+    host, port = engine.addresses[0].split("/")[2::2]
+    before, waits, sockets = grown(engine), [], []
+    try:
+        stranger.roster = caller.roster
+        await stranger.reach(PeerID.from_base58(engine.peer))
+
+        async def knock():
+            for _ in range(FLOOD_STREAMS // 20):
+                with contextlib.suppress(Exception):
+                    _, writer = await stream_to(stranger, engine, "rpc_part")
+                    writer.write(bytes(1 << 16))
+                    writer.close()
+
+        flood = asyncio.gather(*(knock() for _ in range(20)))
+        silent = await asyncio.gather(*(asyncio.open_connection(host, port) for _ in range(FLOOD_CONNECTIONS)))
+        sockets.extend(writer for _, writer in silent)
+        while not flood.done():
+            waits.append(await is_taken(honest, engine))
+            await asyncio.sleep(0.1)
+        await flood
+        waits.append(await is_taken(honest, engine))
+    finally:
+        for writer in sockets:
+            writer.close()
+        await stranger.shutdown()
+    assert max(waits) < PROMPT_SECONDS
+    assert all(now - then < FLAT_BYTES for then, now in zip(before, grown(engine), strict=True))
+
+
+async def test_p2pd_is_started_as_nobodys_relay_and_opens_no_port_of_the_router(engine):
+    (daemon,) = psutil.Process(engine.pid).children()
+    options = dict(word[1:].split("=", 1) for word in daemon.cmdline() if word.startswith("-") and "=" in word)
+    off = ("relay", "relayService", "autoRelay", "autonat", "natPortMap")
+    assert {name: options[name] for name in off} == dict.fromkeys(off, "0")
+    assert not [word for word in options if word.startswith("dht")]
+
+
+async def test_nobody_gets_a_place_on_us_as_a_relay(swarm, engine):
+    """One that looks for relays finds the one that is one, and not us. (p2pd looks only with its DHT on.)"""
+    folder = swarm.folder / "relay"
+    folder.mkdir()
+    common = {"dht_mode": "client", "auto_nat": False, "nat_port_map": False, "host_maddrs": [LOCAL]}
+    relay = await P2P.create(use_relay=True, **common)
+    (where,) = [str(address) for address in await relay.get_visible_maddrs()]
+    places = [f"{engine.addresses[0]}/p2p/{engine.peer}", where]
+    seeker = await P2P.create(
+        use_relay=True, use_auto_relay=True, trusted_relays=places, force_reachability="private", **common
+    )
+    try:
+        for place in places:
+            at, _, peer = place.rpartition("/p2p/")
+            await seeker._client.connect(PeerID.from_base58(peer), [Multiaddr(at)])
+        async with asyncio.timeout(30):
+            while not (found := await circuits(seeker)):
+                await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
+        found |= await circuits(seeker)
+    finally:
+        await asyncio.gather(relay.shutdown(), seeker.shutdown())
+    assert found == {str(relay.peer_id)}
+
+
+async def circuits(p2p):
+    """The peers by way of which it can be called."""
+    visible = map(str, await p2p.get_visible_maddrs(latest=True))
+    return {address.partition("/p2p-circuit")[0].rpartition("/p2p/")[2] for address in visible if "circuit" in address}
+
+
+async def test_the_sockets_of_p2pd_are_closed_to_other_users(swarm, engine):
+    folder = swarm.folder / "engine" / "run"
+    assert list(folder.glob("p2p*.sock"))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    os.chmod(folder, 0o755)
+    assert stat.S_IMODE(p2pd.socket_folder(swarm.folder / "engine" / "run").stat().st_mode) == 0o700
+
+
+async def test_what_a_node_announces_takes_the_place_of_where_it_listens(swarm):
+    engine = await swarm.engine("announcing", announce=("/ip4/203.0.113.7/tcp/49400",))
+    try:
+        assert engine.addresses == ("/ip4/203.0.113.7/tcp/49400",)
+        await engine.usage()
+        assert engine.addresses == ("/ip4/203.0.113.7/tcp/49400",)
+    finally:
+        await engine.stop()
+
+
+# the directory
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def meeting(swarm):
+    home = swarm.folder / "rendezvous"
+    home.mkdir()
+    (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+    meeting = await Rendezvous.start(runtime_dir=home / "run", identity_path=home / "identity", run=RUN, listen=[LOCAL])
+    yield meeting
+    await meeting.stop()
+
+
+@contextlib.asynccontextmanager
+async def writer_to(swarm, meeting, name, *, rostered=()):
+    """Somebody who stores what they like in the directory: what it takes in, by key."""
+    peer = await swarm.outsider(name)
+    try:
+        await meeting.set_roster([str(peer.peer_id), *rostered])
+        at, _, ident = meeting.addresses[0].rpartition("/p2p/")
+        ident = PeerID.from_base58(ident)
+        await peer._client.connect(ident, [Multiaddr(at)])
+        protocol = await DHTProtocol.create(peer, DHTID.generate(), 20, 5, 3, 5.0, client_mode=True)
+
+        async def store(key, value, *, seconds=60.0):
+            taken = await protocol.call_store(ident, [DHTID.generate(key)], [value], [time.time() + seconds])
+            return bool(taken and taken[0])
+
+        yield peer, store
+    finally:
+        await peer.shutdown()
+
+
+async def test_a_peer_writes_its_own_record_only_short_and_for_an_hour(swarm, meeting):
+    async with writer_to(swarm, meeting, "writer") as (peer, store):
+        own, fine = f"{RUN}/{peer.peer_id}", b'["/ip4/127.0.0.1/tcp/1"]'
+        assert await store(own, fine)
+        for key in (
+            f"{RUN}/12D3KooWDC1Kfp31q8noa7BTRA8oKCXm3ZKYQYfZGKFgL7rpwGSg",
+            f"{RUN}",
+            "x",
+            f"other/{peer.peer_id}",
+        ):
+            assert not await store(key, fine), key
+        assert not await store(own, bytes(2049))
+        assert not await store(own, fine, seconds=RECORD_SECONDS_MAX + 60)
+        assert not await store(own, fine, seconds=3e10)
+
+
+async def test_who_is_not_rostered_writes_nothing(swarm, meeting):
+    async with writer_to(swarm, meeting, "unrostered") as (peer, store):
+        await meeting.set_roster([])
+        assert not await store(f"{RUN}/{peer.peer_id}", b'["/ip4/127.0.0.1/tcp/1"]')
+
+
+NESTED = b"[" * 1500 + b"]" * 1500
+RECORDS = [
+    NESTED[:2000],
+    b"[" * 1000 + b"]" * 1000,
+    b"\x91" * 1500 + b"\xc0",  # msgpack, as hivemind would read it
+    b"\xdd\x7f\xff\xff\xff",  # an array of 2^31 - 1
+    b"\xc7\x01\x05x",  # an extension that nobody knows
+    b"\xd4\x40\x90",  # a tuple
+    b"",
+    b"7",
+    b"null",
+    b'{"/ip4/127.0.0.1/tcp/1": 1}',
+    b'"/ip4/127.0.0.1/tcp/1"',
+    b"[" + b'"/ip4/127.0.0.1/tcp/1",' * ADDRESSES_MAX + b'"/ip4/127.0.0.1/tcp/1"]',
+    b'["/ip4/' + b"1" * ADDRESS_CHARACTERS_MAX + b'/tcp/1"]',
+    b'[1.0, null, true, "/unix/run/x.sock", "/ip4/127.0.0.1/udp/1/quic", "/ip4/1/tcp/1\\n", "file:///etc/passwd"]',
+    b'["/ip4/1.2.3.4/tcp/1/p2p/12D3KooWDC1Kfp31q8noa7BTRA8oKCXm3ZKYQYfZGKFgL7rpwGSg/p2p-circuit"]',
+    b'["' + b"a" * 5000 + b'"]',
+]
+
+
+@pytest.mark.parametrize("record", [*RECORDS, None, ["/ip4/127.0.0.1/tcp/1"]])
+async def test_a_record_is_addresses_or_nothing(record):
+    assert _addresses(record) == ()
+
+
+async def test_no_record_of_a_peer_keeps_a_node_from_an_answer(swarm, meeting, engine):
+    async with writer_to(swarm, meeting, "liar") as (liar, store):
+        victim = await swarm.engine("victim", rendezvous=meeting.addresses)
+        try:
+            await meeting.set_roster([str(liar.peer_id), victim.peer])
+            await victim.set_roster({str(liar.peer_id): ("/ip4/127.0.0.1/tcp/1",), engine.peer: engine.addresses})
+            await engine.set_roster({victim.peer: victim.addresses})
+            own = f"{RUN}/{liar.peer_id}"
+            for until, record in enumerate(RECORDS[1:6]):
+                assert await store(own, record, seconds=60.0 + until)
+                with pytest.raises(Refused, match="answers at none"):
+                    await victim.send(str(liar.peer_id), LETTER.SerializeToString(), timeout_seconds=10)
+            await is_taken(victim, engine)
+        finally:
+            await victim.stop()
+
+
+async def test_addresses_in_a_record_are_read():
+    assert _addresses(b'["/ip4/1.2.3.4/tcp/5", 7, "/dns4/example.org/tcp/6"]') == (
+        "/ip4/1.2.3.4/tcp/5",
+        "/dns4/example.org/tcp/6",
+    )
