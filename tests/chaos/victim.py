@@ -97,7 +97,7 @@ def _in_engine(die_at):
     from node.reduction import SpanContainer, SpanReducer
 
     _before(SpanContainer, "iterate_input_parts_for", lambda *_: die_at("send"))
-    _before(SpanReducer, "_mean_of", lambda *_: die_at("reduce"))
+    _before(SpanReducer, "_publish", lambda *_: die_at("reduce"))
 
 
 def _in_trainer(die_at):
