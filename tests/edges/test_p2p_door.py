@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import stat
 import time
 
@@ -11,7 +10,7 @@ import pytest
 import pytest_asyncio
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -152,42 +151,42 @@ async def test_p2pd_is_started_as_nobodys_relay_and_opens_no_port_of_the_router(
 
 
 async def test_nobody_gets_a_place_on_us_as_a_relay(swarm, engine):
-    """One that looks for relays finds the one that is one, and not us. (p2pd looks only with its DHT on.)"""
     folder = swarm.folder / "relay"
     folder.mkdir()
-    common = {"dht_mode": "client", "auto_nat": False, "nat_port_map": False, "host_maddrs": [LOCAL]}
-    relay = await P2P.create(use_relay=True, **common)
-    (where,) = [str(address) for address in await relay.get_visible_maddrs()]
-    places = [f"{engine.addresses[0]}/p2p/{engine.peer}", where]
-    seeker = await P2P.create(
-        use_relay=True, use_auto_relay=True, trusted_relays=places, force_reachability="private", **common
-    )
+    relay = await P2P.create(dht_mode="client", auto_nat=False, nat_port_map=False, host_maddrs=[LOCAL])
+    seeker = await swarm.outsider("seeker")
     try:
-        for place in places:
-            at, _, peer = place.rpartition("/p2p/")
-            await seeker._client.connect(PeerID.from_base58(peer), [Multiaddr(at)])
-        async with asyncio.timeout(30):
-            while not (found := await circuits(seeker)):
-                await asyncio.sleep(0.2)
-        await asyncio.sleep(1.0)
-        found |= await circuits(seeker)
+        places = {relay.peer_id: await relay.get_visible_maddrs(), PeerID.from_base58(engine.peer): engine.addresses}
+        for peer, addresses in places.items():
+            await seeker._client.connect(peer, [Multiaddr(str(address).partition("/p2p/")[0]) for address in addresses])
+        assert RESERVED in await reservation(seeker, relay.peer_id), "hivemind's default is to be one"
+        assert await reservation(seeker, PeerID.from_base58(engine.peer)) == b""
     finally:
         await asyncio.gather(relay.shutdown(), seeker.shutdown())
-    assert found == {str(relay.peer_id)}
 
 
-async def circuits(p2p):
-    """The peers by way of which it can be called."""
-    visible = map(str, await p2p.get_visible_maddrs(latest=True))
-    return {address.partition("/p2p-circuit")[0].rpartition("/p2p/")[2] for address in visible if "circuit" in address}
+HOP = "/libp2p/circuit/relay/0.2.0/hop"  # the protocol in which a place is asked for
+RESERVE, RESERVED = b"\x02\x08\x00", b"\x28\x64"  # HopMessage: type RESERVE; status OK
 
 
-async def test_the_sockets_of_p2pd_are_closed_to_other_users(swarm, engine):
+async def reservation(seeker, peer):
+    """What a peer answers to somebody who wants to be called by way of it."""
+    with contextlib.suppress(P2PDaemonError, ConnectionError):  # the protocol is not spoken there
+        _, reader, writer = await seeker.call_binary_stream_handler(peer, HOP)
+        writer.write(RESERVE)
+        async with asyncio.timeout(10):
+            return await reader.read(1000)
+    return b""
+
+
+async def test_the_sockets_of_p2pd_are_closed_to_other_users(swarm, engine, tmp_path):
     folder = swarm.folder / "engine" / "run"
     assert list(folder.glob("p2p*.sock"))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    os.chmod(folder, 0o755)
-    assert stat.S_IMODE(p2pd.socket_folder(swarm.folder / "engine" / "run").stat().st_mode) == 0o700
+    (opened := tmp_path / "run").mkdir(mode=0o755)
+    for runtime in (opened, tmp_path / ("long-" * 20)):
+        assert stat.S_IMODE(p2pd.socket_folder(runtime).stat().st_mode) == 0o700
+        p2pd.sweep(runtime)
 
 
 async def test_what_a_node_announces_takes_the_place_of_where_it_listens(swarm):
