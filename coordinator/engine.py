@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import structlog
 
 from coordinator import archive, orders, service, view, web
+from coordinator.auditor import Auditor
+from coordinator.core import audits, machine, strikes, watch
 from coordinator.core import leases as data
-from coordinator.core import machine, strikes, watch
 from coordinator.core.rosters import quorum
 from coordinator.core.strikes import Kind
 from coordinator.evaluation import Evaluator
@@ -47,8 +48,10 @@ from protocol.types import (
     BaseCheckpoint,
     Digest,
     Epoch,
+    Fault,
     Head,
     LogEntry,
+    NodeId,
     Rollback,
     RoundNumber,
     Shard,
@@ -122,6 +125,18 @@ class Coordinator:
         self._watch = watch.of_history(measured, _rollbacks(self.state))
         wishes = self._spec.watch
         self._watch_rules = watch.Rules(wishes.rollback, wishes.jump, wishes.evaluations, wishes.most)
+        self.auditor = Auditor(
+            folder.runtime / "audits",
+            published.manifest.manifest,
+            self.shards,
+            self._packing.up,
+            share=self._spec.audit.share,
+            archive=blobs,
+            evaluator=lambda: self._evaluator,
+            heard_ms=self._heard_ms,
+            now_ms=self.now_ms,
+            accuse=self._accuse,
+        )
         self._first = next((row for row in measured if row.heldout is not None), None)
         self._newest = measured[-1] if measured else None
         self._sample = ""
@@ -251,6 +266,7 @@ class Coordinator:
         self._spawn(self._tick())
         self._spawn(self._carry_out_slow())
         self._spawn(self._evaluate())
+        self._spawn(self.auditor.run())
         await self._tell_rendezvous()
         self._spawn(self._stop_when_asked(stopper))
         await self._ended
@@ -356,6 +372,7 @@ class Coordinator:
             case machine.SaveEntry(entry, leases):
                 credit = {c.node: c.tokens for c in entry.record.contributions}
                 self.store.append_entry(entry, credit, leases)
+                self.auditor.certified(entry.record)
             case machine.Fold() | machine.Evaluate() | machine.ArchiveBase() | machine.Rewind():
                 self._work.put_nowait(effect)
             case machine.Announce():
@@ -374,6 +391,7 @@ class Coordinator:
 
     def part_stored(self, digest: Digest) -> None:
         self.submit(machine.PartStored(digest))
+        self.auditor.stir()
 
     async def _tell_rendezvous(self) -> None:
         if self._rendezvous is not None and self.state.roster is not None:
@@ -408,13 +426,16 @@ class Coordinator:
 
         def apply() -> Digest:
             parts = {part.index: self.blobs.read(part.digest) for part in entry.record.parts}
+            self.auditor.keep(self._replica.round, self._replica.params)
             fold(self._replica, entry.record, parts, self._packing, self._outer)
+            self.auditor.keep(self._replica.round, self._replica.params)
             digest: Digest = self._replica.digest()
             return digest
 
         digest = await asyncio.to_thread(apply)
         _, self._replica_branch = line_head(next_head(entry.record), _rollbacks(self.state))
         self.submit(machine.Folded(entry.record.round, digest))
+        self.auditor.stir()
 
     async def _archive(self) -> None:
         """Keep the replica as it is now, and a copy of the database that leads to it."""
@@ -522,6 +543,7 @@ class Coordinator:
             self.blobs.delete(digest)
         head = head_after(signed.rollback)
         self._watch = watch.gone_back(self._watch, signed.rollback)
+        self.auditor.gone_back(signed.rollback.to.round)
         self.submit(machine.RolledBack(signed, head, consumed, tokens, leases))
 
     async def _rewind(self) -> None:
@@ -570,6 +592,7 @@ class Coordinator:
             tokenizer=self.blobs.path(manifest.tokenizer.digest) if manifest.tokenizer else None,
             log=self._folder.log_file("evaluator"),
         )
+        self.auditor.stir()
         while True:
             await self._measure.wait()
             params, facts, branch = self._to_measure.pop(0)
@@ -595,6 +618,8 @@ class Coordinator:
     def _heed(self, round_number: RoundNumber, heldout: float | None) -> None:
         """Go back by itself, or warn, if the watch says so."""
         self._watch, verdict = watch.watch(self._watch, round_number, heldout, self._watch_rules)
+        if verdict is not None:
+            self.auditor.alarm()
         if isinstance(verdict, watch.GoBack):
             reason, branch = verdict.reason[:REASON_CHARACTERS_MAX], self.state.branch
             self.submit(machine.RollbackAsked(self._record_head(verdict.to), reason))
@@ -602,6 +627,17 @@ class Coordinator:
                 self._watch = replace(self._watch, said=False)
         elif verdict is not None:
             self.submit(machine.Noticed(verdict))
+
+    # audits
+
+    def _heard_ms(self, node: NodeId) -> float:
+        known = self.state.nodes.get(node)
+        return -math.inf if known is None else known.seen * 1000
+
+    def _accuse(self, accusation: audits.Accusation) -> None:
+        """What an audit has found is held against its author."""
+        fault = Fault.WITHHELD if accusation.kind is audits.Kind.UNANSWERED else Fault.TRAINED_WRONG
+        self.submit(machine.Struck(accusation.node, fault, accusation.round, accusation.reason, accusation.evidence))
 
     # the page
 

@@ -1,6 +1,6 @@
-"""The evaluator process: held-out loss and samples of text, on one thread and at low priority; it has no network.
+"""The evaluator process: held-out loss, samples of text, audits; on one thread and at low priority, without a network.
 
-`coordinator.evaluation` owns it. It serves one request at a time: start, loss, sample.
+`coordinator.evaluation` owns it. It serves one request at a time: start, loss, sample, audit.
 """
 
 from __future__ import annotations
@@ -9,21 +9,30 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from coordinator.core.audits import STRIDE, Measured
 from coordinator.tokenizer import Tokenizer, byte_tokenizer
 from protocol import model
+from protocol.codec import Floats, codec
 from protocol.errors import Code, Refused
+from protocol.order import sequence_at
 from protocol.process import Channel, ChannelClosed, parent_channel
 
 NICENESS: Final = 10  # training nodes on the same machine come first
 LOGITS_MAX: Final = 1 << 24  # computed at once: 64 MiB, and as much again for the loss
+AUDIT_SEQUENCES: Final = 64  # of a contribution's data, and of the held-out text: more would see the same
+
+
+Tokens = NDArray[np.int64]
 
 
 class Evaluation:
@@ -41,18 +50,53 @@ class Evaluation:
 
     def loss(self) -> float | None:
         """Mean cross entropy in nats per predicted token; nothing if it is not a finite number."""
-        model.load(self._module, np.asarray(self._vector))
-        step = max(1, LOGITS_MAX // (self._context * self._vocabulary))
-        total = 0.0
-        with torch.inference_mode():
-            for first in range(0, len(self._heldout), step):
-                sequences = self._heldout[first : first + step]
-                logits = self._module(input_ids=sequences, use_cache=False).logits.float()
-                targets = self._targets[first : first + step].flatten()
-                losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-                total += losses.double().sum().item()
-        mean = total / self._heldout.numel()
+        mean = float(self._losses(np.asarray(self._vector), self._heldout, self._targets).mean())
         return mean if math.isfinite(mean) else None
+
+    def gains(
+        self, before: Floats, following: Floats, update: Floats, inputs: Tokens, targets: Tokens
+    ) -> Measured | None:
+        """What a step of STRIDE times this decoded contribution gains, in nats per token (coordinator/core/audits.py).
+
+        `before` and `following`: the states that its round led from and to. `inputs` and `targets`: (sequences, context) of
+        its own data. Nothing if the state itself computes no numbers."""
+        stride = np.float32(STRIDE)
+        own = tuple(map(torch.from_numpy, (inputs, targets)))
+        others = self._heldout[:AUDIT_SEQUENCES], self._targets[:AUDIT_SEQUENCES]
+        was = [self._losses(before, *each) for each in (own, others)]
+        if not all(np.isfinite(each).all() for each in was):
+            return None
+        alone = before - stride * update
+        now = [self._losses(alone, *each) for each in (own, others)]
+        whole = self._losses(before - update, *own)
+        together = before + stride * (following - before)
+        known = [self._losses(together, *each) for each in (own, others)]
+        with np.errstate(invalid="ignore"):
+            here, there = (old - new for old, new in zip(was, now, strict=True))
+            more_here, more_there = (all_of_us - new for all_of_us, new in zip(known, now, strict=True))
+            own_gain, whole_gain = _mean(here), _mean(was[0] - whole)
+            return Measured(*own_gain, *whole_gain, *_difference(here, there), *_difference(more_here, more_there))
+
+    def audit(self, order: Mapping[str, Any]) -> Mapping[str, float] | None:
+        """The gains of an encoded contribution, whose bytes may be anything: the order names files and positions."""
+        before, following = (np.memmap(order[name], np.float32, "r") for name in ("state", "following"))
+        update = codec(order["codec"]).decode(Path(order["update"]).read_bytes(), before.size)
+        own = self._read_positions(order["token_bytes"], order["data"])
+        gains = self.gains(np.asarray(before), np.asarray(following), update, *own)
+        return None if gains is None else asdict(gains)
+
+    def _losses(self, vector: Floats, inputs: torch.Tensor, targets: torch.Tensor) -> NDArray[np.float64]:
+        """Mean cross entropy of each sequence."""
+        model.load(self._module, vector)
+        step = max(1, LOGITS_MAX // (self._context * self._vocabulary))
+        found: list[torch.Tensor] = []
+        with torch.inference_mode():
+            for first in range(0, len(inputs), step):
+                here, there = inputs[first : first + step], targets[first : first + step]
+                logits = self._module(input_ids=here, use_cache=False).logits.float()
+                losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), there.flatten(), reduction="none")
+                found.append(losses.view(there.shape).double().mean(dim=1))
+        return torch.cat(found).numpy()
 
     def sample(self, prompt: str, *, tokens: int, seed: int, temperature: float) -> str:
         """What the model writes after the prompt; an empty prompt is the start of a document."""
@@ -83,6 +127,28 @@ class Evaluation:
         shape, stop = (whole, self._context), whole * self._context
         return torch.from_numpy(tokens[:stop].reshape(shape)), torch.from_numpy(tokens[1 : stop + 1].reshape(shape))
 
+    def _read_positions(self, token_bytes: int, pieces: Sequence[Sequence[Any]]) -> tuple[Tokens, Tokens]:
+        """Inputs and targets at these positions: of each shard its path, its sequences, the pass, and which."""
+        runs = []
+        for path, sequences, pass_number, positions in pieces:
+            shard = np.memmap(path, f"<u{token_bytes}", "r")
+            for position in positions:
+                at = sequence_at(position, sequences=sequences, pass_number=pass_number) * self._context
+                runs.append(np.asarray(shard[at : at + self._context + 1], np.int64))
+        table = np.stack(runs)
+        return np.ascontiguousarray(table[:, :-1]), np.ascontiguousarray(table[:, 1:])
+
+
+def _mean(values: NDArray[np.float64]) -> tuple[float, float]:
+    """With its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def _difference(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float]:
+    """Of the means, with its standard error."""
+    (mean, error), (other, other_error) = _mean(left), _mean(right)
+    return mean - other, math.hypot(error, other_error)
+
 
 def _choose(logits: torch.Tensor, temperature: float) -> int | None:
     """The next token; none when the model computes no numbers."""
@@ -97,6 +163,8 @@ def _answer(evaluation: Evaluation, order: Mapping[str, Any]) -> Any:
     match order["do"]:
         case "loss":
             return evaluation.loss()
+        case "audit":
+            return evaluation.audit(order)
         case "sample":
             return evaluation.sample(
                 order["prompt"], tokens=order["tokens"], seed=order["seed"], temperature=order["temperature"]

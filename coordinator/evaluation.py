@@ -94,6 +94,13 @@ class Evaluator:
         order = {"do": "sample", "prompt": prompt, "tokens": tokens, "seed": seed, "temperature": temperature}
         return str(await self._ask(order, parameters))
 
+    async def audit(self, order: Mapping[str, Any]) -> Mapping[str, float] | None:
+        """The gains of one encoded contribution: the fields of core.audits.Measured.
+
+        None if its round began from a state that computes no numbers; UPDATE_BAD is refused if no codec reads it."""
+        answer: Mapping[str, float] | None = await self._ask({"do": "audit", **order})
+        return answer
+
     async def stop(self) -> None:
         await self._child.stop(grace_seconds=STOP_SECONDS)
         self._path.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken hand
 import grpc
 import structlog
 
+from coordinator.auditor import Auditor
 from coordinator.core import machine, quotas, strikes
 from coordinator.core.strikes import Kind
 from coordinator.gate import INNER, Gate, Passage
@@ -52,13 +53,13 @@ from protocol.limits import (
 from protocol.proof import Evidence, prove
 from protocol.types import (
     BaseCheckpoint,
+    BlobRef,
     Digest,
     Epoch,
     Head,
     Lease,
     LogEntry,
     NodeId,
-    Part,
     Pass,
     PeerId,
     RoundNumber,
@@ -147,6 +148,8 @@ class Desk(Protocol):
         """Returns at the next Announce, or when the time is over."""
 
     def part_stored(self, digest: Digest) -> None: ...
+    @property
+    def auditor(self) -> Auditor: ...
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ class Session:
     calls: int = 0
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
+    told_asked: frozenset[Digest] = frozenset()  # the same for what it is to show of its own
     told_notice: str = ""
     notice: str = ""  # besides what is held against it
     since_ms: int = 0
@@ -510,6 +514,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             or len(state.rollbacks) > request.branch
             or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
             or (self._desk.finished() and not session.told_finished)
+            or not session.told_asked.issuperset(self._desk.auditor.asked(session.node))
             or self._notice(session) != session.told_notice
             or session.roused.is_set()
         )
@@ -532,11 +537,13 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         session.told, session.told_finished = frozenset(wanted), self._desk.finished()
         session.told_notice = self._notice(session)
         session.roused.clear()
+        session.told_asked = frozenset(asked := self._desk.auditor.asked(session.node))
         mine = {lease.lease_id for lease in state.leases.of(session.node)}
         return wire.HeartbeatReply(
             roster=canonical.to_bytes(roster) if roster else b"",
             head_round=state.head.round,
             wanted=wanted,
+            asked=asked,
             renewed=[lease_id for lease_id in beat.lease_ids if lease_id in mine],
             notice=session.told_notice,
             coordinator_ms=self._desk.now_ms(),
@@ -728,24 +735,32 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         return digest
 
     async def _write_blob(self, chunks: AsyncIterator[wire.BlobChunk], context: Context) -> wire.WriteBlobReply:
-        with self._session(context):
+        with self._session(context) as session:
             first = await _in_time(anext(chunks, None))
             if first is None:
                 raise Refused(Code.FIELD, "an upload without a chunk")
-            part = self._wanted(first)
-            if part is None or part.digest in self._uploading:
+            wanted, store = self._wanted(session.node, first)
+            if wanted is None or wanted.digest in self._uploading:
                 return wire.WriteBlobReply(stored=False)
-            self._uploading.add(part.digest)
+            self._uploading.add(wanted.digest)
             try:
-                await self._receive(part, first, chunks)
+                await self._receive(store, wanted, first, chunks)
             finally:
-                self._uploading.discard(part.digest)
-            self._desk.part_stored(part.digest)
+                self._uploading.discard(wanted.digest)
+            if store is self._desk.blobs:
+                self._desk.part_stored(wanted.digest)
+            else:
+                self._desk.auditor.stir()
             return wire.WriteBlobReply(stored=True)
 
-    def _wanted(self, first: wire.BlobChunk) -> Part | None:
-        """The part of a certified record that these bytes are said to be; none when it is here already."""
-        digest = check_digest(first.digest)
+    def _wanted(self, node: NodeId, first: wire.BlobChunk) -> tuple[BlobRef | None, BlobStore]:
+        """What these bytes are said to be, and where they belong: what this node was asked to show of its own work, or a
+        part of a certified record. None when it is here already."""
+        digest, auditor = check_digest(first.digest), self._desk.auditor
+        if digest in auditor.asked(node):
+            if first.size != auditor.size:
+                raise Refused(Code.FIELD, f"size {first.size}, a contribution has {auditor.size}")
+            return BlobRef(digest, auditor.size), auditor.blobs
         part = next((part for part in self._desk.state.wanted if part.digest == digest), None)
         if part is None and not self._desk.store.has_part(digest):
             raise Refused(
@@ -753,31 +768,33 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             )
         if part is not None and first.size != part.size:
             raise Refused(Code.FIELD, f"size {first.size}, the record says {part.size}")
-        return part
+        return (None if part is None else BlobRef(part.digest, part.size)), self._desk.blobs
 
-    async def _receive(self, part: Part, first: wire.BlobChunk, chunks: AsyncIterator[wire.BlobChunk]) -> None:
-        if self._desk.blobs.has(part.digest):  # an earlier upload ended between the file and the event
+    async def _receive(
+        self, store: BlobStore, wanted: BlobRef, first: wire.BlobChunk, chunks: AsyncIterator[wire.BlobChunk]
+    ) -> None:
+        if store.has(wanted.digest):  # an earlier upload ended between the file and the event
             return
-        writer = self._writer(part)
+        writer = self._writer(store, wanted)
         try:
-            async with asyncio.timeout(CHUNK_SECONDS_MAX + part.size / BYTES_PER_SECOND_MIN):
+            async with asyncio.timeout(CHUNK_SECONDS_MAX + wanted.size / BYTES_PER_SECOND_MIN):
                 _take(writer, first)
                 while (chunk := await _in_time(anext(chunks, None))) is not None:
                     _take(writer, chunk)
-            if writer.position != part.size:  # finish would keep what came for a later writer
-                raise Refused(Code.BLOB_CORRUPT, f"{writer.position} bytes, the record says {part.size}")
+            if writer.position != wanted.size:  # finish would keep what came for a later writer
+                raise Refused(Code.BLOB_CORRUPT, f"{writer.position} bytes, the record says {wanted.size}")
             writer.finish()
         except TimeoutError:
             raise Refused(Code.LIMIT, f"an upload slower than {BYTES_PER_SECOND_MIN} bytes per second") from None
         finally:
             writer.discard()
 
-    def _writer(self, part: Part) -> Writer:
+    def _writer(self, store: BlobStore, wanted: BlobRef) -> Writer:
         """From the first byte: what a stranger left half-done may be wrong, and is only found out at the end."""
-        writer = self._desk.blobs.writer(part.digest, part.size)
+        writer = store.writer(wanted.digest, wanted.size)
         if writer.position:
             writer.discard()
-            writer = self._desk.blobs.writer(part.digest, part.size)
+            writer = store.writer(wanted.digest, wanted.size)
         return writer
 
 

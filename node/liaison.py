@@ -71,6 +71,7 @@ class Liaison:
         self._spawn = spawn
         self._pass_on = pass_on
         self._wanted_before: frozenset[Digest] = frozenset()
+        self._showing: set[Digest] = set()
         self._known_round = RoundNumber(0)
         self._reports: set[Evidence] = set()  # on their way
 
@@ -281,8 +282,22 @@ class Liaison:
                 with suppress(Refused):
                     await self._link.upload_part(digest, await asyncio.to_thread(self._blobs.read, digest))
         self._wanted_before = wanted
+        for digest in news.asked:
+            self._spawn(self._show(digest))
         if news.finished and head >= news.head_round:
             self._decider.post(session.RunEnded())
+
+    async def _show(self, digest: Digest) -> None:
+        """What this node brought to a round, for the coordinator to measure."""
+        if digest in self._showing:
+            return
+        self._showing.add(digest)
+        try:
+            if (data := await asyncio.to_thread(self._workbench.brought.read, digest)) is not None:
+                with suppress(Refused):  # asked for again by the next heartbeat
+                    await self._link.upload_part(digest, data)
+        finally:
+            self._showing.discard(digest)
 
     async def _beat(self) -> Beat:
         state, tally, engine, trainer = self._decider.rounds, self._tally, self._courier.engine, self._workbench.trainer

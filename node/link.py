@@ -170,6 +170,7 @@ class News:
     roster: SignedRoster | None  # when newer than the node's
     head_round: int
     wanted: tuple[Digest, ...]  # parts that the coordinator lacks
+    asked: tuple[Digest, ...]  # contributions of this node that it is to show
     renewed: tuple[str, ...]  # lease ids
     notice: str
     coordinator_ms: int
@@ -263,6 +264,7 @@ class Link:
             self._roster(reply.roster) if reply.roster else None,
             reply.head_round,
             tuple(check_digest(digest) for digest in reply.wanted),
+            tuple(check_digest(digest) for digest in reply.asked),
             tuple(reply.renewed),
             canonical.shown(reply.notice),
             reply.coordinator_ms,

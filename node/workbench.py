@@ -14,6 +14,7 @@ from typing import IO, Final
 import structlog
 
 from node import hardware, rehearsal
+from node.brought import Brought
 from node.config import Home, Settings
 from node.core import rounds
 from node.core.rounds import Phase, Rounds
@@ -104,6 +105,7 @@ class Workbench:
         self._progress = ProgressFile(
             journal.folder / "progress", manifest.parameters, room=blobs.has_room, now=time.monotonic()
         )
+        self.brought = Brought(journal.folder / "brought")
         self._turn = asyncio.Lock()
 
     @property
@@ -150,6 +152,8 @@ class Workbench:
             pending = self._gradient.pending
             await asyncio.to_thread(self._gradient.before_fold)
             digest = await asyncio.to_thread(self.replica.fold, entry)
+            if mine and self._spec.audit.share:
+                await asyncio.to_thread(self.brought.keep, self._gradient.payload)
             await asyncio.to_thread(self._gradient.settle, taken, missed=missed)
             if self.trainer is not None:
                 with suppress(Refused):

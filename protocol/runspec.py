@@ -229,6 +229,12 @@ class WatchSection(_Section):
     most: Annotated[int, Field(ge=1, le=100)] = 3
 
 
+class AuditSection(_Section):
+    """Whose work the coordinator measures again (coordinator/core/audits.py)."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.2  # some 10 % more upload in an all-reduce, none in an all-gather
+
+
 class LeasesSection(_Section):
     """How data is handed out."""
 
@@ -276,6 +282,7 @@ class RunSpec(_Section):
     update: UpdateSection = UpdateSection()
     evaluate: EvaluateSection = EvaluateSection()
     watch: WatchSection = WatchSection()
+    audit: AuditSection = AuditSection()
     leases: LeasesSection = LeasesSection()
     coordinator: CoordinatorSection = CoordinatorSection()
 
@@ -572,6 +579,9 @@ rollback = true            # false: only warn
 jump = 0.5                 # nats above the lowest of the last 16 measurements
 evaluations = 3            # so many in a row are a jump
 most = 3                   # so often back to the same round; then it only warns
+
+[audit]
+share = 0.2                # about so much of what nodes bring is asked for again and measured; 0: nothing is
 
 [leases]
 sequences = 2048           # most data handed to a node at a time

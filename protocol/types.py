@@ -35,6 +35,7 @@ class Fault(Enum):
     FORGED = "forged"  # it put into a record what the member it names had not signed
     REDUCED_WRONG = "reduced-wrong"  # its mean is not that of the contributions which it says are inside
     TRAINED_WRONG = "trained-wrong"  # what it brought is not what training on its data gives
+    WITHHELD = "withheld"  # it was there, and time after time did not show what it had signed
     CONTRADICTED = "contradicted"  # it signed two letters of which an honest node signs one
 
 

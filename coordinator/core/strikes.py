@@ -15,6 +15,7 @@ from typing import Final
 from protocol.types import Digest, Fault, NodeId, RoundNumber
 
 ASIDE_ROUNDS: Final = (10, 40)  # out of the rosters after the first fault and the next: longer than any accident
+NEVER: Final = 1 << 30  # warnings before the first strike
 REMEMBERED_ROUNDS: Final = 400  # a fault longer ago says nothing about the machine of today
 
 
@@ -71,8 +72,14 @@ POLICIES: Final[Mapping[Fault, Policy]] = {
     Fault.TRAINED_WRONG: Policy(
         0,
         3,  # a card that is overclocked or too hot is found out, and its owner told, before it is shut out
-        "brought work that other machines could not repeat",
+        "brought work that does not fit the data it names",
         "Test this machine's memory and its GPU without overclocking, or join with --device cpu.",
+    ),
+    Fault.WITHHELD: Policy(
+        NEVER,  # a disk may have lost it
+        1,
+        "did not show work that it had brought",
+        "See that the disk that holds the node's folder has room, and that the line carries uploads.",
     ),
     Fault.CONTRADICTED: Policy(
         2,  # a machine taken back to an earlier moment may sign for a second time what it signed before

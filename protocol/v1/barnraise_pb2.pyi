@@ -280,6 +280,7 @@ class HeartbeatReply(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
     ASTRAY_FROM_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
     roster: _builtins.bytes
     """when newer than the node's"""
     head_round: _builtins.int
@@ -306,6 +307,10 @@ class HeartbeatReply(_message.Message):
     def rollbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """those that the node does not know of"""
 
+    @_builtins.property
+    def asked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """digests of this node's own contributions that it is to show (WriteBlob)"""
+
     def __init__(
         self,
         *,
@@ -320,10 +325,11 @@ class HeartbeatReply(_message.Message):
         epoch: _builtins.int = ...,
         branch: _builtins.int = ...,
         astray_from: _builtins.int = ...,
+        asked: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["astray_from", b"astray_from", "branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "astray_from", b"astray_from", "branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from node.brought import KEPT, Brought
 from node.core.rounds import Rounds
 from node.decider import Decider
 from node.journal import Journal
@@ -13,6 +14,7 @@ from node.liaison import REPORTS_MAX, Liaison
 from node.link import News, Page
 from node.status import Tally
 from protocol import canonical
+from protocol.blobs import digest_of
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
@@ -64,7 +66,14 @@ class Coordinator:
 
     async def heartbeat(self, beat, *, wait_seconds):
         said = {"head_round": beat.head.round, "epoch": beat.epoch, "branch": beat.branch}
-        said |= {"roster": None, "wanted": (), "renewed": beat.lease_ids, "notice": "", "coordinator_ms": 0}
+        said |= {
+            "roster": None,
+            "wanted": (),
+            "asked": (),
+            "renewed": beat.lease_ids,
+            "notice": "",
+            "coordinator_ms": 0,
+        }
         said |= {"finished": False, "rollbacks": (), "silent_epoch": None, "astray_from": None}
         return News(**said | self.news)
 
@@ -94,7 +103,8 @@ class Stand:
         fields = {"head": HEAD, "digest": Digest("11" * 32), "consumed": Consumed()}
         self.decider.begin(Rounds(**fields | state))
         self.lost = []
-        self.passed_on = []
+        self.passed_on, self.tasks = [], []
+        self.brought = Brought(folder / "brought")
         self.liaison = Liaison(
             self.coordinator,
             SimpleNamespace(online=True, life=1, opened=SimpleNamespace(manifest=SignedManifest(MANIFEST, "s"))),
@@ -104,11 +114,15 @@ class Stand:
             blobs=SimpleNamespace(has=lambda digest: True, read=self._rotten),
             courier=SimpleNamespace(engine=None),
             supply=SimpleNamespace(lease_ids=("1", "2"), lose=self.lost.append),
-            workbench=SimpleNamespace(trainer=None),
+            workbench=SimpleNamespace(trainer=None, brought=self.brought),
             tally=Tally(),
-            spawn=lambda work: None,
+            spawn=self._spawn,
             pass_on=self.passed_on.append,
         )
+
+    def _spawn(self, work):
+        if work is not None:
+            self.tasks.append(asyncio.ensure_future(work))
 
     def _rotten(self, digest):
         raise Refused(Code.BLOB_CORRUPT, "it has changed on disk")
@@ -281,3 +295,15 @@ async def test_reports_on_their_way_are_bounded(tmp_path):
     for number in range(REPORTS_MAX + 5):
         stand.liaison.report(Evidence(replace(SAID, signature=f"{number:0128x}"), SAID))
     assert len(begun) == REPORTS_MAX
+
+
+async def test_what_was_brought_to_the_newest_rounds_is_shown_when_it_is_asked_for_and_no_more(tmp_path):
+    stand = Stand(tmp_path)
+    updates = [bytes([number]) * 100 for number in range(KEPT + 1)]
+    for data in updates:
+        stand.brought.keep(data)
+    stand.coordinator.news = {"asked": tuple(map(digest_of, [*updates, b"another's"]))}
+    await stand.liaison.beat()
+    await asyncio.gather(*stand.tasks)
+    assert stand.coordinator.calls == [digest_of(data) for data in updates[1:]]
+    assert Brought(tmp_path / "brought").read(digest_of(updates[-1])) is None  # a new process begins empty

@@ -12,9 +12,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import grpc
+import numpy as np
 import pytest
 
 from coordinator import service as door
+from coordinator.auditor import Auditor
 from coordinator.core import machine, quotas
 from coordinator.core.strikes import Kind
 from coordinator.service import ALIVE_SECONDS, CoordinatorService, distinct_name, generated_name, serve, visible
@@ -25,6 +27,7 @@ from node.link import Beat, Door, Link
 from node.membership import STANDING, Membership
 from protocol import canonical, contribution, identity, invite, tls
 from protocol.blobs import BlobStore, digest_of
+from protocol.codec import codec
 from protocol.contribution import grant_of
 from protocol.errors import Code, Exit, Refused
 from protocol.identity import Key, peer_id_of
@@ -60,6 +63,7 @@ from protocol.v1 import barnraise_pb2 as wire
 
 GENESIS = "11" * 32
 PARAMETERS = 65536
+NOTHING = digest_of(b"an update")
 DAY_MS = 86_400_000
 
 
@@ -128,6 +132,22 @@ class RealDesk:
         )
         self.events, self.effects = [], []
         self.news = asyncio.Event()
+        self.auditor = self.audits(share=0.0)
+
+    def audits(self, share):
+        """An auditor without an evaluator: it asks, and measures nothing."""
+        return Auditor(
+            self.folder / "audits",
+            self.manifest.manifest,
+            self.shards,
+            codec("int4"),
+            share=share,
+            archive=self.blobs,
+            evaluator=lambda: None,
+            heard_ms=lambda node: 0.0,
+            now_ms=self.now_ms,
+            accuse=lambda accusation: None,
+        )
 
     def base(self):
         return self.checkpoint
@@ -160,6 +180,7 @@ class RealDesk:
                 case machine.SaveEntry(entry):
                     credit = {c.node: c.tokens for c in entry.record.contributions}
                     self.store.append_entry(entry, credit, self.state.leases)
+                    self.auditor.certified(entry.record)
                 case machine.Announce():
                     self.announce()
         return effects
@@ -243,14 +264,14 @@ class World:
         assert news.roster is not None
         return link, news.roster.roster
 
-    def decide(self, link, roster, parts, lease):
+    def decide(self, link, roster, parts, lease, update=NOTHING):
         """The next record, certified by this one node."""
         head, node = self.desk.state.head, link._key.public
         named = tuple(
             Part(i, i * 65536, (i + 1) * 65536, digest_of(data), len(data), node, (node,))
             for i, data in enumerate(parts)
         )
-        told = Contribution(node, 16, (lease.range,), (grant_of(lease),), digest_of(b"an update"))
+        told = Contribution(node, 16, (lease.range,), (grant_of(lease),), update)
         told = contribution.sign(link._key, self.desk.run, head.round, head.hash, told)
         record = Record(self.desk.run, head.round, head.hash, roster.epoch, node, (told,), named, GENESIS)
         ballot, digest = Ballot(roster.epoch, 0), record_hash(record)
@@ -1354,6 +1375,31 @@ async def test_wrong_uploads_are_refused_and_leave_nothing(world):
     assert world.desk.state.wanted
     assert list((world.desk.folder / "blobs" / "partial").iterdir()) == []
     assert await link.upload_part(digest, part)
+
+
+async def test_what_a_member_is_asked_to_show_is_taken_from_it_alone_and_is_served_to_nobody(world):
+    world.desk.auditor = auditor = world.desk.audits(share=1.0)
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(8)
+    shown = codec("int4").encode(np.ones(PARAMETERS, np.float32))
+    digest = digest_of(shown)
+    entry = world.decide(link, roster, [b"x" * 9], lease, update=digest)
+    assert (await refused(link.upload_part(digest, shown))).reason is Code.BLOB_MISSING  # nobody has asked
+    await link.push_entry(entry)
+    told = Beat("training", epoch=roster.epoch, known_round=1)
+    news = await link.heartbeat(told, wait_seconds=10)
+    assert (news.asked, news.wanted) == ((digest,), (digest_of(b"x" * 9),))
+    stranger = await world.member()
+    assert (await refused(stranger.upload_part(digest, shown))).reason is Code.BLOB_MISSING
+    assert (await stranger.heartbeat(Beat("joining"))).asked == ()
+    assert (await refused(link.upload_part(digest, shown[1:]))).reason is Code.FIELD
+    assert (await refused(link.upload_part(digest, shown[:-1] + b"\1"))).reason is Code.BLOB_CORRUPT
+    assert await link.upload_part(digest, shown)
+    assert auditor.blobs.read(digest) == shown and not world.desk.blobs.has(digest)
+    assert (await link.heartbeat(told)).asked == ()
+    assert (await refused(link.upload_part(digest, shown))).reason is Code.BLOB_MISSING
+    call = stranger._stub.ReadBlob(wire.ReadBlobRequest(digest=digest), metadata=stranger._metadata())
+    assert (await status_of(call.read()))[1] == Code.BLOB_MISSING.code
 
 
 async def test_two_uploads_of_one_part_at_once_store_it_once(world):

@@ -1,0 +1,235 @@
+"""Audits of training: who is asked, what a measurement says, when it counts."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from coordinator.core import audits
+from coordinator.core.audits import Ask, Audits, Broken, Kind, Measured, Rules
+from protocol.types import Contribution, DataRange, Digest, Epoch, NodeId, Record, RoundNumber, RunId
+
+NOTHING = Digest("0" * 64)
+RULES = Rules(0.2, NOTHING)
+NODES = [NodeId(f"node{number}") for number in range(8)]
+
+
+def measured(own, more, *, whole=None, error=0.003):
+    """In nats per token; the whole of it gains as much as the step, if nothing else is said."""
+    return Measured(own, error, own if whole is None else whole, error, more, error, more, error)
+
+
+HONEST = measured(0.03, 0.018)
+HARMFUL = measured(-0.03, -0.001)
+TOO_LONG = measured(0.03, 0.018, whole=-5.0)
+NO_NUMBER = measured(0.03, 0.018, whole=math.nan)
+ZERO = measured(0.0, 0.0, error=0.0)
+STRANGER = measured(0.02, 0.0)  # it makes the model better, and knows nothing of its data
+LITTLE = measured(0.001, 0.0)
+
+
+def record(number, members=NODES, updates=None, sequences=32):
+    contributions = tuple(
+        Contribution(
+            node,
+            sequences * 64,
+            (DataRange(number, Digest("5" * 64), 1000 * index, 1000 * index + sequences),),
+            update=(updates or {}).get(node, Digest(f"{number:04x}{index + 1:060x}")),
+        )
+        for index, node in enumerate(members)
+    )
+    return Record(RunId("run"), RoundNumber(number), NOTHING, Epoch(0), members[0], contributions, (), NOTHING)
+
+
+def play(results, rounds, *, rules=RULES, seed=0, updates=lambda number: None, judged=None):
+    """Every audit is answered in its own round; what a node brings is told by `results`, honest if it is not there."""
+    luck, state, accused = random.Random(seed), Audits(), []
+    count = dict.fromkeys(NODES, 0)
+    for number in range(rounds):
+        out = {each.node for each in accused}
+        here = [node for node in NODES if node not in out]
+        state, found = audits.certified(state, record(number, here, updates(number)), rules)
+        accused += found
+        for ask in state.open:
+            count[ask.node] += 1
+            result = results.get(ask.node, HONEST)
+            result = result(number) if callable(result) else result
+            state, accusation = audits.measured(state, ask, result, rules, luck.random())
+            accused += [accusation] if accusation else []
+    return state, accused, count
+
+
+def test_everybody_is_audited_once_in_a_period_at_a_time_that_luck_chooses():
+    times = {node: [] for node in NODES}
+    luck, state = random.Random(1), Audits()
+    for number in range(400):
+        state, _ = audits.certified(state, record(number), RULES)
+        for ask in state.open:
+            times[ask.node].append(number)
+            state, _ = audits.measured(state, ask, HONEST, RULES, luck.random())
+    for node in NODES:
+        gaps = {later - earlier for earlier, later in zip(times[node][3:], times[node][4:], strict=False)}
+        assert max(gaps) <= RULES.period + 1  # where more are due than one round may have, the last waits a round
+        assert len(gaps) >= RULES.period - 2  # none can be counted on
+    assert sum(map(len, times.values())) / (400 * len(NODES)) == pytest.approx(RULES.share, abs=0.02)
+
+
+def test_a_crowd_of_newcomers_is_spread_over_several_rounds():
+    state, _ = audits.certified(Audits(), record(0), RULES)
+    assert len(state.open) == RULES.most(8) == 4
+    assert len({ask.node for ask in state.open}) == 4
+
+
+def test_no_honest_member_is_ever_accused():
+    _, accused, _ = play({}, 500)
+    assert accused == []
+
+
+@pytest.mark.parametrize(("result", "most"), [(HARMFUL, 5), (TOO_LONG, 5), (NO_NUMBER, 5), (ZERO, 8), (STRANGER, 8)])
+def test_a_newcomer_that_harms_is_out_after_two_audits_and_an_idle_one_after_four(result, most):
+    state, accused, count = play({NODES[6]: result, NODES[7]: result}, 20)
+    assert {each.node for each in accused} == {NODES[6], NODES[7]}
+    assert all(each.kind is Kind.POINTS and not each.proved and each.round <= most for each in accused)
+    assert sum(state.histories[NODES[7]].points) == audits.POINTS_MAX
+    assert count[NODES[7]] <= (5 if result in (ZERO, STRANGER) else 3)  # the first may come before others are known
+
+
+def test_one_that_turns_late_is_out_within_ten_rounds_of_harm():
+    for seed in range(50):
+        _, accused, _ = play({NODES[7]: lambda number: HARMFUL if number >= 30 else HONEST}, 60, seed=seed)
+        (accusation,) = accused
+        assert 30 <= accusation.round < 30 + RULES.period + 2
+
+
+def test_one_bad_audit_is_forgotten():
+    bad = {40, 60, 80}
+    _, accused, _ = play({NODES[3]: lambda number: ZERO if number in bad else HONEST}, 120, rules=Rules(1.0, NOTHING))
+    assert accused == []
+
+
+def test_where_others_gain_nothing_either_nobody_is_judged():
+    results = dict.fromkeys(NODES, HARMFUL)
+    assert play(results, 50)[1] == []
+    results = dict.fromkeys(NODES[:7], LITTLE) | {NODES[7]: HARMFUL}
+    assert play(results, 50)[1] == []
+
+
+def test_where_whole_contributions_of_all_overshoot_only_the_step_counts():
+    overshooting = measured(0.03, 0.018, whole=-0.1)
+    assert play(dict.fromkeys(NODES, overshooting), 50)[1] == []
+
+
+def test_a_trace_is_missed_only_where_the_others_leave_a_clear_one():
+    faint = measured(0.03, 0.006)
+    results = dict.fromkeys(NODES, faint) | {NODES[7]: STRANGER}
+    assert play(results, 50)[1] == []
+
+
+def test_bytes_that_nobody_reads_are_a_proof_for_its_author_has_signed_them():
+    state, _ = audits.certified(Audits(), record(0), RULES)
+    ask = state.open[0]
+    _, accusation = audits.measured(state, ask, Broken("int4 update holds a scale that is NaN"), RULES, 0.5)
+    assert accusation is not None and accusation.proved and accusation.kind is Kind.BROKEN
+    assert (accusation.node, accusation.evidence) == (ask.node, ask.update)
+
+
+def test_ones_own_update_a_second_time_is_a_proof():
+    again = Digest("a" * 64)
+    _, accused, _ = play({}, 12, updates=lambda number: {NODES[2]: again} if number in (3, 11) else None)
+    assert [(each.node, each.kind, each.round) for each in accused] == [(NODES[2], Kind.REPLAYED, 11)]
+
+
+def test_zeros_again_are_no_replay():
+    _, accused, _ = play({}, 12, updates=lambda number: {NODES[2]: NOTHING})
+    assert accused == []
+
+
+def test_who_brings_what_another_had_brought_is_out_after_four_rounds_and_the_other_is_not():
+    def updates(number):
+        return {NODES[7]: Digest(f"{number - 1:04x}{1:060x}")}  # that of node 0 in the round before
+
+    _, accused, _ = play({}, 20, updates=updates)
+    assert [(each.node, each.round) for each in accused] == [(NODES[7], 4)]
+
+
+def test_two_with_one_update_in_one_round_are_both_audited_and_neither_has_a_point():
+    same = Digest("b" * 64)
+    state, _, _ = play({}, 5)
+    state, accused = audits.certified(state, record(5, updates={NODES[1]: same, NODES[2]: same}), RULES)
+    assert accused == ()
+    assert {NODES[1], NODES[2]} <= {ask.node for ask in state.open}
+    assert not any(state.histories[NODES[1]].points) and not any(state.histories[NODES[2]].points)
+
+
+def test_what_is_undone_may_rightly_be_brought_again():
+    again = Digest("a" * 64)
+    state, _ = audits.certified(Audits(), record(3, updates={NODES[2]: again}), RULES)
+    state = audits.gone_back(state, RoundNumber(3))
+    assert state.open == ()
+    _, accused = audits.certified(state, record(3, updates={NODES[2]: again}), RULES)
+    assert accused == ()
+
+
+def test_a_result_of_what_was_undone_meanwhile_counts_for_nothing():
+    state, _ = audits.certified(Audits(), record(3), RULES)
+    ask = state.open[0]
+    state = audits.gone_back(state, RoundNumber(2))
+    assert audits.measured(state, ask, Broken("nonsense"), RULES, 0.5) == (state, None)
+
+
+def test_who_never_shows_what_it_signed_is_accused_and_who_is_gone_is_not():
+    state, accused, number = Audits(), [], 0
+    while not accused:
+        state, _ = audits.certified(state, record(number, NODES[:4]), RULES)
+        for ask in [ask for ask in state.open if ask.node not in NODES[:2]]:
+            state, _ = audits.measured(state, ask, HONEST, RULES, 0.0)
+        state, found = audits.expired(state, RoundNumber(number + 1), heard=[NODES[0]], answered=[])
+        accused += found
+        number += 1
+        assert number < 40
+    assert {each.node for each in accused} == {NODES[0]} and not accused[0].proved
+    assert accused[0].kind is Kind.UNANSWERED
+    assert state.histories[NODES[1]].unanswered == 0  # it was not heard of: its connection is lost, or it has left
+
+
+def test_an_answer_that_waits_for_a_busy_evaluator_is_dropped_and_its_author_stays_due():
+    state, _ = audits.certified(Audits(), record(0), RULES)
+    ask = state.open[0]
+    state, accused = audits.expired(state, RoundNumber(3), heard=NODES, answered=[ask.update])
+    assert state.open == () and accused == ()
+    assert state.histories[ask.node].unanswered == 0 and state.histories[ask.node].due == 0
+
+
+def test_after_a_jump_of_the_loss_everybody_is_due():
+    state, _, _ = play({}, 50)
+    state, _ = audits.certified(audits.alarmed(state), record(50), Rules(0.5, NOTHING))
+    assert {ask.node for ask in state.open} == set(NODES)
+
+
+def test_who_brings_a_handful_of_sequences_is_not_measured():
+    state, _ = audits.certified(Audits(), record(0, sequences=audits.SEQUENCES_MIN - 1), RULES)
+    assert state.open == ()
+
+
+def test_without_a_share_nothing_is_audited():
+    state, _ = audits.certified(Audits(), record(0), replace(RULES, share=0.0))
+    assert state == Audits()
+
+
+def test_a_sample_is_spread_over_all_ranges_and_never_names_other_data():
+    shard = Digest("5" * 64)
+    ranges = (DataRange(0, shard, 10, 20), DataRange(1, shard, 0, 3), DataRange(0, shard, 50, 250))
+    for most, luck in ((64, 0.0), (64, 0.999), (5, 0.3), (1000, 0.7)):
+        chosen = audits.sample(ranges, most, luck)
+        assert sum(len(where) for _, where in chosen) == min(most, 213)
+        for span, where in chosen:
+            assert span in ranges and len(set(where)) == len(where)
+            assert all(span.start <= position < span.stop for position in where)
+    assert len(audits.sample(ranges, 64, 0.5)) == 3
+
+
+def test_an_ask_names_what_its_author_signed():
+    state, _ = audits.certified(Audits(), record(7), RULES)
+    first = record(7).contributions[0]
+    assert state.open[0] == Ask(RoundNumber(7), first.node, first.update, first.ranges)

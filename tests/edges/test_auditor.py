@@ -1,0 +1,178 @@
+"""The auditor with a real evaluator process, and what real training brings: who is accused, and what stays behind."""
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from coordinator.auditor import Auditor
+from coordinator.core.audits import Kind
+from coordinator.evaluation import Evaluator
+from protocol import model, robust
+from protocol.blobs import BlobStore, digest_of
+from protocol.state import initial_state
+from protocol.types import Contribution, Digest, Epoch, Record, RoundNumber, RunId
+from tests.attacks.swarm import HELDOUT, TOKEN_BYTES, Habit, Setting, Text, Worker
+
+SETTING = Setting(nodes=5, hidden=32, steps=40, context=32, rule="mean")
+FLIPPED, ZERO, BROKEN = 3, 4, 2
+ROUNDS = 6
+
+
+class Stand:
+    """Five members who train, and a coordinator's auditor; what it asks for is shown in the same round."""
+
+    def __init__(self, folder):
+        self.text = Text(SETTING, folder)
+        self.archive = BlobStore(folder / "archive")
+        blob = self.archive.put_file(self.text.shard)
+        self.shard = SimpleNamespace(digest=blob.digest, sequences=self.text.sequences)
+        self.state = initial_state(model.initial_vector(SETTING.config, 0), momentum=False)
+        self.workers = [Worker(SETTING, number, self.state, folder, Habit(), None) for number in range(5)]
+        self.manifest = SimpleNamespace(parameters=self.state.params.size, token_bytes=TOKEN_BYTES)
+        self.evaluator, self.accused, self.heard_ms = None, [], 1.0
+        self.auditor = Auditor(
+            folder / "audits",
+            self.manifest,
+            (self.shard,),
+            SETTING.packing.up,
+            share=1.0,
+            archive=self.archive,
+            evaluator=lambda: self.evaluator,
+            heard_ms=lambda node: self.heard_ms,
+            now_ms=lambda: 0.0,
+            accuse=self.accused.append,
+        )
+
+    async def start(self, folder):
+        self.evaluator = await Evaluator.start(
+            folder=folder,
+            model_config=SETTING.config,
+            parameters=self.manifest.parameters,
+            heldout=self.text.heldout,
+            token_bytes=TOKEN_BYTES,
+            context=SETTING.context,
+            sequences=HELDOUT,
+            tokenizer=None,
+        )
+
+    def bring(self, number, steps):
+        """What each has trained, but for those who lie; those who were accused are gone."""
+        up, size = SETTING.packing.up, self.state.params.size
+        out = {each.node for each in self.accused}
+        payloads = {}
+        for index, worker in enumerate(self.workers):
+            if worker.node in out:
+                continue
+            worker.train(self.text, steps, 1.0)
+            payload = worker.bring()
+            if index == FLIPPED:
+                payload = up.encode(-up.decode(payload, size))
+            elif index == ZERO:
+                payload = up.encode(np.zeros(size, np.float32))
+            elif index == BROKEN and number == ROUNDS - 1:
+                payload = b"\xff\xff" + payload[2:]
+            payloads[worker] = payload
+        return payloads
+
+    def record(self, number, payloads):
+        contributions = tuple(
+            Contribution(
+                worker.node,
+                SETTING.context,
+                tuple(replace(span, shard=self.shard.digest) for span in worker.ranges),
+                update=digest_of(payload),
+            )
+            for worker, payload in payloads.items()
+        )
+        leader = contributions[0].node
+        return Record(RunId("run"), RoundNumber(number), Digest(""), Epoch(0), leader, contributions, (), Digest(""))
+
+    async def round(self, number, *, shown=True, steps=1):
+        payloads = self.bring(number, steps)
+        record = self.record(number, payloads)
+        self.auditor.certified(record)
+        self.auditor.keep(RoundNumber(number), self.state.params)
+        good = [payload for payload in payloads.values() if payload[:2] != b"\xff\xff"]
+        for start, mean in robust.means(
+            SETTING.packing.rule, SETTING.packing.up, good, [1] * len(good), self.state.params.size
+        ):
+            self.state.params[start : start + mean.size] -= mean
+        self.auditor.keep(RoundNumber(number + 1), self.state.params)
+        for worker, payload in payloads.items():
+            worker.ranges = []
+            worker.vectors.shared[:] = self.state.params
+            worker.gradient.settle([SimpleNamespace(start=0, stop=self.state.params.size)])
+            worker.learner.merge()
+            if shown and digest_of(payload) in self.auditor.asked(worker.node):
+                self.auditor.blobs.put_bytes(payload)
+        self.auditor.stir()
+        return payloads
+
+    def close(self):
+        for worker in self.workers:
+            worker.close()
+
+
+@pytest.fixture
+def stand(tmp_path):
+    stand = Stand(tmp_path)
+    yield stand
+    stand.close()
+
+
+async def test_real_audits_accuse_who_lies_and_nobody_else(stand, tmp_path):
+    await stand.start(tmp_path)
+    measuring = asyncio.create_task(stand.auditor.run())
+    try:
+        before = await stand.evaluator.loss(stand.state.params)
+        for number in range(ROUNDS):
+            await stand.round(number, steps=3)
+            while stand.auditor._audits.open:
+                await asyncio.sleep(0.01)
+                assert not measuring.done(), measuring
+        assert await stand.evaluator.loss(stand.state.params) < before  # measuring goes on as if nothing had been
+    finally:
+        measuring.cancel()
+        await stand.evaluator.stop()
+    found = {each.node: each.kind for each in stand.accused}
+    nodes = [worker.node for worker in stand.workers]
+    assert found == {nodes[FLIPPED]: Kind.POINTS, nodes[ZERO]: Kind.POINTS, nodes[BROKEN]: Kind.BROKEN}
+    (flipped,) = (each for each in stand.accused if each.node == nodes[FLIPPED])
+    assert flipped.round <= 3 and "raised the loss" in flipped.reason
+    for honest in nodes[:2]:
+        assert stand.auditor._audits.histories[honest].newest.gain > 3
+    left = {path.name for path in (tmp_path / "audits").rglob("*") if path.is_file()}
+    assert left <= {".lock"}, left  # neither states nor answers
+
+
+async def test_a_busy_evaluator_drops_audits_and_who_is_silent_is_warned_only_after_many(stand, tmp_path):
+    for number in range(4):
+        await stand.round(number)
+    audits = stand.auditor._audits
+    assert {ask.round for ask in audits.open} == {1, 2, 3}  # what waits longer is dropped
+    assert all(history.unanswered == 0 for history in audits.histories.values())
+    states = sorted(path.name for path in (tmp_path / "audits").glob("state-*"))
+    assert states == [f"state-{number:012d}" for number in (1, 2, 3, 4)]
+    for number in range(4, 14):
+        await stand.round(number, shown=False)
+        assert len(stand.auditor.blobs.digests()) <= 5 * 2
+    assert {each.kind for each in stand.accused} == {Kind.UNANSWERED}
+
+
+async def test_who_has_lost_its_line_is_not_said_to_be_silent(stand):
+    stand.heard_ms = -1.0
+    for number in range(9):
+        await stand.round(number, shown=False)
+    assert stand.accused == []
+
+
+async def test_a_rollback_leaves_nothing_to_be_measured_of_what_is_undone(stand, tmp_path):
+    for number in range(3):
+        await stand.round(number)
+    stand.auditor.gone_back(RoundNumber(1))
+    assert {ask.round for ask in stand.auditor._audits.open} == {0}
+    assert sorted(path.name for path in (tmp_path / "audits").glob("state-*")) == [f"state-{0:012d}", f"state-{1:012d}"]
+    assert len(stand.auditor.blobs.digests()) <= 5
