@@ -1,11 +1,11 @@
-# Words of this project: setup, demo, test, check, sim, chaos, flood, bench, badinputs, fuzz, proto. Each does the set-up it needs.
+# Words of this project: setup, demo, test, check, sim, chaos, flood, bench, attacks, badinputs, fuzz, proto. Each does the set-up it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PICTURES := .venv/.pictures
 FUZZER := .venv/.fuzzer
 
-.PHONY: setup demo test check sim chaos flood bench badinputs fuzz proto clean
+.PHONY: setup demo test check sim chaos flood bench attacks badinputs fuzz proto clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,6 +45,9 @@ $(PICTURES): $(STAMP)
 
 bench: $(PICTURES)
 	$(BIN)/python -m tests.bench $(if $(PART),--part $(PART)) $(ARGS)
+
+attacks: $(STAMP)
+	$(BIN)/python -m tests.attacks $(ARGS)
 
 badinputs: $(STAMP)
 	$(BIN)/python -m tests.badinputs $(ARGS)

@@ -15,7 +15,6 @@ from typing import Final
 from protocol.types import Digest, Fault, NodeId, RoundNumber
 
 ASIDE_ROUNDS: Final = (10, 40)  # out of the rosters after the first fault and the next: longer than any accident
-NEVER: Final = 1 << 30  # warnings before the first strike
 REMEMBERED_ROUNDS: Final = 400  # a fault longer ago says nothing about the machine of today
 
 
@@ -76,8 +75,8 @@ POLICIES: Final[Mapping[Fault, Policy]] = {
         "Test this machine's memory and its GPU without overclocking, or join with --device cpu.",
     ),
     Fault.WITHHELD: Policy(
-        NEVER,  # a disk may have lost it
-        1,
+        4,  # each is six times in a row, and sets it aside: a disk may be full for a while, and its owner away
+        3,
         "did not show work that it had brought",
         "See that the disk that holds the node's folder has room, and that the line carries uploads.",
     ),

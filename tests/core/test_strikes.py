@@ -93,7 +93,7 @@ def test_a_kick_ends_and_a_ban_does_not():
 def test_the_volunteer_reads_what_it_was_and_what_to_do():
     trail = judge((), Fault.TRAINED_WRONG, 3)
     said = strikes.notice(trail, 5)
-    assert said.startswith("1 strike: in round 3 this node brought work that other machines could not repeat (seen)")
+    assert said.startswith("1 strike: in round 3 this node brought work that does not fit the data it names (seen)")
     assert "left out until round 14" in said and "--device cpu" in said
     assert "left out" not in strikes.notice(trail, 14)
     both = judge(trail, Fault.CONTRADICTED, 9)
