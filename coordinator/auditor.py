@@ -64,6 +64,11 @@ class Auditor:
         self._luck = random.SystemRandom()  # nobody can know beforehand whom it chooses
         self._stirred = asyncio.Event()
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the files lie that the evaluator is to read."""
+        return self._folder, self._archive.folder
+
     def asked(self, node: NodeId) -> tuple[Digest, ...]:
         """What this member is to show now."""
         return tuple(

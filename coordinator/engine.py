@@ -590,6 +590,7 @@ class Coordinator:
             context=manifest.context,
             sequences=spec.evaluate.sequences,
             tokenizer=self.blobs.path(manifest.tokenizer.digest) if manifest.tokenizer else None,
+            audited=self.auditor.folders,
             log=self._folder.log_file("evaluator"),
         )
         self.auditor.stir()

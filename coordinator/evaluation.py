@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,16 +41,19 @@ class Evaluator:
         context: int,
         sequences: int,
         tokenizer: Path | None,
+        audited: Sequence[Path] = (),
         threads: int = 1,
         log: Any = None,
     ) -> Evaluator:
-        """Returns when the model is built and the held-out data read; `folder` takes the shared parameters."""
+        """Returns when the model is built and the held-out data read; `folder` takes the shared parameters.
+
+        `audited`: the folders that the files of an audit's order lie in. Nothing else can be read."""
         handle, name = tempfile.mkstemp(prefix="evaluator-", suffix=".f32", dir=folder)
         try:
             os.truncate(handle, 4 * parameters)
         finally:
             os.close(handle)
-        reads = [path for path in (Path(name), heldout, tokenizer) if path is not None]
+        reads = [path for path in (Path(name), heldout, tokenizer, *audited) if path is not None]
         inside = sandbox.plan(sandbox.Mode.AUTO, sandbox.kernel(), read=reads)
         try:
             child = await Child.start("coordinator.evaluate", log=log, sandbox=inside)

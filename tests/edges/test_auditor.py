@@ -56,6 +56,7 @@ class Stand:
             context=SETTING.context,
             sequences=HELDOUT,
             tokenizer=None,
+            audited=self.auditor.folders,
         )
 
     def bring(self, number, steps):
