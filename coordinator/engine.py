@@ -691,6 +691,7 @@ class Coordinator:
                     "busy_share": node.busy_share,
                     "last_seen_s": self._now() - node.seen if node.seen > 0 else None,
                     "rostered": node.node in rostered,
+                    "held": strikes.standing(state.trails.get(node.node, ()), state.head.round, self.now_ms()),
                 }
                 for node in sorted(state.nodes.values(), key=lambda node: node.name)
             ],

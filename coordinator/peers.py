@@ -12,6 +12,7 @@ from coordinator.core.strikes import Kind, Mark
 from coordinator.output import counted, table_text, when_text
 from protocol import console
 from protocol.errors import Code, Refused
+from protocol.types import RoundNumber
 
 if TYPE_CHECKING:
     from coordinator.store import Store, StoredNode
@@ -59,6 +60,7 @@ def _facts(
         "until_round": aside if aside > head else None,
         "strikes": len(strikes.faults(trail, Kind.STRIKE)),
         "warnings": len(strikes.faults(trail, Kind.WARNING)),
+        "held": strikes.standing(trail, RoundNumber(head), now_ms),
         "trail": [mark_facts(mark) for mark in trail],
     }
 
@@ -86,23 +88,11 @@ def peers_text(found: Sequence[Facts]) -> str:
             console.number_text(each["credit_tokens"]),
             when_text(each["admitted_ms"]),
             each["invite"]["id"][:SHORT_ID] if each["invite"] else "",
-            console.printable(standing_text(each)),
+            console.printable(each["held"]),
         )
         for each in found
     ]
     return table_text(("NAME", "NODE", "TOKENS", "ADMITTED", "INVITE", "STANDING"), rows)
-
-
-def standing_text(each: Facts) -> str:
-    """How a node stands, in a few words; empty for one without a blemish."""
-    counts = (("strikes", "strike"), ("warnings", "warning"))
-    words = [counted(each[many], one) for many, one in counts if each[many]]
-    if each["standing"] == "aside":
-        words.append(f"left out until round {each['until_round']}")
-    if each["standing"] in ("banned", "sent away"):
-        until = f" until {when_text(each['until_ms'])}" if each["until_ms"] is not None else ""
-        words.insert(0, f"{each['standing']}{until}" + (f": {each['reason']}" if each["reason"] else ""))
-    return ", ".join(words)
 
 
 def find(found: Sequence[Facts], which: str) -> Facts:

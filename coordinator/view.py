@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from protocol.types import Rollback
 
-NODES_SHOWN: Final = 100  # with the events, the rollbacks and the sample: a frame of the live stream stays under 64 KiB
+NODES_SHOWN: Final = 80  # with the events, the rollbacks and the sample: a frame of the live stream stays under 64 KiB
 EVENTS_SHOWN: Final = 40
 ROLLBACKS_SHOWN: Final = 10
 SAMPLE_CHARACTERS: Final = 2_000
@@ -82,6 +82,7 @@ _NODE: Final = {
     "credit_tokens": _number,
     "last_seen_s": _number,
     "rostered": _flag,
+    "held": _text(40),  # what is held against it; the events say it in full
 }
 _BYTES: Final = {"per_round": _number, "total": _number, "per_parameter_per_round": _number}
 _EVENT: Final = {"ms": _number, "text": _text(240)}

@@ -116,6 +116,7 @@ class State:
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
     held_since: float | None = None  # since when forgotten promises keep the roster from changing
+    twins: frozenset[frozenset[NodeId]] = frozenset()  # have brought the very same update; told of already
     trails: Mapping[NodeId, tuple[Mark, ...]] = field(default_factory=dict)  # what was ever held against a node
     started: float = -1e9  # when this process began
     tokens: int = 0
@@ -715,6 +716,7 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
     )
     names = len(record.contributions)
     state = _say(state, now, f"round {record.round} certified: {names} nodes, {tokens:,} tokens")
+    state = _notice_twins(state, record, now)
     if run_is_over(state, rules):
         state = _say(state, now, f"the run has reached its {rules.rounds_goal} rounds")
     effects: tuple[Effect, ...] = (SaveEntry(entry, state.leases), Announce())
@@ -724,6 +726,23 @@ def _append(state: State, entry: LogEntry, now: float, rules: Rules) -> Outcome:
         return state, effects
     state, more = _entry(state, following, now, rules)
     return state, effects + more
+
+
+def _notice_twins(state: State, record: Record, now: float) -> State:
+    """Say it once of each two nodes that brought the very same update: one machine may be behind both.
+
+    No strike: nobody can tell which of them has copied the other."""
+    bringers: dict[Digest, list[NodeId]] = {}
+    for contribution in record.contributions:
+        bringers.setdefault(contribution.update, []).append(contribution.node)
+    for update, nodes in bringers.items():
+        twins = frozenset(nodes)
+        if len(twins) < 2 or not update or twins in state.twins:
+            continue
+        names = ", ".join(state.nodes[n].name if n in state.nodes else n[:8] for n in nodes)
+        what = f"the very same update came from {names} in round {record.round}: one machine may be behind them"
+        state = _say(replace(state, twins=state.twins | {twins}), now, what)
+    return state
 
 
 def _folded(state: State, round_number: RoundNumber, digest: Digest, now: float, rules: Rules) -> Outcome:

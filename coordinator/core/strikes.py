@@ -152,14 +152,32 @@ def refusal(mark: Mark, now_ms: int) -> str:
 
 def notice(trail: Trail, head: RoundNumber) -> str:
     """One line for the volunteer; empty for a node without a fault."""
-    counted = [(len(faults(trail, kind)), kind.value) for kind in (Kind.STRIKE, Kind.WARNING)]
-    said = " and ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counted if count)
+    said = " and ".join(filter(None, _counts(trail)))
     found = [mark for mark in current(trail) if mark.fault is not None and mark.kind is not Kind.BAN]
     if not found or found[-1].fault is None:
         return ""
     policy, until = POLICIES[found[-1].fault], aside_until(trail)
     aside = f"; it is left out until round {until}" if until > head else ""
     return f"{said}: in round {found[-1].round} this node {policy.what} ({found[-1].reason}){aside}. {policy.advice}"
+
+
+def _counts(trail: Trail) -> tuple[str, ...]:
+    """How many strikes and warnings, in words; empty for none."""
+    found = ((len(faults(trail, kind)), kind.value) for kind in (Kind.STRIKE, Kind.WARNING))
+    return tuple(f"{count} {word}{'' if count == 1 else 's'}" if count else "" for count, word in found)
+
+
+def standing(trail: Trail, head: RoundNumber, now_ms: int) -> str:
+    """What is held against a node, in a few words for the researcher; empty for most."""
+    words = []
+    if (mark := shut(trail, now_ms)) is not None:
+        for_how_long = "" if mark.until_ms is None else f" for another {-(-(mark.until_ms - now_ms) // 60_000)} min"
+        what = "banned" if mark.kind is Kind.BAN else "sent away"
+        words.append(f"{what}{for_how_long}" + (f": {mark.reason}" if mark.reason else ""))
+    words += [count for count in _counts(trail) if count]
+    if aside_until(trail) > head:
+        words.append(f"left out until round {aside_until(trail)}")
+    return "; ".join(words)
 
 
 def said(mark: Mark, name: str) -> str:

@@ -54,9 +54,11 @@ function moment(ms) {
 function nodeCells(node) {
   const cell = (label, text, numeric = true) =>
     make("td", { role: "cell", "data-label": label, ...(numeric && { class: "n" }) }, text);
+  const state = cell("State", make("bdi", {}, node.activity), false);
+  if (node.held) state.append(" ", make("small", { class: "held" }, make("bdi", {}, node.held)));
   return [
     make("th", { role: "rowheader", scope: "row" }, make("bdi", {}, node.name || "unnamed"), " ", make("code", {}, node.node)),
-    cell("State", make("bdi", {}, node.activity), false),
+    state,
     cell("Round", show.whole(node.round)),
     cell("Tokens/s", show.whole(node.tokens_per_second)),
     cell("Busy", show.percent(node.busy_share)),

@@ -511,3 +511,17 @@ def test_a_roster_ordered_before_a_rollback_is_none_of_the_new_branch():
     swarm.state = replace(swarm.state, issuing=None, branch=1, rosters=())
     swarm.state, _ = machine.step(swarm.state, RosterSigned(SignedRoster(replace(stale, epoch=5), "s")), 2.0, RULES)
     assert 5 in swarm.state.history and not any(s.roster.epoch == 5 for s in swarm.state.rosters)
+
+
+def test_two_nodes_with_the_very_same_update_are_told_of_once_and_not_struck():
+    swarm = Coordinator().join(A, B, C)
+    for number in range(2):
+        epoch = swarm.state.roster.roster.epoch
+        same = [
+            replace(brings(node, 3 * number + at, 3 * number + at + 1), update=ONE) for at, node in enumerate((A, B))
+        ]
+        other = replace(brings(C, 3 * number + 2, 3 * number + 3), update=ZERO)
+        swarm.see(EntryArrived(swarm.entry(*same, other, signers=(A, B), epoch=epoch)))
+    told = [text for _, text in swarm.state.events if "very same update" in text]
+    assert told == ["the very same update came from node a, node b in round 0: one machine may be behind them"]
+    assert not swarm.state.trails

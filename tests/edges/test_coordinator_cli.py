@@ -554,7 +554,7 @@ def test_peers_are_listed_with_what_is_held_against_them_and_with_whom_they_came
     store.add_marks([mark(names["bob"], Kind.BAN, "it \x1b[2J lied")])
     assert call("peers", "--run", published.path) == 0
     said = capsys.readouterr().out
-    assert re.search(r"ann .* abababab +1 strike, left out until round 13\n", said)
+    assert re.search(r"ann .* abababab +1 strike; left out until round 13\n", said)
     assert re.search(r"bob .* abababab +banned: it .*lied\n", said) and "\x1b" not in said
     assert call("peers", "ls", "--json", "--run", published.path) == 0
     ann, bob, cy = json.loads(capsys.readouterr().out)

@@ -31,6 +31,7 @@ def a_node(**changes):
         "busy_share": 0.9,
         "last_seen_s": 1,
         "rostered": True,
+        "held": "1 strike; left out until round 22",
     }
     return node | changes
 
@@ -368,7 +369,7 @@ async def test_a_view_that_only_ages_is_sent_again(monkeypatch):
 async def test_a_frame_stays_under_64_kib_however_many_nodes_there_are():
     long = "é" * 500
     view = a_view(
-        nodes=[a_node(name=long, activity=long, node=long) for _ in range(10_000)],
+        nodes=[a_node(name=long, activity=long, node=long, held=long) for _ in range(10_000)],
         events=[{"ms": 1, "text": long} for _ in range(10_000)],
         rollbacks=[{"number": 1, "from": 9, "to": 2, "reason": long, "ms": 1} for _ in range(10_000)],
         sample=long * 100,
