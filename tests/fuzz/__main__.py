@@ -13,6 +13,7 @@ import re
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +47,19 @@ def main() -> None:
         parser.error(f"no target {', '.join(sorted(unknown))}")
     names = given.targets or list(TARGETS)
     tallies = {name: Tally() for name in names}
-    left = given.minutes * 60
-    while left > 1 and (going := [name for name in names if not tallies[name].found]):
-        for name in going:
-            spent = turn(name, tallies[name], seconds=max(1, min(TURN_SECONDS, left / len(going))))
-            print(f"{name}: {tallies[name].executions:,} executions", flush=True)
-            left -= spent
+    with suppress(KeyboardInterrupt):  # what was done until then is told
+        fuzz(tallies, seconds=given.minutes * 60)
     print(table(tallies))
     sys.exit(any(tally.found for tally in tallies.values()))
+
+
+def fuzz(tallies: dict[str, Tally], *, seconds: float) -> None:
+    """One turn of each target after the other, until so much CPU time is spent; of those without a finding."""
+    while seconds > 1 and (going := [name for name, tally in tallies.items() if not tally.found]):
+        share = max(1, min(TURN_SECONDS, seconds / len(going)))
+        for name in going:
+            seconds -= turn(name, tallies[name], seconds=share)
+            print(f"{name}: {tallies[name].executions:,} executions", flush=True)
 
 
 def turn(name: str, tally: Tally, *, seconds: float) -> float:
