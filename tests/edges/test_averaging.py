@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -568,6 +569,68 @@ async def test_what_a_reducer_keeps_proves_its_mean_right_and_another_wrong(trio
             part = Part(index, start, stop, digest_of(mean), len(mean), key.public, nodes, kept)
             part = sign_part(key, vouched(record, part))
             assert (check_reduction(record, part, evidence, packing) is None) is right
+
+
+async def test_neither_a_weight_of_its_own_nor_a_chunk_too_many_gives_a_member_more_weight(swarm, trio):
+    encoded = [codec("int4").encode(vector) for vector in vectors(2)]
+    member = await swarm.outsider("heavy")
+    engine, spans = trio[0], ((0, VALUES), (VALUES, VALUES))
+    names = (engine.peer, str(member.peer_id))
+    outcomes = []
+    try:
+        await introduce(engine, others=[member])
+        member.roster = {PeerID.from_base58(engine.peer): engine.addresses}
+        for weight, more in ((1.0, 0), (1e9, 0), (-3.0, 0), (math.nan, 0), (0.0, 0), (1.0, 3)):
+            job = job_of(*names, weights=(3, 5), spans=spans, deadline_seconds=60, sender_seconds=20)
+            said = signed_chunks(encoded[1], (0, VALUES), job.group, by=KEYS[str(member.peer_id)])
+            said += [chunk(said[0].tensor_part.buffer)] * more
+            for each in said:
+                each.weight = weight
+            outcome, _ = await asyncio.gather(engine.average(job, encoded[0]), replies(member, engine, said))
+            outcomes.append(outcome)
+    finally:
+        await member.shutdown()
+    assert [(outcome.included, outcome.failed) for outcome in outcomes] == [((0, 1), {})] * len(outcomes)
+    assert all(outcome.parts == outcomes[0].parts for outcome in outcomes)
+
+
+async def test_a_hostile_sparse_contribution_is_left_out_whatever_is_wrong_with_it(swarm, sparse_trio):
+    how = codec("sparse2")
+    encoded = how.encode(vectors(1)[0])
+    rows = CHUNK_VALUES // 4096  # of a chunk: their magnitudes come first, then highs
+    wrong = {
+        "nothing": (0, encoded[:2]),
+        "a NaN magnitude": (0, b"\xff\x7e"),
+        "magnitudes reversed": (0, b"\xff\x3f\x01\0"),
+        "a position too few": (4 * rows, bytes(8)),
+        "positions that do not rise": (4 * rows, b"\xff" * 8 + bytes(8)),
+    }
+    member = await swarm.outsider("sparse liar")
+    engines, size = sparse_trio[:2], how.encoded_bytes(CHUNK_VALUES)
+    try:
+        await introduce(*engines, others=[member])
+        member.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
+        for what, (at, there) in wrong.items():
+            said = encoded[:at] + there + encoded[at + len(there) :]
+            job = job_of(
+                *(engine.peer for engine in engines),
+                str(member.peer_id),
+                spans=((0, VALUES), (VALUES, VALUES), (VALUES, VALUES)),
+                deadline_seconds=40,
+                sender_seconds=PATIENCE_SECONDS,
+            )
+            (signature,) = sign_slices(KEYS[str(member.peer_id)], job.group, said, [(0, VALUES)], how)
+            chunks = [chunk(said[at : at + size], codec_code=CODES["sparse2"]) for at in range(0, len(said), size)]
+            chunks[0].group_id, chunks[0].peer_id = job.group, bytes.fromhex(signature)
+            *outcomes, answers = await asyncio.gather(
+                *(engine.average(job, encoded) for engine in engines), replies(member, engines[0], chunks)
+            )
+            good = what == "nothing"
+            assert outcomes[0].included == ((0, 1, 2) if good else (0, 1)), what
+            assert outcomes[0].parts == outcomes[1].parts and outcomes[0].failed == {}, what
+            assert any(each.code == averaging_pb2.AVERAGED_PART for each in answers) == good, what
+    finally:
+        await member.shutdown()
 
 
 async def test_a_second_stream_of_a_member_is_refused_and_the_first_counts(swarm, trio):
