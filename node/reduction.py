@@ -41,6 +41,9 @@ GATHER_SHARE: Final = 0.5  # of the deadline: sending the means takes as long as
 PIECE_BYTES: Final = 1 << 15
 
 
+Taken = tuple[tuple[int, str, bytes], ...]  # what a mean was made of: each sender, its signature and its slice
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every member of a group knows alike before the first byte is sent."""
@@ -123,9 +126,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         residual_decay: float,
         check_slice: Callable[[int, Digest, str], None],
     ) -> None:
-        self.taken: tuple[
-            tuple[int, str, bytes], ...
-        ] = ()  # what the mean was made of: sender, its signature, its slice
+        self.taken: Taken = ()
         self.signatures: dict[int, str] = {}  # to be set before a sender's last chunk
         self._check_slice = check_slice
         self._hashes = [hashlib.sha256() for _ in weights]
@@ -313,9 +314,11 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
             check_slice=self._check_slice,
         )
 
-    @property
-    def taken(self) -> tuple[tuple[int, str, bytes], ...]:
-        return self.tensor_part_reducer.taken
+    def hand_over(self) -> Taken:
+        """What our mean was made of. It is as large as a contribution, so it is not kept here until the group ends."""
+        taken: Taken = self.tensor_part_reducer.taken
+        self.tensor_part_reducer.taken = ()
+        return taken
 
     @property
     def failed(self) -> dict[int, str]:

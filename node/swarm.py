@@ -30,7 +30,7 @@ from hivemind.utils.asyncio import achain, as_aiter
 
 from node.leftover import Leftover
 from node.p2p import CONNECT_SECONDS, GuardedP2P
-from node.reduction import GroupRunner, Plan
+from node.reduction import GroupRunner, Plan, Taken
 from protocol.address import may_dial
 from protocol.codec import codec
 from protocol.errors import Code, Refused
@@ -181,7 +181,9 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         reason = "given up" if collecting.cancelled() else f"unfinished: {collecting.exception()!r}"
         if (left := runner.leftover) is not None:
             self._leftovers[plan.group] = left
-        evidence = await asyncio.to_thread(self._keep_evidence, plan, runner) if runner.index in parts else None
+        taken, evidence = runner.hand_over(), None
+        if runner.index in parts and is_kept(plan.exchange, self._packing):
+            evidence = await asyncio.to_thread(self._keep_evidence, plan, taken)
         failed = runner.failed
         for index, (start, stop) in enumerate(plan.spans):
             if start < stop and index not in parts:
@@ -197,15 +199,13 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         }
         return outcome, b"".join(parts.values())
 
-    def _keep_evidence(self, plan: Plan, runner: GroupRunner) -> Path | None:
+    def _keep_evidence(self, plan: Plan, taken: Taken) -> Path:
         """Beside the blobs under a name that their store sweeps, should nobody take it over."""
-        if not is_kept(plan.exchange, self._packing):
-            return None
-        signed = tuple(Signature(plan.members[index], signature) for index, signature, _ in runner.taken)
+        signed = tuple(Signature(plan.members[index], signature) for index, signature, _ in taken)
         path = self._blob_dir / f".new-evidence-{plan.group.hex()[:16]}"
         with path.open("wb") as file:
             file.write(header(Basis(plan.attempt, signed)))
-            file.writelines(data for *_, data in runner.taken)
+            file.writelines(data for *_, data in taken)
         return path
 
     def cancel(self, group: bytes) -> None:

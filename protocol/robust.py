@@ -29,10 +29,12 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.codec import Codec, Data, Doubles, Floats, halved
-from protocol.limits import CHUNK_VALUES
+from protocol.limits import CHUNK_VALUES, MEMBERS_MAX
 
 TRIM_SHARE: Final = 0.25  # of the members, at each end: two liars of eight
 CENTERINGS: Final = 3  # each decodes everything again; liars that pull alike move a fourth center by little
+_MAGNITUDE: Final = np.int32(0x7FFFFFFF)  # turned over in what is negative, a float's bits are in the order of floats
+_PLACE_BITS: Final = (MEMBERS_MAX - 1).bit_length()
 _COLUMNS: Final = 4096  # values sorted together: 64 members' fit into a cache
 
 
@@ -50,7 +52,7 @@ def means(
 
     Contributions are encodings of so many values each, which the caller has checked, in the roster's order; all tokens are
     positive. Lengths are those of all the values given."""
-    assert contributions and len(contributions) == len(tokens) and min(tokens) > 0
+    assert 0 < len(contributions) == len(tokens) <= MEMBERS_MAX and min(tokens) > 0
     if rule in (Rule.TRIMMED, Rule.CENTERED) and len(contributions) < 3:
         rule = Rule.CLIP
     match rule:
@@ -105,11 +107,25 @@ def _trimmed(
     for start, pieces in _decoded(codec, contributions, values):
         mean = room[: pieces[0].size]
         for at, rows in _columns(pieces):
-            order = np.argsort(rows, axis=1, kind="stable")[:, cut : members - cut]
-            kept, heavy = np.take_along_axis(rows, order, axis=1).astype(np.float64), weights[order]
-            kept *= heavy
-            mean[at : at + len(rows)] = _added(kept) / _added(heavy)
+            values_left, who = _middle(rows, cut)
+            heavy = weights[who]
+            weighted = values_left.astype(np.float64)
+            weighted *= heavy
+            mean[at : at + len(rows)] = _added(weighted) / _added(heavy)
         yield start, mean
+
+
+def _middle(rows: Floats, cut: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Of each row all values but the least and the largest `cut`, and whose they are. Of equals the first is the least.
+
+    Sorted as whole numbers, the value above and its place below: half the time that argsort takes."""
+    members = rows.shape[1]
+    bits = rows.view(np.int32)
+    keys = (bits ^ (bits >> 31 & _MAGNITUDE)).astype(np.int64) << _PLACE_BITS | np.arange(members)
+    keys.sort(axis=1)
+    kept = keys[:, cut : members - cut]
+    ordered = (kept >> _PLACE_BITS).astype(np.int32)
+    return (ordered ^ (ordered >> 31 & _MAGNITUDE)).view(np.float32), kept & (1 << _PLACE_BITS) - 1
 
 
 def _centered(

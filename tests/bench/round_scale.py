@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import psutil
@@ -56,20 +57,21 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=4_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--codecs", nargs="+", default=["int4", "sparse2"])
+    parser.add_argument("--rules", nargs="+", default=["clip"], help="the robust rules to compare")
     given = parser.parse_args()
     rows = []
-    for name in given.codecs:
-        packing = packing_of(UpdateSection(codec=name))
+    for name, rule in product(given.codecs, given.rules):
+        packing = packing_of(UpdateSection(codec=name, robust=rule))
         for nodes in given.nodes:
             took, busy, sent = asyncio.run(measure(packing, nodes, given.parameters, given.rounds))
             ideal = packing.sent_bytes(given.parameters, nodes)
             rows += [
-                Row(f"{name}, {nodes} peers: time", took * 1000, "ms", digits=0),
+                Row(f"{name}, {rule}, {nodes} peers: time", took * 1000, "ms", digits=0),
                 Row("  processor time of a peer", busy * 1000, "ms", digits=0),
                 Row("  sent by a peer", sent / given.parameters, "bytes/parameter", digits=4),
                 Row("  to what is encoded", sent / ideal, at_most=1.05, digits=3),
             ]
-            print(f"  {name}, {nodes} peers: {took:.2f} s", flush=True)
+            print(f"  {name}, {rule}, {nodes} peers: {took:.2f} s", flush=True)
     show("round_scale", rows, f"{given.parameters:,} parameters, {given.rounds} rounds on loopback.")
 
 
