@@ -243,6 +243,8 @@ def _rosters(books: Books, manifest: Manifest) -> dict[int, Roster]:
         if (roster.run, roster.epoch) != (manifest.run, epoch):
             says = f"roster {roster.epoch} of run {canonical.shown(roster.run)}"
             raise Wrong("rosters", key, says=says, wanted=f"roster {epoch} of run {manifest.run}")
+        if roster.manifest != (promised := genesis_head(manifest).hash):
+            raise Wrong("rosters", key, says=f"manifest {roster.manifest[:12]}", wanted=f"manifest {promised[:12]}")
         if not roster.members:
             raise Wrong("rosters", key, says="nobody", wanted="at least one member")
         if last is not None:

@@ -65,7 +65,8 @@ class Run:
         epoch = len(self.books.rosters) if epoch is None else epoch
         members = tuple(Member(n, peer_id_of(KEYS[n].public_bytes), (), 1000) for n in nodes)
         after = max(self.books.rosters, default=-1)
-        roster = Roster(RUN, epoch, members, 7, floor=self.head.round, branch=self.branch, after=after)
+        manifest = genesis_head(MANIFEST).hash
+        roster = Roster(RUN, epoch, members, 7, self.head.round, self.branch, manifest, after)
         self.change(rosters=self.books.rosters | {epoch: identity.sign_roster(OWNER, replace(roster, **changes))})
 
     def brings(self, node, leases):
@@ -288,7 +289,7 @@ WRONG = {
     "manifest": (lambda books: replace(books, manifest=replace(books.manifest, signature=FORGED)), "meta", "manifest"),
     "manifest of another state": (
         lambda books: replace(books, manifest=identity.sign_manifest(OWNER, replace(MANIFEST, genesis="33" * 32))),
-        "entries", "round 0",
+        "rosters", "epoch 0",
     ),
     "data that nobody was promised": (lambda books: replace(books, shards=SHARDS[::-1]), "shards", "all"),
     # rosters
@@ -298,6 +299,7 @@ WRONG = {
     ),
     "roster of another run": (with_roster(0, run=identity.run_id(OWNER.public, "other")), "rosters", "epoch 0"),
     "roster under another epoch": (with_roster(1, epoch=9), "rosters", "epoch 1"),
+    "roster of a run by another manifest": (with_roster(1, manifest="44" * 32), "rosters", "epoch 1"),
     "roster of nobody": (with_roster(1, members=()), "rosters", "epoch 1"),
     "roster of a branch to come": (with_roster(3, branch=3), "entries", "round 6"),
     "roster of an earlier branch": (with_roster(3, branch=0), "rosters", "epoch 3"),

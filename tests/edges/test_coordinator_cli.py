@@ -760,7 +760,9 @@ def keep_books(folder, store, rounds=4, *, undone=2, later=1, lie_at=None):
     members = tuple(Member(node, peer_id_of(key.public_bytes), (), 1 << 40) for node, key in keys.items())
     head, leases, tokens = genesis_head(manifest), Leases(store.shards()), 0
     story = [*range(rounds), "rollback", *range(later)] if undone else [*range(rounds)]
-    store.save_roster(identity.sign_roster(folder.key(), Roster(manifest.run, 0, members, 5)))
+    store.save_roster(
+        identity.sign_roster(folder.key(), Roster(manifest.run, 0, members, 5, manifest=genesis_head(manifest).hash))
+    )
     epoch = 0
     store.save_evaluation(Evaluation(0, 0, 5.5, None, 1, 2, 10))
     for place, what in enumerate(story):
@@ -775,7 +777,7 @@ def keep_books(folder, store, rounds=4, *, undone=2, later=1, lie_at=None):
             store.save_rollback(identity.sign_rollback(folder.key(), turn), leases)
             head, epoch = head_after(turn), 1
             tokens -= sum(each.tokens for entry in gone for each in entry.record.contributions)
-            roster = Roster(manifest.run, 1, members, 8, floor=to, branch=1)
+            roster = Roster(manifest.run, 1, members, 8, floor=to, branch=1, manifest=genesis_head(manifest).hash)
             store.save_roster(identity.sign_roster(folder.key(), roster))
             state = archive.rebuild(store, blobs, manifest)
             continue

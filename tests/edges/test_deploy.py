@@ -36,6 +36,19 @@ def test_each_side_has_its_files():
     assert [path.suffix for path in DOCKERFILES] == [".coordinator", ".node"]
 
 
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.suffix)
+def test_an_image_installs_nothing_that_was_not_locked_but_torch_from_an_index_that_its_builder_named(dockerfile):
+    (steps,) = [step[1] for step in instructions(dockerfile) if "pip install" in step[1]]
+    get = re.search(r'get="([^"]+)"', steps).group(1)
+    assert get.endswith("--no-deps") and steps.count("pip install") == 1
+    assert re.findall(r"\$get ([^;&]*[^;& ])", steps) == [
+        '-c constraints.txt --index-url "$TORCH_INDEX" torch',
+        "--require-hashes -r torch.lock",
+        "--require-hashes -r requirements.lock",
+        "--no-build-isolation .",
+    ]
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_systemd_has_nothing_to_say_about_a_unit(unit, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from node.brought import KEPT, Brought
 from node.core.rounds import Rounds
+from node.daemon import Daemon
 from node.decider import Decider
 from node.journal import Journal
 from node.liaison import REPORTS_MAX, Liaison
@@ -18,6 +19,7 @@ from protocol.blobs import digest_of
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
+from protocol.messages import LogReply
 from protocol.proof import Evidence, Said
 from protocol.state import Consumed
 from protocol.types import (
@@ -27,6 +29,7 @@ from protocol.types import (
     Head,
     LogEntry,
     Manifest,
+    Member,
     Record,
     Rollback,
     Roster,
@@ -200,6 +203,28 @@ def test_a_roster_is_learned_once_and_passed_on(tmp_path):
     stand.liaison.learn_roster(roster(3))
     assert stand.decider.rounds.rosters == stand.journal.rosters() == {3: roster(3)}
     assert stand.passed_on == [roster(3)]
+
+
+async def test_a_new_roster_goes_to_one_other_member_once_the_engine_may_reach_it():
+    done = []
+
+    async def tell_engine():
+        done.append("engine")
+
+    daemon = SimpleNamespace(
+        _courier=SimpleNamespace(tell_engine=tell_engine),
+        _decider=SimpleNamespace(rounds=Rounds(head=HEAD, digest=Digest("11" * 32), consumed=Consumed())),
+        _manifest=MANIFEST,
+        _me="ash",
+        _send=lambda to, message: done.append((to, message)),
+    )
+    members = tuple(Member(node, f"peer of {node}", (), 1) for node in ("ash", "birch"))
+    signed = SignedRoster(replace(roster(3).roster, members=members), "s")
+    await Daemon._pass_on(daemon, signed)
+    assert done == ["engine", (("birch",), LogReply("run", HEAD.round, "ash", (), (signed,), ()))]
+    alone = SignedRoster(replace(signed.roster, members=members[:1]), "s")
+    await Daemon._pass_on(daemon, alone)
+    assert done[2:] == ["engine"]
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])

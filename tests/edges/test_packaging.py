@@ -60,6 +60,25 @@ def test_every_dependency_has_an_exact_version_among_the_constraints():
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
 
 
+def locked(name):
+    """The packages of a lock file: name, version, hashes."""
+    blocks = re.split(r"\n(?=[a-z])", (ROOT / "deploy" / name).read_text().split("\n", 1)[1].strip())
+    entry = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)[^\\\n]*((?: \\\n    --hash=sha256:[0-9a-f]{64})+)")
+    return [entry.fullmatch(block).groups() for block in blocks]
+
+
+def test_the_images_take_every_package_by_hash_in_the_version_that_was_tested():
+    packages, of_torch = locked("requirements.lock"), locked("torch.lock")
+    names = [name for name, _, _ in packages + of_torch]
+    assert len(set(names)) == len(names)
+    assert {plain(line) for line in PROJECT["dependencies"]} | {"hatchling"} <= set(names)
+    assert all(re.match(r"torch$|triton$|nvidia-|cuda-", name) for name, _, _ in of_torch)
+    constraints = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {name: constraints.get(name, version) for name, version, _ in packages + of_torch} == {
+        name: version for name, version, _ in packages + of_torch
+    }
+
+
 @pytest.mark.parametrize(("script", "target"), PROJECT["scripts"].items())
 def test_every_command_leads_to_a_function(script, target):
     module, function = target.split(":")
