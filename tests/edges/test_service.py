@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from coordinator import service as door
 from coordinator.auditor import Auditor
@@ -410,6 +411,12 @@ async def test_a_ban_ends_a_download_between_two_chunks(world):
     link = await world.member()
     blob = world.desk.blobs.put_bytes(b"large" * 2_000_000)
     world.desk.checkpoint = replace(world.desk.checkpoint, blob=blob)
+    other = await world.member()
+    with capture_logs() as said:
+        await other.fetch_blob(blob, BlobStore(world.desk.folder / "others"))
+        await asyncio.sleep(0.05)
+    (line,) = (each for each in said if each["event"] == "a node has downloaded a blob")
+    assert line["node"] == other._key.public[:16] and line["bytes"] == blob.size
     chunks = link._chunks(blob.digest, 0)
     await anext(chunks)
     world.judge(link, Kind.BAN)
