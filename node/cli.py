@@ -64,6 +64,7 @@ DeviceOption = Annotated[Text, _option("--device", "auto|cpu|cuda[:N]|mps", "Wha
 ThreadsOption = Annotated[Text, _option("--threads", "N", "Most processor threads to use. [all]")]
 BatchOption = Annotated[Text, _option("--batch", "N", "Sequences in one pass. [what fits]")]
 DiskOption = Annotated[Text, _option("--max-disk", "SIZE", "Most disk space to use, such as 5GB.")]
+UpOption = Annotated[Text, _option("--max-up", "MBIT", "Most to send, in Mbit/s. [what the line takes]")]
 ListenOption = Annotated[Text, _option("--listen", "IP:PORT", "Where other nodes connect. [any free port]")]
 RootOption = Annotated[bool, typer.Option("--allow-root", help="Run as root all the same.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
@@ -100,6 +101,7 @@ def join(
     threads: ThreadsOption = None,
     batch: BatchOption = None,
     max_disk: DiskOption = None,
+    max_up: UpOption = None,
     listen: ListenOption = None,
     allow_root: RootOption = False,
     yes: YesOption = False,
@@ -113,6 +115,7 @@ def join(
     if not invite:
         raise Refused(Code.USAGE, "join needs an invite", fix="Run: barnraise join INVITE, or barnraise start")
     flags = {"name": name, "device": device, "threads": threads, "batch": batch, "max_disk": max_disk, "listen": listen}
+    flags["max_up"] = max_up
     found = _checked_invite(" ".join(invite), allow_private=allow_private)
     return _take_part(home_of(home), flags | {"allow_root": allow_root or None}, found, yes=yes, as_json=as_json)
 
@@ -125,12 +128,14 @@ def start(
     threads: ThreadsOption = None,
     batch: BatchOption = None,
     max_disk: DiskOption = None,
+    max_up: UpOption = None,
     listen: ListenOption = None,
     allow_root: RootOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Go on with the run that this node joined before."""
     flags = {"name": name, "device": device, "threads": threads, "batch": batch, "max_disk": max_disk, "listen": listen}
+    flags["max_up"] = max_up
     at = home_of(home)
     if at.remembered() is None:
         raise Refused(Code.NOT_ADMITTED, f"the node in {at.path} has not joined a run")
@@ -268,11 +273,12 @@ def _announce(settings: Settings, invite: Invite | None) -> None:
     size = settings.max_disk_bytes
     disk = "" if size is None else f", at most {console.size_text(size)} ({size:,} bytes)"
     threads = "" if settings.threads is None else f", {settings.threads} threads at most"
+    up = "" if settings.max_up is None else f", at most {settings.max_up:g} Mbit/s"
     rows = [
         ("Run", f"{invite.name}, from {invite.addresses[0]}" if invite is not None else ""),
         ("Files", f"{settings.home}{disk}"),
         ("Trains", f"on device {settings.device}{threads}"),
-        ("Sends", "model updates, training speed, the kind of device" + _named(settings)),
+        ("Sends", "model updates, training speed, the kind of device" + _named(settings) + up),
         ("Shows", "this machine's network address to the run's other nodes"),
         ("Safety", _SAFETY),
         ("", _confinement(settings)),

@@ -25,6 +25,7 @@ from protocol.sandbox import Mode
 
 THREADS_MAX: Final = 4096
 BATCH_MAX: Final = 65536
+MEGABITS_UP_MIN: Final = 1.0  # with less, the archive is filled more slowly than a coordinator waits for
 LISTEN_DEFAULT: Final = "0.0.0.0:0"  # peers connect to it; port 0 is any free one
 MARKER: Final = ".barnraise"  # only a folder with this file in it is ever written to or removed from
 
@@ -50,6 +51,7 @@ class Settings:
     announce: str | None = None  # IP:port at which others reach it, where a router or a cloud has another
     sandbox: Mode = Mode.AUTO  # of the trainer
     allow_root: bool = False
+    max_up: float | None = None  # Mbit/s, to peers and to the coordinator
     hours: tuple[Hours, ...] = ()  # when it may train; none: always
     on_battery: bool = False
 
@@ -353,6 +355,13 @@ def _size(value: object) -> int:
     return parse_size(str(value))
 
 
+def _megabits(value: object) -> float:
+    text = str(value).strip() if isinstance(value, int | float | str) and not isinstance(value, bool) else ""
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) < MEGABITS_UP_MIN:
+        raise _wrong(value, f"a number of Mbit/s from {MEGABITS_UP_MIN} up, such as 5")
+    return float(text)
+
+
 def _listen(value: object) -> str:
     from protocol import address
 
@@ -423,6 +432,7 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "announce": _announce,
     "sandbox": _mode,
     "allow_root": _truth,
+    "max_up": _megabits,
     "hours": _hours,
     "on_battery": _truth,
 }

@@ -62,6 +62,9 @@ from protocol.types import (
 )
 
 IDENTITY: Final = "p2p.identity"
+PEERS_SHARE: Final = (
+    0.75  # of what may be sent: peers take most, the archive at the coordinator a fifth or less of that
+)
 TICK_SECONDS: Final = 0.2
 POLICY_SECONDS: Final = 5.0  # a laptop that is unplugged is quiet within ten
 STATUS_SECONDS: Final = 0.5
@@ -69,6 +72,11 @@ LEAVE_SECONDS: Final = 2.0  # for the coordinator to hear that we go
 POLITE_SECONDS: Final = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
 
 log = structlog.get_logger()
+
+
+def _rate(settings: Settings, share: float) -> float | None:
+    """This share of what the owner lets us send, in bytes per second."""
+    return None if settings.max_up is None else settings.max_up * 1e6 / 8 * share
 
 
 async def run(
@@ -132,7 +140,11 @@ class Daemon:
         self._spec = RunSpec.from_json(manifest.spec)
         self._packing = packing_of(self._spec.update)
         self._home = Home(settings.home)
-        self._blobs = BlobStore(self._home.blobs, settings.max_disk_bytes or BLOB_BYTES_MAX)
+        self._blobs = BlobStore(
+            self._home.blobs,
+            settings.max_disk_bytes or BLOB_BYTES_MAX,
+            beside=partial(hardware.bytes_of, self._home.path, but=self._home.blobs),
+        )
         self._journal = Journal(self._home.journal / manifest.name)
         self._tally = Tally()
         self._witness = witness.Witness()
@@ -205,7 +217,8 @@ class Daemon:
         key = Key.load_or_create(home.key)
         transport = Key.load_or_create(home.transport_key)
         p2pd.write_identity(home.runtime / IDENTITY, libp2p_private_key_bytes(transport))
-        link = Link(Door.of(invite), key=key, transport_key=transport)
+        rate = _rate(settings, 1 - PEERS_SHARE)
+        link = Link(Door.of(invite), key=key, transport_key=transport, upload_bytes_per_second=rate)
         owned.push_async_callback(link.close)
         membership = Membership(key.public, link, invite, settings.name or "", home.journal / invite.name)
         await membership.begin(known=home.remembered() is not None)
@@ -349,6 +362,8 @@ class Daemon:
         before = ""
         while True:
             obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
+            if not obstacle and not self._blobs.has_room(0):
+                obstacle = "this node's files have reached --max-disk"
             if obstacle != before:
                 log.info("policy", obstacle=obstacle or "none")
                 self._decider.post(session.ObstacleChanged(obstacle))
@@ -466,6 +481,7 @@ class Daemon:
                 rendezvous=self._membership.opened.rendezvous,
                 coordinator=self._membership.opened.coordinator,
                 named=self._link.door.names,
+                upload_bytes_per_second=_rate(self._settings, PEERS_SHARE),
                 packing=self._packing,
                 residual_decay=self._spec.update.residual_decay,
                 parameters=self._manifest.parameters,

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def measure(folder: Path, *, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS)
         processor=platform.processor() or platform.machine(),
         system=f"{platform.system()} {platform.release()}",
     )
+
+
+def bytes_of(folder: Path, *, but: Path) -> int:
+    """What the files below a folder take, without those below `but`."""
+    total = 0
+    for at, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if Path(at, each) != but]
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(at, name).lstat().st_size
+    return total
 
 
 def has_room(folder: Path) -> bool:

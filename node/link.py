@@ -24,6 +24,7 @@ import grpc
 import structlog
 
 from node.core.backoff import wait_seconds
+from node.core.pace import Bucket
 from protocol import address, canonical, identity, tls
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, atomic_write, check_digest
 from protocol.contribution import grant_is_genuine, grant_of
@@ -206,7 +207,9 @@ class _Hello:
 class Link:
     """One coordinator, as one node talks to it. Open it first; it opens a lost session again by itself."""
 
-    def __init__(self, door: Door, *, key: Key, transport_key: Key) -> None:
+    def __init__(
+        self, door: Door, *, key: Key, transport_key: Key, upload_bytes_per_second: float | None = None
+    ) -> None:
         self.door = door
         self.peer = peer_id_of(transport_key.public_bytes)
         self._key = key
@@ -214,6 +217,7 @@ class Link:
         self._coordinator = coordinator_key(door.run)
         self._channel: grpc.aio.Channel | None = None
         self._stub: wire_grpc.CoordinatorAsyncStub | None = None
+        self._pace = None if upload_bytes_per_second is None else Bucket(upload_bytes_per_second)
         self._session = ""
         self._host = ""
         self._hello = _Hello("", "", (), "", 0)
@@ -354,6 +358,9 @@ class Link:
         async def chunks() -> AsyncIterator[wire.BlobChunk]:
             for offset in range(0, len(data), BLOB_CHUNK_BYTES):
                 piece = data[offset : offset + BLOB_CHUNK_BYTES]
+                if self._pace is not None:
+                    self._pace, seconds = self._pace.take(len(piece), asyncio.get_running_loop().time())
+                    await asyncio.sleep(seconds)
                 yield wire.BlobChunk(data=piece, offset=offset, digest=digest, size=len(data))
 
         seconds = CALL_SECONDS + len(data) / UPLOAD_BYTES_PER_SECOND_MIN

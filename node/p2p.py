@@ -16,6 +16,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.multiaddr import Multiaddr
 
+from node.core.pace import Bucket
 from protocol import p2pd
 from protocol.errors import Code, Refused
 from protocol.limits import ADDRESSES_MAX, PEER_MESSAGE_BYTES_MAX
@@ -50,6 +51,7 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         self.roster: Mapping[PeerID, tuple[str, ...]] = {}
         self.calls_only = False  # nobody can call us, the roster says: we keep lines open instead
         self.may_dial: Callable[[str], bool] = lambda address: False
+        self.pace: Bucket | None = None  # of all that we send; none: as fast as the line
         self.bytes_sent = self.bytes_received = 0
         self.look_up: Callable[[PeerID], Awaitable[tuple[str, ...]]] | None = None
         self._calls: Counter[PeerID] = Counter()
@@ -201,6 +203,10 @@ class GuardedP2P(P2P):  # type: ignore[misc]
         return receive()
 
     async def _write(self, message: Message, writer: asyncio.StreamWriter) -> None:
+        if self.pace is not None:
+            now = asyncio.get_running_loop().time()
+            self.pace, seconds = self.pace.take(message.ByteSize(), now)
+            await asyncio.sleep(seconds)
         async with asyncio.timeout(STALL_SECONDS):
             await P2P.send_protobuf(message, writer)
         self.bytes_sent += message.ByteSize()

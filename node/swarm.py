@@ -28,6 +28,7 @@ from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, PeerID, Se
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import achain, as_aiter
 
+from node.core.pace import Bucket
 from node.leftover import Leftover
 from node.p2p import CONNECT_SECONDS, GuardedP2P
 from node.reduction import GroupRunner, Plan, Taken
@@ -352,6 +353,8 @@ class Desk:
             await self._channel.send({"number": number, "refused": refused.reason.code, "what": refused.what})
             raise ChannelClosed from refused
         p2p.may_dial = partial(may_dial, coordinator=settings["coordinator"], named=settings["named"])
+        if (rate := settings["upload_bytes_per_second"]) is not None:
+            p2p.pace = Bucket(rate)
         up, down = map(codec, settings["codecs"])
         self._peer = BarnraisePeer(
             p2p,

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -101,15 +101,23 @@ def full_disk_refused(folder: Path, *, fix: str | None = None) -> Iterator[None]
 
 
 class BlobStore:
-    """A folder of files named by their content, at most `bytes_max` in all.
+    """A folder of files named by their content, at most `bytes_max` in all, with what is beside it.
 
     One thread at a time writes through it; any number read. Where two processes write, each counts only its own
     writes towards the cap until it starts anew.
     """
 
-    def __init__(self, folder: Path, bytes_max: int = BLOB_BYTES_MAX, *, full_fix: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bytes_max: int = BLOB_BYTES_MAX,
+        *,
+        full_fix: str | None = None,
+        beside: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.folder = folder
         self.bytes_max = bytes_max
+        self._beside = beside  # bytes of other files that count towards the cap
         self._full_fix = full_fix  # what to do here when the disk is full
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -247,8 +255,9 @@ class BlobStore:
     def _check_room(self, size: int) -> None:
         if not 0 <= size <= min(self.bytes_max, BLOB_BYTES_MAX):
             raise Refused(Code.BLOB_TOO_LARGE, f"blob of {size:,} bytes, the cap is {self.bytes_max:,}")
-        if self.bytes_used + size > self.bytes_max:
-            what = f"{size:,} bytes more than the {self.bytes_used:,} in use pass the cap of {self.bytes_max:,}"
+        in_use = self.bytes_used + self._beside()
+        if in_use + size > self.bytes_max:
+            what = f"{size:,} bytes more than the {in_use:,} in use pass the cap of {self.bytes_max:,}"
             raise Refused(Code.DISK_CAP, what, fix=self._full_fix)
         free = shutil.disk_usage(self.folder).free
         if free - size < DISK_FREE_BYTES_MIN:

@@ -192,6 +192,19 @@ def test_the_store_never_passes_its_cap(tmp_path):
     assert BlobStore(tmp_path / "blobs", 1000).bytes_used == 1
 
 
+def test_what_lies_beside_the_store_counts_towards_its_cap(tmp_path):
+    beside = [0]
+    store = BlobStore(tmp_path / "blobs", 100, beside=lambda: beside[0])
+    store.put_bytes(bytes(50))
+    beside[0] = 40
+    with pytest.raises(Refused, match="11 bytes more than the 90 in use pass the cap of 100"):
+        store.put_bytes(b"x" * 11)
+    store.put_bytes(b"x" * 10)
+    assert store.has_room(0)
+    beside[0] = 41
+    assert not store.has_room(0)
+
+
 def test_a_free_floor_is_left_to_other_programs(store, monkeypatch):
     monkeypatch.setattr(blobs, "DISK_FREE_BYTES_MIN", 1 << 60)
     refused(Code.DISK_CAP, store.put_bytes, b"one")

@@ -117,3 +117,11 @@ def test_what_starts_children_has_no_torch_in_it(module):
 def test_the_process_that_averages_opens_no_device():
     code = "import torch, node.swarm; assert not torch.cuda.is_initialized()"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_what_a_folder_takes_is_counted_without_the_part_that_is_counted_elsewhere(tmp_path):
+    for name, size in (("a", 5), ("b/c", 7), ("blobs/x", 1000), ("blobs/y/z", 1000), ("b/blobs", 11)):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "link").symlink_to("/usr")
+    assert hardware.bytes_of(tmp_path, but=tmp_path / "blobs") == 23, "no link is followed"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -71,6 +72,7 @@ class Swarm:
         listen=(LOCAL,),
         coordinator="127.0.0.1",
         announce=(),
+        upload_bytes_per_second=None,
     ) -> Engine:
         home = self.folder / name
         (home / "blobs").mkdir(parents=True, exist_ok=True)
@@ -84,6 +86,7 @@ class Swarm:
             announce=announce,
             rendezvous=rendezvous,
             coordinator=coordinator,
+            upload_bytes_per_second=upload_bytes_per_second,
             packing=Packing(codec(up), codec(down), rule),
             parameters=VALUES,
             blob_dir=home / "blobs",
@@ -908,6 +911,26 @@ async def test_a_peer_is_not_looked_for_nearer_than_the_coordinator_is(swarm):
         assert (not knocks.empty()) == expected, coordinator
     for door in doors:
         door.close()
+
+
+async def test_an_engine_sends_no_faster_than_its_owner_allows(swarm):
+    """Parts of 400 kB over loopback, at 200 kB a second; one without a cap beside it."""
+    data = os.urandom(400_000)
+    digest = hashlib.sha256(data).hexdigest()
+    asker, taken = await swarm.engine("asker"), {}
+    for name, rate in (("capped", 200_000.0), ("free", None)):
+        giver = await swarm.engine(name, upload_bytes_per_second=rate)
+        try:
+            keep_blob(swarm.folder / name / "blobs", digest, data)
+            await introduce(asker, giver)
+            began = time.monotonic()
+            assert await asker.fetch_part(giver.peer, digest, len(data), timeout_seconds=20) == data
+            taken[name] = time.monotonic() - began
+        finally:
+            await giver.stop()
+    await asker.stop()
+    assert taken["capped"] > 0.9, "the first second's worth goes at once"
+    assert taken["free"] < taken["capped"]
 
 
 async def test_an_engine_that_hangs_is_ended(swarm, monkeypatch):

@@ -460,6 +460,15 @@ def test_root_is_refused_unless_its_owner_insists_and_the_sandbox_stays(tmp_path
     cli._check_user(settings(Home(home), {}))
 
 
+def test_a_cap_on_what_is_sent_is_a_number_of_megabits(tmp_path):
+    assert settings(Home(tmp_path), {"max_up": "2.5"}, {}).max_up == 2.5
+    (tmp_path / "config.toml").write_text("max_up = 20")
+    assert settings(Home(tmp_path), {}, {}).max_up == 20.0
+    for wrong in ("0", "0.9", "-1", "nan", "inf", "1e9", "5MB", ""):
+        with pytest.raises(Refused, match="Mbit/s from"):
+            settings(Home(tmp_path), {"max_up": wrong}, {})
+
+
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
