@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -49,6 +50,7 @@ ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
 PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
 PART_BYTES_PER_SECOND_MIN = 16 << 10  # slower than any line that can take part in a round
 EVIDENCE_KEPT = 2  # of means in records: an audit is ordered while the next round is trained for
+REFUSED_SECONDS = 60.0  # one line about a peer's refused letters, however many come: a log is not theirs to fill
 REDUCED_KEPT = 8  # means of ours, until a record has taken newer ones
 PARTS_AT_ONCE = 8  # half of the calls that a peer answers at once
 
@@ -81,6 +83,7 @@ class Courier:
         self._link = link
         self._decider = decider
         self._key = key
+        self._refused_at: dict[PeerId, float] = {}
         self._group = b""
         self._reduced: deque[tuple[RoundNumber, Digest, bytes]] = deque(maxlen=REDUCED_KEPT)  # our means, their group
         self._store_turn = asyncio.Lock()  # one part at a time is put into the store
@@ -115,9 +118,15 @@ class Courier:
                 if any(run != self._manifest.run for run in signed_of):
                     raise Refused(Code.SIGNATURE, "a roster or rollback of another run")
         except Refused as refused:
-            log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
+            self._note_refused(peer, refused)
             return None
         return message, signature
+
+    def _note_refused(self, peer: PeerId, refused: Refused) -> None:
+        now = time.monotonic()
+        if now - self._refused_at.get(peer, -REFUSED_SECONDS) >= REFUSED_SECONDS:
+            self._refused_at[peer] = now
+            log.warning("a letter was refused", peer=peer[-8:], why=refused.what)
 
     def onward(self, letter: bytes) -> NodeId | None:
         """Whom a letter is to be passed on to: from one that nobody can call to another."""

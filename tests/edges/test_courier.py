@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import structlog
 
 from node import courier as courier_module
 from node import letters
@@ -179,6 +180,15 @@ async def test_a_letter_that_anothers_peer_brings_is_refused(tmp_path):
     for to in (OAK, BIRCH):  # all three can be called: nobody passes anything on
         carried = letters.addressed(letter_of(ASH), to.public)
         assert stand.courier.open(peer_of(BIRCH), carried) is None and stand.courier.onward(carried) is None
+
+
+async def test_a_peer_whose_letters_are_refused_is_a_line_a_minute(tmp_path):
+    stand = with_clients(tmp_path, OAK)
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(100):
+            assert stand.courier.open(peer_of(BIRCH), letter_of(ASH)) is None
+            assert stand.courier.open(peer_of(ASH), b"not a letter") is None
+    assert [line["peer"] for line in lines] == [peer_of(BIRCH)[-8:], peer_of(ASH)[-8:]]
 
 
 async def test_nobody_passes_on_what_its_author_did_not_bring(tmp_path):
