@@ -88,7 +88,7 @@ OPTIONS: Final = (
     ("grpc.default_authority", tls.SERVER_NAME),
     ("grpc.max_receive_message_length", CONTROL_BYTES_MAX + (64 << 10)),
     ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),
-    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_time_ms", 15_000),  # with the 10 s below: a node that has moved is back within 30
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # the one that counts where nothing else comes; gRPC's own is a minute
     ("grpc.max_reconnect_backoff_ms", 10_000),  # gRPC's own two minutes would outlast the outage

@@ -281,13 +281,14 @@ class World:
 
 
 @asynccontextmanager
-async def a_world(tmp_path):
+async def a_world(tmp_path, host="127.0.0.1"):
     desk = RealDesk(tmp_path)
     key, cert = tmp_path / "tls.key", tmp_path / "tls.pem"
     tls.make_certificate(key, cert, [], tls.Owner(desk.key, desk.run, 1000))
     service = CoordinatorService(desk)
-    server = await serve(service, listen="127.0.0.1:0", key=key, certificate=cert)
+    server = await serve(service, listen=f"{host}:0", key=key, certificate=cert)
     world = World(desk, service, server, cert.read_bytes())
+    world.address = f"{host}:{server.port}"
     yield world
     for link in world.links:
         await link.close()
