@@ -22,10 +22,10 @@ from coordinator.core import leases as data
 from coordinator.core.rosters import quorum
 from coordinator.core.strikes import Kind
 from coordinator.evaluation import Evaluator
-from coordinator.folder import Published, RunFolder
+from coordinator.folder import LOG_BYTES_MAX, Published, RunFolder
 from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
-from protocol import address, p2pd
+from protocol import address, console, p2pd
 from protocol.blobs import BlobStore
 from protocol.errors import Code, Refused
 from protocol.exchange import packing_of
@@ -61,6 +61,7 @@ from protocol.types import (
 
 IDENTITY = "p2p.identity"
 TICK_SECONDS = 0.5
+LOG_SECONDS = 60.0  # between two looks at how large the logs are
 MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
 LEASES_OF_A_NODE = 64  # leases that one node may hold at a time
@@ -264,6 +265,7 @@ class Coordinator:
     async def run(self, stopper: Stopper) -> None:
         self._queue_evaluation(self._replica.round)  # first: what nodes have brought meanwhile is folded from here on
         self._spawn(self._tick())
+        self._spawn(self._cap_logs())
         self._spawn(self._carry_out_slow())
         self._spawn(self._evaluate())
         self._spawn(self.auditor.run())
@@ -306,6 +308,11 @@ class Coordinator:
             for order in self.store.open_orders():
                 self._obey(order)
             self.submit(machine.Ticked())
+
+    async def _cap_logs(self) -> None:
+        while True:
+            await asyncio.to_thread(console.cap_logs, self._folder.logs, LOG_BYTES_MAX)
+            await asyncio.sleep(LOG_SECONDS)
 
     def _now(self) -> float:
         return self._clock_start + time.monotonic()

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ _TLS_NAMES: Final = ("localhost",)  # nodes look for none of them: the pin decid
 OURS: Final = ".barnraise"
 
 _LOCK_SECONDS: Final = 0.5  # `runs` holds it for a moment to see whether it is free
-_LOG_BYTES_MAX: Final = 16 << 20  # a log larger than this steps aside at the next start
+LOG_BYTES_MAX: Final = 16 << 20  # then it becomes NAME.log.1, and the one before that goes
 _FIXED: Final = ("model", "data", "train", "rounds", "update")  # sections that the manifest fixes whole
 _FIXED_IN_RUN: Final = ("name", "seed")
 _ADDRESSES: Final = ("listen", "http", "p2p", "addresses")
@@ -166,11 +166,7 @@ class RunFolder:
     def log_file(self, name: str) -> BinaryIO:
         """Open for appending; the caller closes it."""
         self.prepare()
-        path = self.logs / f"{name}.log"
-        with suppress(FileNotFoundError):
-            if path.stat().st_size > _LOG_BYTES_MAX:
-                path.replace(path.with_suffix(".log.1"))
-        return path.open("ab")
+        return (self.logs / f"{name}.log").open("ab")
 
     def key(self) -> Key:
         """The coordinator's identity: it signs everything, and the run is named by it."""

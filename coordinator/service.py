@@ -700,7 +700,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                     await _in_time(context.write(message), until=due)
                     offset += len(chunk)
                     due = min(due + len(chunk) / BYTES_PER_SECOND_MIN, time.monotonic() + CHUNK_SECONDS_MAX)
-            if not self._desk.store.has_part(digest):  # a model, a shard or the tokenizer: few, and worth a line
+            if not request.offset and not self._desk.store.has_part(
+                digest
+            ):  # a model, a shard or the tokenizer: few, and worth a line
                 log.info("a node has downloaded a blob", node=session.node[:16], digest=digest[:16], bytes=size)
 
     def _charge(self, node: NodeId, size: int) -> None:

@@ -78,7 +78,7 @@ def configure_log(*, as_json: bool) -> None:
         stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
         form: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
+        stamp = structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True)
         form = [structlog.processors.format_exc_info, _sentence]
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, stamp, *form],

@@ -18,6 +18,7 @@ from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any, Final, Protocol
 
 from aiohttp import hdrs, web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from jinja2 import DictLoader, Environment, StrictUndefined
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -94,6 +95,7 @@ class Server:
 
 async def serve(source: Source, *, host: str, port: int, hosts: Collection[str] = ()) -> Server:
     """Serve the page. `hosts` are the names, besides localhost and plain addresses, that it answers to."""
+    assert HttpRequestParser is not HttpRequestParserPy, "llhttp reads requests; aiohttp's own parser is more lenient"
     app = create_app(source, hosts=hosts)
     runner = web.AppRunner(
         app,

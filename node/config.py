@@ -32,7 +32,7 @@ MARKER: Final = ".barnraise"  # only a folder with this file in it is ever writt
 _MARKER_TEXT: Final = "This folder belongs to a barnraise node. `barnraise leave --purge` empties it.\n"
 _CONFIG_BYTES_MAX: Final = 1 << 20
 _INTEGER_BITS_MAX: Final = 63  # TOML promises no more, and Python cannot print what hex digits can write
-_LOG_BYTES_MAX: Final = 10 << 20  # then it becomes NAME.log.1, and the one before that goes
+LOG_BYTES_MAX: Final = 10 << 20  # then it becomes NAME.log.1, and the one before that goes
 _DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 _UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
@@ -76,12 +76,8 @@ class Settings:
         return (_multiaddr(self.announce),) if self.announce is not None else ()
 
     def log_file(self, name: str) -> BinaryIO:
-        """Open for appending; the caller closes it. Logs of earlier days do not grow without end."""
-        path = Home(self.home).logs / f"{name}.log"
-        with suppress(FileNotFoundError):
-            if path.stat().st_size > _LOG_BYTES_MAX:
-                path.replace(path.with_suffix(".log.1"))
-        return path.open("ab")
+        """Open for appending; the caller closes it. The daemon caps it while it grows."""
+        return (Home(self.home).logs / f"{name}.log").open("ab")
 
 
 class Stopper:

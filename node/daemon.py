@@ -13,7 +13,7 @@ from typing import IO, Any, Final
 import structlog
 
 from node import hardware, letters
-from node.config import Home, Settings, Stopper
+from node.config import LOG_BYTES_MAX, Home, Settings, Stopper
 from node.control import Control
 from node.core import rounds, schedule, session, witness
 from node.core.rounds import Rounds
@@ -29,7 +29,7 @@ from node.supply import Supply
 from node.training import Event as TrainerEvent
 from node.training import Exited, Failed, OutOfData, Skipped, Stepped
 from node.workbench import Workbench
-from protocol import contribution, p2pd
+from protocol import console, contribution, p2pd
 from protocol import invite as invites
 from protocol.blobs import BlobStore
 from protocol.console import printable
@@ -68,6 +68,7 @@ PEERS_SHARE: Final = (
 TICK_SECONDS: Final = 0.2
 POLICY_SECONDS: Final = 5.0  # a laptop that is unplugged is quiet within ten
 STATUS_SECONDS: Final = 0.5
+LOG_SECONDS: Final = 60.0  # between two looks at how large the logs are
 LEAVE_SECONDS: Final = 2.0  # for the coordinator to hear that we go
 POLITE_SECONDS: Final = 7.0  # Ctrl-C waits so long for the round to end; leaving takes the rest of ten seconds
 
@@ -265,6 +266,7 @@ class Daemon:
         self._spawn(self._prepare())
         self._spawn(self._tick())
         self._spawn(self._keep_policy())
+        self._spawn(self._cap_logs())
         self._spawn(self._stop_when_asked(stopper))
         if self._on_status is not None:
             self._spawn(self._report())
@@ -715,6 +717,11 @@ class Daemon:
                 raise Refused(Code.FIELD, f"no such order: {verb}")
         await asyncio.sleep(2 * TICK_SECONDS)
         return self.status()
+
+    async def _cap_logs(self) -> None:
+        while True:
+            await asyncio.to_thread(console.cap_logs, self._home.logs, LOG_BYTES_MAX)
+            await asyncio.sleep(LOG_SECONDS)
 
     async def _report(self) -> None:
         while not self._ended.done():  # the last word is said by whoever ends the loop

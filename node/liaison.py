@@ -34,6 +34,7 @@ from protocol.types import Digest, Epoch, LogEntry, Part, RoundNumber, SignedRol
 
 FAILURES_BEFORE_ANEW: Final = 3  # in a row, some seconds: a coordinator that was only started again is back by then
 REPORTS_MAX: Final = 64  # one of each member of a roster, while the coordinator is away
+SKEW_SECONDS_MAX: Final = 60.0  # a clock that is set by the network is right to a second
 STUCK_SECONDS: Final = 30.0  # without a record folded: the page that was read may be of a branch that is no more
 
 log = structlog.get_logger()
@@ -260,6 +261,7 @@ class Liaison:
         if news is None:
             return
         self._tally.notice = news.notice or self._tally.notice
+        self._heed_clock(news.coordinator_ms / 1000 - time.time())
         if news.epoch < beat.epoch or news.branch < beat.branch:
             await self._remind(news)
         if news.roster is not None:
@@ -299,6 +301,15 @@ class Liaison:
         finally:
             self._showing.discard(digest)
 
+    def _heed_clock(self, ahead_seconds: float) -> None:
+        """Nothing goes by this machine's clock but dates that people read, and an invite's end. They should know."""
+        wrong = abs(ahead_seconds) > SKEW_SECONDS_MAX
+        if wrong and not self._tally.clock:
+            log.warning("this machine's clock differs from the coordinator's", seconds=round(ahead_seconds))
+        word = "behind" if ahead_seconds > 0 else "ahead of"
+        told = f"this machine's clock is {_span(abs(ahead_seconds))} {word} the coordinator's; training goes on"
+        self._tally.clock = told if wrong else ""
+
     async def _beat(self) -> Beat:
         state, tally, engine, trainer = self._decider.rounds, self._tally, self._courier.engine, self._workbench.trainer
         if engine is not None:
@@ -331,3 +342,10 @@ class Liaison:
         finally:
             answer.cancel()
             changed.cancel()
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"

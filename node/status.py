@@ -30,6 +30,7 @@ class Tally:
     sent: int = 0  # bytes to and from peers
     received: int = 0
     notice: str = ""
+    clock: str = ""  # what is wrong with this machine's clock
 
     def trained(self, stepped: Stepped) -> None:
         """A report without a step in it says nothing about speed or loss."""
@@ -76,7 +77,7 @@ def view(
         "uptime_seconds": round(now - tally.started, 1),
         "download": tally.download,
         "recent": list(tally.recent),
-        "trouble": tally.notice,
+        "trouble": tally.notice or tally.clock,
         "tokens_per_second": stepped.tokens_per_second if stepped else None,
         "loss": stepped.loss if stepped else None,
         "busy_share": trainer.busy_share if trainer else None,

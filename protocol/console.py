@@ -63,6 +63,17 @@ def main(app: typer.Typer, *, program: str, short_help: str, arguments: Sequence
         return Exit.INTERNAL.value
 
 
+def cap_logs(folder: Path, bytes_max: int) -> None:
+    """Let no log that is being written to grow past this: what it holds steps aside, as NAME.log.1.
+
+    Its writers keep their descriptors, and append; a line that comes in between is lost."""
+    for path in folder.glob("*.log"):
+        with suppress(OSError):  # a full disk is no reason to end: the next minute comes
+            if path.stat().st_size > bytes_max:
+                shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+                os.truncate(path, 0)
+
+
 @contextmanager
 def crash_log(path: Path) -> Iterator[None]:
     """Keep the traceback of a surprise in this file, and let the sentence about it name the file."""

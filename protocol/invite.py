@@ -109,7 +109,11 @@ def check(invite: Invite, *, now_ms: int, allow_private: bool = False) -> None:
     """Refuses an invite that is over, or that points into the volunteer's own link (cloud metadata services)."""
     if invite.expired(now_ms):
         ended = datetime.fromtimestamp(invite.expires_ms / 1000, UTC)
-        raise Refused(Code.INVITE_EXPIRED, f"the invite expired on {ended:%Y-%m-%d at %H:%M} UTC")
+        here = datetime.fromtimestamp(min(now_ms, _MS_END - 1) / 1000, UTC)
+        what = (
+            f"the invite expired on {ended:%Y-%m-%d at %H:%M} UTC, and this machine's clock says {here:%Y-%m-%d, %H:%M}"
+        )
+        raise Refused(Code.INVITE_EXPIRED, what)
     for text in invite.addresses:
         found = address.parse(text)
         if found is not None and found.link_local and not allow_private:

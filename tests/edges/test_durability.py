@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -440,6 +441,16 @@ async def test_what_a_rollback_undoes_leaves_no_checkpoint_behind(begun, tmp_pat
         await desk.roll_back(2)
         assert beyond and not any(desk.blobs.has(base.blob.digest) for base in beyond)
         assert all(desk.blobs.has(base.blob.digest) for base in desk.store.bases())
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0, 8 * 3600.0, -40 * 365 * 86400.0])
+async def test_a_jump_of_the_wall_clock_changes_nothing_for_a_running_coordinator(begun, tmp_path, monkeypatch, jump):
+    path = shutil.copytree(begun, tmp_path / "run")
+    async with Desk(path, Nodes(tmp_path / "nodes")) as desk:
+        del desk.coordinator._now  # its own clock, not the test's
+        before, real = desk.coordinator.now_ms(), time.time
+        monkeypatch.setattr(time, "time", lambda: real() + jump)
+        assert 0 <= desk.coordinator.now_ms() - before < 60_000
 
 
 async def goes_on(path, nodes, manifest):

@@ -1,6 +1,7 @@
 """The liaison with a coordinator made of a few lines: in which order a node brings it what it has forgotten."""
 
 import asyncio
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -332,3 +333,24 @@ async def test_what_was_brought_to_the_newest_rounds_is_shown_when_it_is_asked_f
     await asyncio.gather(*stand.tasks)
     assert sorted(stand.coordinator.calls) == sorted(map(digest_of, updates[1:]))
     assert Brought(tmp_path / "brought").read(digest_of(updates[-1])) is None  # a new process begins empty
+
+
+@pytest.mark.parametrize(
+    ("ahead", "told"),
+    [
+        (0.0, ""),
+        (50.0, ""),
+        (-600.0, "10 min ahead of"),
+        (90.0, "90 s behind"),
+        (26 * 3600.0, "26 h behind"),
+        (-40 * 365 * 86400.0, "14,600 days ahead of"),
+    ],
+)
+async def test_a_clock_that_is_wrong_is_said_and_nothing_else_changes(tmp_path, ahead, told):
+    stand = Stand(tmp_path)
+    stand.coordinator.news = {"coordinator_ms": int((time.time() + ahead) * 1000)}
+    await stand.liaison.beat()
+    assert told in stand.liaison._tally.clock and bool(told) == bool(stand.liaison._tally.clock)
+    stand.coordinator.news = {"coordinator_ms": int(time.time() * 1000)}
+    await stand.liaison.beat()
+    assert stand.liaison._tally.clock == ""  # it was set while the node ran

@@ -10,6 +10,7 @@ from test_service import refused, status_of
 
 from coordinator import service as door
 from coordinator.core import quotas
+from coordinator.core.strikes import Kind
 from node import link as links
 from node.link import Beat
 from protocol import tls
@@ -84,20 +85,20 @@ async def test_a_node_that_downloads_the_run_over_and_over_has_to_wait(world, tm
     for number in range(hour // ref.size):
         await thief.fetch_blob(ref, BlobStore(tmp_path / str(number)))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(0.7):
             await thief.fetch_blob(ref, BlobStore(tmp_path / "more"))
     assert world.service.refusals[Code.BUSY.code] >= 1
     await other.fetch_blob(ref, BlobStore(tmp_path / "other"))
 
 
 async def test_a_reader_that_is_too_slow_is_hung_up_on_and_goes_on_later(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(door, "CHUNK_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(door, "CHUNK_SECONDS_MAX", 0.3)
     link = await world.member()
     ref = world.desk.blobs.put_bytes(bytes(24 << 20))  # more than what gRPC and the kernel take at once
     monkeypatch.setattr(world.desk, "checkpoint", world.desk.checkpoint.__class__(0, "", "", ref))
     call = link._stub.ReadBlob(wire.ReadBlobRequest(digest=ref.digest), metadata=link._metadata())
     await call.read()
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(0.8)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         while await call.read() is not grpc.aio.EOF:
             pass
@@ -139,3 +140,10 @@ async def test_a_call_that_does_not_exist_is_unknown_and_anothers_lease_is_not_r
     assert news.renewed == ()
     news = await mine[0].heartbeat(Beat("training", lease_ids=(lease.lease_id,)))
     assert news.renewed == (lease.lease_id,)
+
+
+async def test_who_is_banned_gets_no_more_of_a_model(world, tmp_path):
+    link = await world.member()
+    world.judge(link, Kind.BAN, "it sells the model")
+    refusal = await refused(link.fetch_blob(world.desk.checkpoint.blob, BlobStore(tmp_path / "node")))
+    assert refusal.reason is Code.BANNED

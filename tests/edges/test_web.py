@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -341,6 +342,68 @@ async def test_a_request_out_of_bounds_is_refused_and_the_page_goes_on(request_b
             answer = await raw(client.port, request_bytes)
         assert answer[:12] in (b"", b"HTTP/1.1 " + status, b"HTTP/1.0 " + status)
         assert (await client.get("/healthz")).status == 200
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"POST /api/v1/status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n",
+        b"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n",
+        b"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=["post", "get", "chunked"],
+)
+async def test_a_body_without_end_is_hung_up_on_and_takes_no_memory(monkeypatch, first):
+    monkeypatch.setattr(web, "REQUEST_SECONDS_MAX", 0.5)
+    async with served(FakeSource()) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        writer.write(first)
+        ended = asyncio.create_task(reader.read())
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(8):
+                while not ended.done():
+                    writer.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+                    await writer.drain()
+                    sent += 1024
+                    await asyncio.sleep(0.005)
+        assert ended.done() and sent < 8 << 20
+        writer.close()
+        assert (await client.get("/healthz")).status == 200
+
+
+async def test_a_body_that_says_it_is_compressed_is_never_unpacked():
+    packed = gzip.compress(bytes(1 << 20))
+    async with served(FakeSource()) as client:
+        for path in ("/api/v1/status", "/", "/metrics"):
+            answer = await client.get(path, data=packed, headers={"Content-Encoding": "gzip"})
+            assert answer.status == 200  # a body means nothing here
+        huge = await client.get("/", data=gzip.compress(bytes(2 << 30 >> 8)) * 40, headers={"Content-Encoding": "gzip"})
+        assert huge.status in (200, 413)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /%0d%0aX-Evil:%201 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"GET /api/v1/history?limit=5%0d%0aX-Evil:%201 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: b\rX-Evil: 1\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: localhost\nX-Evil: 1\n\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A : b\r\nConnection: close\r\n\r\n",
+    ],
+    ids=["path", "query", "bare CR", "bare LF", "space before the colon"],
+)
+async def test_a_line_break_in_a_request_never_becomes_one_in_an_answer(request_bytes):
+    async with served(FakeSource()) as client:
+        answer = await raw(client.port, request_bytes)
+        head = answer.partition(b"\r\n\r\n")[0].lower()
+        assert b"\r\nx-evil" not in head
+        assert re.match(rb"http/1.[01] (400|404) ", head)
+
+
+def test_requests_are_read_by_llhttp():
+    assert web.HttpRequestParser is not web.HttpRequestParserPy
+    assert web.HttpRequestParser.__module__ == "aiohttp._http_parser"
 
 
 async def test_a_stream_brings_the_view_at_once_and_at_each_change(monkeypatch):
