@@ -68,14 +68,13 @@ class Evaluation:
             return None
         alone = before - stride * update
         now = [self._losses(alone, *each) for each in (own, others)]
-        whole = self._losses(before - update, *own)
         together = before + stride * (following - before)
         known = [self._losses(together, *each) for each in (own, others)]
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):
             here, there = (old - new for old, new in zip(was, now, strict=True))
             more_here, more_there = (all_of_us - new for all_of_us, new in zip(known, now, strict=True))
-            own_gain, whole_gain = _mean(here), _mean(was[0] - whole)
-            return Measured(*own_gain, *whole_gain, *_difference(here, there), *_difference(more_here, more_there))
+            length = float(np.linalg.norm(update) / np.linalg.norm(following - before))
+            return Measured(*_mean(here), length, *_difference(here, there), *_difference(more_here, more_there))
 
     def audit(self, order: Mapping[str, Any]) -> Mapping[str, float] | None:
         """The gains of an encoded contribution, whose bytes may be anything: the order names files and positions."""

@@ -5,9 +5,10 @@ so nobody knows beforehand who will be. With the state that the round began from
 step of STRIDE times the contribution, in standard errors of their means over sequences (as Gauntlet does with loss
 scores, arXiv 2505.21684):
 
-- `gain`: by how much the loss falls on the data that the contribution names. What was trained on it makes it fall. So
-  does the whole of it, where the others' whole contributions do; one that is a hundred times too long does not.
+- `gain`: by how much the loss falls on the data that the contribution names. What was trained on it makes it fall.
 - `trace`: by how much more it falls there than on text that nobody trained on. Nobody else's work knows this data.
+- `length`: of the contribution, in lengths of the way that the model went in its round: the run's rule has cut down what
+  was too long, so this shows it (under `robust = "mean"` it does not).
 
 It is not trained again to the same bits: a node trains on while a round is decided, with moments that it keeps. One
 machine measures everybody, so that hardware plays no part. What counts against a member is measured against the others:
@@ -31,6 +32,7 @@ from protocol.types import DataRange, Digest, NodeId, Record, RoundNumber
 STRIDE: Final = 0.25  # of a contribution: whole ones of late rounds overshoot alone, as only the mean of all is good
 HARM_ERRORS: Final = -4.0  # standard errors: chance makes so much of one in 30,000 audits
 GAIN_TYPICAL_MIN: Final = 2.0  # of the others: below it a gain says nothing
+LENGTH_MAX: Final = 32  # of 64 contributions at right angles each is 8 times as long as their mean
 CLEAR_MIN: Final = 4.0  # of the others, gain or trace: below it an honest one may be taken for none
 CHANCE_MAX: Final = 1.0  # what has nothing to do with the data gains or shows less in five of six audits
 HARM_POINTS: Final = 2
@@ -74,6 +76,7 @@ class Ask:
     node: NodeId
     update: Digest
     ranges: tuple[DataRange, ...]
+    weight: float = 1.0  # its tokens, in those of the record's mean contribution
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,7 @@ class Measured:
 
     own: float  # gained on its own data by a step of STRIDE times the contribution
     own_error: float
-    whole: float  # by the whole of it
-    whole_error: float
+    length: float  # of the contribution, in those of the way that the model went in its round
     more: float  # than on held-out text
     more_error: float
     against: float  # the same, less what the round's mean gains on each sequence: what all sequences share drops out
@@ -92,10 +94,6 @@ class Measured:
     @property
     def gain(self) -> float:
         return _in_errors(self.own, self.own_error)
-
-    @property
-    def whole_gain(self) -> float:
-        return _in_errors(self.whole, self.whole_error)
 
     @property
     def trace(self) -> float:
@@ -178,7 +176,8 @@ def _choose(state: Audits, record: Record, rules: Rules) -> Audits:
     ]
     due.sort(key=lambda each: (not suspect(state.histories[each.node]), state.histories[each.node].due))
     chosen = due[: rules.most(len(record.contributions))]
-    asks = tuple(Ask(record.round, each.node, each.update, each.ranges) for each in chosen)
+    usual = sum(each.tokens for each in record.contributions) / len(record.contributions)
+    asks = tuple(Ask(record.round, each.node, each.update, each.ranges, each.tokens / usual) for each in chosen)
     return replace(state, open=state.open + asks)
 
 
@@ -213,7 +212,7 @@ def measured(
         reason = f"nobody can read its update: {result.what}"
         state = _with(state, ask.node, replace(history, due=RoundNumber(ask.round + 1)))
         return state, Accusation(ask.node, ask.round, Kind.BROKEN, reason, ask.update)
-    points, what = _judge(result, [other for node, other in state.histories.items() if node != ask.node])
+    points, what = _judge(ask, result, [other for node, other in state.histories.items() if node != ask.node])
     accusation = None
     if points is not None:
         history, accusation = _marked(ask.node, ask.round, history, points, what, ask.update)
@@ -238,15 +237,15 @@ def dropped(state: Audits, ask: Ask) -> Audits:
     return replace(state, open=tuple(other for other in state.open if other != ask))
 
 
-def _judge(result: Measured, others: Iterable[History]) -> tuple[int | None, str]:
+def _judge(ask: Ask, result: Measured, others: Iterable[History]) -> tuple[int | None, str]:
     """Points against it, and why; none where others' work would be no better."""
     known = [other.newest for other in others if other.newest is not None]
     if len(known) < OTHERS_MIN or (gain := median_low(each.gain for each in known)) < GAIN_TYPICAL_MIN:
         return None, ""
     if result.gain < HARM_ERRORS:
         return HARM_POINTS, "its update raised the loss on its own data"
-    if median_low(each.whole_gain for each in known) >= GAIN_TYPICAL_MIN and result.whole_gain < HARM_ERRORS:
-        return HARM_POINTS, "its update was so long that it raised the loss on its own data"
+    if result.length / max(1.0, ask.weight) > LENGTH_MAX >= 4 * median_low(each.length for each in known):
+        return HARM_POINTS, f"its update was {result.length:.0f} times as long as the way that the model went"
     if result.gain <= 0 or (gain >= CLEAR_MIN and result.gain < CHANCE_MAX):
         return IDLE_POINTS, "its update did not lower the loss on its own data"
     if median_low(each.trace for each in known) >= CLEAR_MIN and result.trace < CHANCE_MAX:

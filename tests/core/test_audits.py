@@ -15,15 +15,15 @@ RULES = Rules(0.2, NOTHING)
 NODES = [NodeId(f"node{number}") for number in range(8)]
 
 
-def measured(own, more, *, whole=None, error=0.003):
-    """In nats per token; the whole of it gains as much as the step, if nothing else is said."""
-    return Measured(own, error, own if whole is None else whole, error, more, error, more, error)
+def measured(own, more, *, length=2.0, error=0.003):
+    """In nats per token."""
+    return Measured(own, error, length, more, error, more, error)
 
 
 HONEST = measured(0.03, 0.018)
 HARMFUL = measured(-0.03, -0.001)
-TOO_LONG = measured(0.03, 0.018, whole=-5.0)
-NO_NUMBER = measured(0.03, 0.018, whole=math.nan)
+TOO_LONG = measured(0.03, 0.018, length=100.0)
+NO_NUMBER = measured(math.nan, math.nan)
 ZERO = measured(0.0, 0.0, error=0.0)
 STRANGER = measured(0.02, 0.0)  # it makes the model better, and knows nothing of its data
 LITTLE = measured(0.001, 0.0)
@@ -115,9 +115,16 @@ def test_where_others_gain_nothing_either_nobody_is_judged():
     assert play(results, 50)[1] == []
 
 
-def test_where_whole_contributions_of_all_overshoot_only_the_step_counts():
-    overshooting = measured(0.03, 0.018, whole=-0.1)
-    assert play(dict.fromkeys(NODES, overshooting), 50)[1] == []
+def test_who_brings_more_tokens_may_bring_more_and_where_all_are_long_nobody_is_judged_by_it():
+    assert play(dict.fromkeys(NODES, measured(0.03, 0.018, length=100.0)), 50)[1] == []
+    contributions = list(record(1).contributions)
+    contributions[0] = replace(contributions[0], tokens=50 * contributions[0].tokens)
+    state, _, _ = play({}, 1)
+    state, _ = audits.certified(audits.alarmed(state), replace(record(1), contributions=tuple(contributions)), RULES)
+    heavy = next(ask for ask in state.open if ask.node == NODES[0])
+    assert heavy.weight == pytest.approx(50 * 8 / 57)
+    state, _ = audits.measured(state, heavy, measured(0.03, 0.018, length=100.0), RULES, 0.0)
+    assert not any(state.histories[NODES[0]].points)
 
 
 def test_a_trace_is_missed_only_where_the_others_leave_a_clear_one():
