@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -132,22 +134,8 @@ class Auditor:
 
     async def _measure(self, ask: Ask, evaluator: Evaluator, update: Path) -> None:
         luck = self._luck.random
-        order = {
-            "state": str(self._state(ask.round)),
-            "following": str(self._state(RoundNumber(ask.round + 1))),
-            "update": str(update),
-            "codec": self._codec.name,
-            "token_bytes": self._manifest.token_bytes,
-            "data": self._data(ask, luck()),
-        }
-        try:
-            found = await evaluator.audit(order)
-        except Refused as refused:
-            if refused.reason is not Code.UPDATE_BAD:
-                raise
-            result: Measured | Broken | None = Broken(refused.what)
-        else:
-            result = None if found is None else Measured(**found)
+        with self._held(ask, update) as files:
+            result = await self._result(evaluator, {**files, "data": self._data(ask, luck())})
         if result is None:
             self._audits = audits.dropped(self._audits, ask)
         else:
@@ -155,6 +143,36 @@ class Auditor:
             log.info("audited", round=ask.round, node=ask.node[:16], **_said(result))
             self._tell(() if accusation is None else (accusation,))
         self._tidy()
+
+    @contextmanager
+    def _held(self, ask: Ask, update: Path) -> Iterator[Mapping[str, str]]:
+        """The files of this audit under names of their own: a rollback, or rounds that pass, may drop them meanwhile."""
+        held = {name: self._folder / f"held-{name}" for name in ("state", "following", "update")}
+        try:
+            held["state"].hardlink_to(self._state(ask.round))
+            held["following"].hardlink_to(self._state(RoundNumber(ask.round + 1)))
+            try:
+                held["update"].hardlink_to(update)
+            except OSError:  # the archive lies on another disk
+                shutil.copyfile(update, held["update"])
+            yield {name: str(path) for name, path in held.items()}
+        finally:
+            for path in held.values():
+                path.unlink(missing_ok=True)
+
+    async def _result(self, evaluator: Evaluator, order: Mapping[str, Any]) -> Measured | Broken | None:
+        order = {
+            **order,
+            "codec": self._codec.name,
+            "token_bytes": self._manifest.token_bytes,
+        }
+        try:
+            found = await evaluator.audit(order)
+        except Refused as refused:
+            if refused.reason is not Code.UPDATE_BAD:
+                raise
+            return Broken(refused.what)
+        return None if found is None else Measured(**found)
 
     def _data(self, ask: Ask, luck: float) -> list[Any]:
         """Where the sequences lie that this contribution is measured on."""

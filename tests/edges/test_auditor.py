@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,6 +162,27 @@ async def test_a_busy_evaluator_drops_audits_and_who_is_silent_is_warned_only_af
         await stand.round(number, shown=False)
         assert len(stand.auditor.blobs.digests()) <= 5 * 2
     assert {each.kind for each in stand.accused} == {Kind.UNANSWERED}
+
+
+async def test_what_is_being_measured_stays_readable_though_its_round_is_undone_meanwhile(stand, tmp_path):
+    seen = []
+
+    class Slow:
+        async def audit(self, order):
+            stand.auditor.gone_back(RoundNumber(0))
+            seen.extend(Path(order[name]).stat().st_size for name in ("state", "following", "update"))
+
+    await stand.round(0)
+    await stand.round(1)
+    stand.evaluator = Slow()
+    measuring = asyncio.create_task(stand.auditor.run())
+    await asyncio.sleep(0.1)
+    assert not measuring.done()
+    measuring.cancel()
+    size = 4 * stand.manifest.parameters
+    assert seen == [size, size, stand.auditor.size]
+    assert stand.auditor._audits.open == ()
+    assert not [path.name for path in (tmp_path / "audits").iterdir() if path.is_file()]
 
 
 async def test_who_has_lost_its_line_is_not_said_to_be_silent(stand):
