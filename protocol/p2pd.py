@@ -78,7 +78,11 @@ def socket_folder(runtime_dir: Path) -> Path:
     sweep(runtime_dir)
     if len(os.fsencode(runtime_dir.resolve())) + _SOCKET_NAME_BYTES < SOCKET_PATH_BYTES_MAX:
         return runtime_dir.resolve()
-    short = Path(tempfile.mkdtemp(prefix=_FOLDER))  # 0700
+    try:
+        short = Path(tempfile.mkdtemp(prefix=_FOLDER))  # 0700
+    except OSError as error:
+        fix = "Make room there, set TMPDIR to another folder, or use a --home with a shorter path."
+        raise Refused(Code.HOME_FOREIGN, f"no folder for sockets can be made: {error}", fix=fix) from None
     (runtime_dir / _LINK).symlink_to(short)
     return short
 

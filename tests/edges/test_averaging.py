@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -931,6 +933,23 @@ async def test_an_engine_sends_no_faster_than_its_owner_allows(swarm):
     await asker.stop()
     assert taken["capped"] > 0.9, "the first second's worth goes at once"
     assert taken["free"] < taken["capped"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_temporary_folder_that_takes_no_sockets_is_named(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    home = tmp_path / ("long" * 30)
+    with pytest.raises(Refused, match="no folder for sockets") as caught:
+        p2pd.socket_folder(home)
+    assert "TMPDIR" in caught.value.fix and not list(home.glob("sockets"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile._os, "mkdir", fail)
+    with pytest.raises(Refused, match=os.strerror(number)):
+        p2pd.socket_folder(home)
 
 
 async def test_an_engine_that_hangs_is_ended(swarm, monkeypatch):

@@ -1164,6 +1164,23 @@ async def test_a_heartbeat_without_news_is_answered_after_its_wait(world):
     assert not news.finished
 
 
+@pytest.mark.parametrize("field", ["wanted", "asked"])
+@pytest.mark.parametrize("file", ["../../../../etc/passwd", "/etc/passwd", "node.key", "", "A" * 64])
+async def test_a_coordinator_that_asks_for_a_file_is_told_what_it_may_ask_for(world, monkeypatch, field, file):
+    link, _ = await world.training()
+    honest = CoordinatorService._answer
+
+    def answer(self, *arguments):
+        reply = honest(self, *arguments)
+        getattr(reply, field).append(file)
+        return reply
+
+    monkeypatch.setattr(CoordinatorService, "_answer", answer)
+    refusal = await refused(link.heartbeat(Beat("training")))
+    assert refusal.reason is Code.FIELD and "expected 64 hex digits" in refusal.what
+    assert refusal.reason.exit is Exit.REFUSED, "the node ends with this sentence (node/liaison.py)"
+
+
 async def test_news_that_was_told_is_no_news(world):
     """A part that nobody has must not turn heartbeats into a busy loop."""
     link, roster = await world.training()
