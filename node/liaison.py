@@ -232,13 +232,15 @@ class Liaison:
                 await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load
 
     async def retrying(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Until the coordinator answers."""
+        """Until the coordinator answers, at any address of the invite."""
         failures = 0
         while True:
             try:
+                if failures >= FAILURES_BEFORE_ANEW:
+                    await self._membership.enter()
                 return await work()
             except Refused as refused:
-                if refused.reason is not Code.UNREACHABLE:
+                if refused.reason not in (Code.UNREACHABLE, Code.PIN_MISMATCH):
                     raise
                 self._decider.post(session.LinkLost(refused.what))
                 await asyncio.sleep(wait_seconds(failures=failures, luck=random.random()))  # noqa: S311  # only spreads the load

@@ -102,7 +102,7 @@ class Code(Enum):
     TWO_STORIES = (
         "E-LOG-003",
         Exit.INTEGRITY,
-        "This copy of the log and the coordinator's differ. Nothing was changed; tell the researcher.",
+        "Nothing was changed. Compare what is named here with another volunteer's, and tell the researcher.",
     )
     LEDGER = ("E-LEDGER-001", Exit.INTEGRITY, "Keep a copy of the run's folder as it is, then restore a backup of it.")
     ORDER_REFUSED = ("E-ORDER-001", Exit.REFUSED, "Nothing was changed.")

@@ -22,7 +22,7 @@ from coordinator.core import machine, quotas
 from coordinator.core.strikes import Kind
 from coordinator.service import ALIVE_SECONDS, CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
-from node.core.session import LinkOpened
+from node.core.session import LinkLost
 from node.liaison import Liaison
 from node.link import Beat, Door, Link
 from node.membership import STANDING, Membership
@@ -553,11 +553,13 @@ async def test_the_next_address_is_tried_when_one_is_silent(world):
         assert refusal.reason is Code.UNREACHABLE
 
 
-@pytest.mark.parametrize("second", ["127.0.0.1", "localhost", "::1"])
+@pytest.mark.parametrize(
+    ("second", "starts"), [("127.0.0.1", False), ("localhost", False), ("::1", False), ("127.0.0.1", True)]
+)
 async def test_a_coordinator_that_moves_to_another_of_its_addresses_is_found_again(
-    world, tmp_path, monkeypatch, second
+    world, tmp_path, monkeypatch, second, starts
 ):
-    """By a node that is running, over IPv4, a name or IPv6; the pin is the same."""
+    """By a node that is running or has just been let in, over IPv4, a name or IPv6; the pin is the same."""
     monkeypatch.setattr("node.liaison.wait_seconds", lambda **_: 0.05)
     with socket.socket(socket.AF_INET6 if second == "::1" else socket.AF_INET) as free:
         free.bind((second, 0))
@@ -566,25 +568,29 @@ async def test_a_coordinator_that_moves_to_another_of_its_addresses_is_found_aga
     link = world.link(addresses=(world.address, at))
     membership = Membership(link._key.public, link, invite.decode(world.invite()), "heron", tmp_path / "journal")
     await membership.begin(known=False)
-    spoken = []
+    heard = []
     stand = SimpleNamespace(
         _membership=membership,
-        _decider=SimpleNamespace(session=SimpleNamespace(linked=True), post=spoken.append),
+        _come_back=membership.enter,
+        _decider=SimpleNamespace(session=SimpleNamespace(linked=True), post=heard.append),
         beat=lambda: link.heartbeat(Beat("training")),
     )
-    stand._come_back = membership.enter
-    speaking = asyncio.create_task(Liaison.heartbeat(stand))
     await world.server.stop(None)
-    while not spoken:
+
+    async def read():
+        heard.append(await link.read_log(0))
+
+    calling = asyncio.create_task(Liaison.retrying(stand, read) if starts else Liaison.heartbeat(stand))
+    while not heard:
         await asyncio.sleep(0.01)
     moved = await serve(world.service, listen=at, key=tmp_path / "tls.key", certificate=tmp_path / "tls.pem")
     try:
         async with asyncio.timeout(20):
-            while LinkOpened() not in spoken and not speaking.done():
+            while all(isinstance(each, LinkLost) for each in heard):
                 await asyncio.sleep(0.01)
-        assert not speaking.done()
+        assert starts or not calling.done()
     finally:
-        speaking.cancel()
+        calling.cancel()
         await moved.stop(None)
 
 
