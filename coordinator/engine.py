@@ -52,6 +52,7 @@ from protocol.types import (
     Head,
     LogEntry,
     NodeId,
+    Role,
     Rollback,
     RoundNumber,
     Shard,
@@ -726,6 +727,8 @@ class Coordinator:
         here = sum(1 for node in active if node.node in rostered)
         if here < quorum(len(rostered)):
             return f"waiting for a majority: {here} of {len(rostered)} rostered nodes are here"
+        if all(member.role is Role.CLIENT for member in state.roster.roster.members):
+            return "waiting for a node that the others can call: all are behind routers that let nothing in"
         return f"training with {here} node{'s' if here != 1 else ''}"
 
 

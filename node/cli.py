@@ -66,6 +66,7 @@ BatchOption = Annotated[Text, _option("--batch", "N", "Sequences in one pass. [w
 DiskOption = Annotated[Text, _option("--max-disk", "SIZE", "Most disk space to use, such as 5GB.")]
 UpOption = Annotated[Text, _option("--max-up", "MBIT", "Most to send, in Mbit/s. [what the line takes]")]
 ListenOption = Annotated[Text, _option("--listen", "IP:PORT", "Where other nodes connect. [any free port]")]
+AnnounceOption = Annotated[Text, _option("--announce", "IP:PORT", "What they connect to, if a router forwards that.")]
 RootOption = Annotated[bool, typer.Option("--allow-root", help="Run as root all the same.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 
@@ -103,6 +104,7 @@ def join(
     max_disk: DiskOption = None,
     max_up: UpOption = None,
     listen: ListenOption = None,
+    announce: AnnounceOption = None,
     allow_root: RootOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
@@ -114,7 +116,15 @@ def join(
     """
     if not invite:
         raise Refused(Code.USAGE, "join needs an invite", fix="Run: barnraise join INVITE, or barnraise start")
-    flags = {"name": name, "device": device, "threads": threads, "batch": batch, "max_disk": max_disk, "listen": listen}
+    flags = {
+        "name": name,
+        "device": device,
+        "threads": threads,
+        "batch": batch,
+        "max_disk": max_disk,
+        "listen": listen,
+        "announce": announce,
+    }
     flags["max_up"] = max_up
     found = _checked_invite(" ".join(invite), allow_private=allow_private)
     return _take_part(home_of(home), flags | {"allow_root": allow_root or None}, found, yes=yes, as_json=as_json)
@@ -130,11 +140,20 @@ def start(
     max_disk: DiskOption = None,
     max_up: UpOption = None,
     listen: ListenOption = None,
+    announce: AnnounceOption = None,
     allow_root: RootOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Go on with the run that this node joined before."""
-    flags = {"name": name, "device": device, "threads": threads, "batch": batch, "max_disk": max_disk, "listen": listen}
+    flags = {
+        "name": name,
+        "device": device,
+        "threads": threads,
+        "batch": batch,
+        "max_disk": max_disk,
+        "listen": listen,
+        "announce": announce,
+    }
     flags["max_up"] = max_up
     at = home_of(home)
     if at.remembered() is None:

@@ -14,8 +14,10 @@ import pytest
 from node import cli, screen
 from node.config import MARKER, Home, home_of, settings
 from node.control import Control
+from node.status import _reach
 from protocol import console, identity, invite, sandbox
 from protocol.errors import Code, Refused
+from protocol.types import Member, Role, Roster
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "hivemind", "grpc", "transformers", "numpy", "sqlalchemy", "aiohttp", "cryptography")
@@ -355,6 +357,9 @@ def test_a_bad_config_file_is_refused_by_name(tmp_path, file, code, words):
         ("listen", "0.0.0.0:70000"),
         ("listen", "abc"),
         ("listen", "example.org:5000"),
+        ("announce", "0.0.0.0:5000"),
+        ("announce", "1.2.3.4:0"),
+        ("announce", "example.org:5000"),
         ("device", "gpu"),
         ("device", "cuda:-1"),
         ("batch", "-1"),
@@ -398,6 +403,28 @@ def test_a_port_that_needs_rights_is_refused_with_the_first_that_does_not(tmp_pa
         settings(Home(tmp_path), {"listen": "0.0.0.0:22"}, {})
     assert caught.value.reason.exit.value == 2 and "1024" in caught.value.fix
     assert settings(Home(tmp_path), {"listen": "0.0.0.0:0"}, {}).listen == "0.0.0.0:0"
+
+
+def test_what_is_announced_may_be_a_port_below_1024_as_a_router_forwards_it(tmp_path):
+    assert settings(Home(tmp_path), {"announce": "[2a00:1450::5]:443"}, {}).announce_multiaddrs == (
+        "/ip6/2a00:1450::5/tcp/443",
+    )
+    assert settings(Home(tmp_path), {}, {}).announce_multiaddrs == ()
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        ([Role.PEER, Role.CLIENT], "direct: the other nodes can call this one"),
+        ([Role.CLIENT, Role.PEER], "outbound-only: this node calls the others, and that is enough"),
+        ([Role.CLIENT, Role.CLIENT], "no round can end until one of them has an open port"),
+    ],
+)
+def test_status_says_how_the_node_and_the_others_come_together(roles, said):
+    members = [Member(f"node {index}", f"peer {index}", (), 1, role) for index, role in enumerate(roles)]
+    reach = _reach(Roster("run", 0, tuple(members), 0), "node 0")
+    assert said in "\n".join(screen.status_lines({**STATUS, "reach": reach}))
+    assert _reach(Roster("run", 0, tuple(members), 0), "another") is None
 
 
 def test_without_a_home_folder_one_has_to_be_named(monkeypatch):
