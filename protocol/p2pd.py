@@ -24,6 +24,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 SOCKET_PATH_BYTES_MAX: Final = 104  # sun_path on macOS; Linux has 108
 _SOCKET_NAME_BYTES: Final = len("/p2pclient-") + 11 + len(".sock")
+_CONFIG: Final = Path(__file__).with_name("p2pd.json")  # its flags can only switch on: with -relay=0 it is a relay
 _FOLDER: Final = "barnraise-"
 _LINK: Final = "sockets"  # in the runtime folder: where the sockets are when its own path is too long for them
 
@@ -52,7 +53,7 @@ def write_identity(path: Path, private_key: bytes) -> None:
 def tied(arguments: Sequence[str]) -> list[str]:
     """The same command, as nobody's relay, killed by the kernel when the process that starts it ends, however it ends
     (Linux)."""
-    alone = [*arguments, "-relayService=0"]  # hivemind has no word for it
+    alone = [*arguments, f"-f={_CONFIG}"]
     if sys.platform != "linux":
         return alone
     return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *alone]

@@ -73,7 +73,6 @@ class Swarm:
         rendezvous=(),
         listen=(LOCAL,),
         coordinator="127.0.0.1",
-        announce=(),
         upload_bytes_per_second=None,
     ) -> Engine:
         home = self.folder / name
@@ -85,7 +84,6 @@ class Swarm:
             identity_path=home / "identity",
             run=RUN,
             listen=listen,
-            announce=announce,
             rendezvous=rendezvous,
             coordinator=coordinator,
             upload_bytes_per_second=upload_bytes_per_second,
@@ -95,23 +93,17 @@ class Swarm:
             on_message=lambda peer, envelope: self.heard[name].append((peer, envelope)),
         )
 
-    async def outsider(self, name: str) -> GuardedP2P:
-        """A peer of the test's own making, that can say anything."""
+    async def outsider(self, name: str, *, listen=(LOCAL,), announce=()) -> GuardedP2P:
+        """A peer of the test's own making, that can say anything; the same one again under the same name."""
         home = self.folder / name
-        home.mkdir()
-        (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
-        p2p = await GuardedP2P.start(runtime_dir=home / "run", identity_path=home / "identity", listen=[LOCAL])
+        home.mkdir(exist_ok=True)
+        if not (home / "identity").exists():
+            (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
+        p2p = await GuardedP2P.start(
+            runtime_dir=home / "run", identity_path=home / "identity", listen=listen, announce=announce
+        )
         p2p.may_dial = lambda address: True
         return p2p
-
-
-async def arrives(engine, peer, letter):
-    """Sends until it is taken: lines are opened in the background."""
-    async with asyncio.timeout(10):
-        while True:
-            with contextlib.suppress(Refused):
-                return await engine.send(peer, letter, timeout_seconds=5)
-            await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager
@@ -292,38 +284,6 @@ async def test_in_an_all_gather_everyone_gets_everyones_bytes_and_sends_its_own_
         assert outcome.failed == {} and outcome.included == (index,)
         assert outcome.parts == dict(enumerate(encoded))
         assert outcome.bytes_sent == outcome.bytes_received == 2 * len(encoded[0])
-
-
-async def test_a_client_is_called_over_the_lines_that_it_keeps_open_itself(swarm, trio):
-    letter = barnraise_pb2.PeerEnvelope(kind="Ready", body=bytes(1000)).SerializeToString()
-    client, peers = await swarm.engine("client", listen=()), trio[:2]
-    try:
-        await asyncio.gather(*(engine.set_roster({client.peer: ()}) for engine in peers))
-        with pytest.raises(Refused, match="takes no calls"):
-            await peers[0].send(client.peer, letter, timeout_seconds=5)
-        await client.set_roster({engine.peer: engine.addresses for engine in peers}, calls_only=True)
-        await asyncio.gather(*(arrives(engine, client.peer, letter) for engine in peers))
-        keep_blob(swarm.folder / "client" / "blobs", digest := Digest("5e" * 32), bytes(300_000))
-        assert await peers[1].fetch_part(client.peer, digest, 300_000, timeout_seconds=10) == bytes(300_000)
-    finally:
-        await client.stop()
-    assert {peer for peer, _ in swarm.heard["client"]} == {engine.peer for engine in peers}
-
-
-async def test_a_client_opens_its_line_again_when_the_peer_was_gone(swarm, trio):
-    letter = barnraise_pb2.PeerEnvelope(kind="Ready").SerializeToString()
-    client, peer = await swarm.engine("client", listen=()), await swarm.engine("engine-0")
-    try:
-        roster = {peer.peer: peer.addresses}
-        for _ in range(2):
-            await client.set_roster(roster, calls_only=True)  # as at every tick of LINES_SECONDS
-            await peer.set_roster({client.peer: ()})
-            await arrives(peer, client.peer, letter)
-            await peer.stop()
-            peer = await swarm.engine("engine-0", listen=peer.addresses)
-    finally:
-        await asyncio.gather(client.stop(), peer.stop())
-    assert len(swarm.heard["client"]) == 2
 
 
 async def test_in_an_all_gather_a_member_that_never_comes_costs_only_its_own_part(sparse_trio):
@@ -964,28 +924,6 @@ async def test_an_engine_that_hangs_is_ended(swarm, monkeypatch):
         assert await asyncio.wait_for(engine.closed, 5) == -signal.SIGKILL
     finally:
         await engine.stop()
-
-
-async def test_whether_a_peer_can_be_called_is_found_out_by_a_stranger_to_it(swarm, trio):
-    """The rendezvous itself has a connection to the client, and would find it wherever it is."""
-    home = swarm.folder / "rendezvous"
-    home.mkdir()
-    (home / "identity").write_bytes(libp2p_private_key_bytes(Key.generate()))
-    meeting = await Rendezvous.start(runtime_dir=home / "run", identity_path=home / "identity", run=RUN, listen=[LOCAL])
-    try:
-        client = await swarm.engine("client", listen=(), rendezvous=meeting.addresses)
-        (there,), (elsewhere,) = trio[0].addresses, trio[1].addresses
-        answers = await asyncio.gather(
-            meeting.call(trio[0].peer, ("/ip4/127.0.0.1/tcp/1", there)),
-            meeting.call(trio[0].peer, (elsewhere,)),
-            meeting.call(client.peer, ("/ip4/127.0.0.1/tcp/1",)),
-        )
-        assert answers == [there, "", ""]
-        assert await meeting.call(trio[0].peer, ("/ip4/127.0.0.1/tcp/1",)) == "", "nobody remembers where it was"
-        await client.stop()
-    finally:
-        await meeting.stop()
-    assert list((home / "run").glob("*.sock")) == []
 
 
 def alive(process):

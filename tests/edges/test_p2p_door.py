@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import stat
 import time
 
@@ -16,7 +17,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from coordinator.rendezvous import RECORD_SECONDS_MAX, Rendezvous
 from node.p2p import CALLS_PER_PEER_MAX
-from node.swarm import ADDRESS_CHARACTERS_MAX, BarnraisePeer, _addresses
+from node.swarm import ADDRESS_CHARACTERS_MAX, RECORD_BYTES_MAX, BarnraisePeer, Directory, _addresses
 from protocol import p2pd
 from protocol.errors import Refused
 from protocol.identity import Key, libp2p_private_key_bytes
@@ -44,23 +45,26 @@ async def engine(swarm):
     await engine.stop()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def honest(swarm):
-    engine = await swarm.engine("honest")
-    yield engine
-    await engine.stop()
+@pytest_asyncio.fixture(loop_scope="module")
+async def rostered(swarm, engine):
+    """Two peers of the test's own making, rostered by the engine."""
+    peers = await asyncio.gather(*(swarm.outsider(f"peer-{time.monotonic_ns()}-{index}") for index in range(2)))
+    await engine.set_roster({str(peer.peer_id): peer.addresses() for peer in peers})
+    for peer in peers:
+        peer.roster = {PeerID.from_base58(engine.peer): engine.addresses}
+        await peer.reach(PeerID.from_base58(engine.peer))
+    yield peers
+    await asyncio.gather(*(peer.shutdown() for peer in peers))
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def caller(swarm, engine, honest):
-    """A peer of the test's own making, rostered by the engine."""
-    caller = await swarm.outsider(f"caller-{time.monotonic_ns()}")
-    await engine.set_roster({str(caller.peer_id): caller.addresses(), honest.peer: honest.addresses})
-    await honest.set_roster({engine.peer: engine.addresses})
-    caller.roster = {PeerID.from_base58(engine.peer): engine.addresses}
-    await caller.reach(PeerID.from_base58(engine.peer))
-    yield caller
-    await caller.shutdown()
+async def caller(rostered):
+    return rostered[0]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def honest(rostered):
+    return rostered[1]
 
 
 def grown(engine):
@@ -75,9 +79,17 @@ async def stream_to(caller, engine, method="rpc_message"):
     return reader, writer
 
 
-async def is_taken(engine, to):
+async def send(peer, to):
+    """Whether a letter was taken."""
+    stub = BarnraisePeer.get_stub(peer, PeerID.from_base58(str(to)), namespace=RUN)
+    return [ack async for ack in await stub.rpc_message(as_aiter(LETTER))] != []
+
+
+async def is_taken(peer, engine):
+    """How long a letter takes."""
     began = time.monotonic()
-    await engine.send(to.peer, LETTER.SerializeToString(), timeout_seconds=2 * PROMPT_SECONDS)
+    async with asyncio.timeout(2 * PROMPT_SECONDS):
+        assert await send(peer, engine.peer)
     return time.monotonic() - began
 
 
@@ -101,13 +113,12 @@ async def test_a_header_that_promises_a_tebibyte_ends_the_stream_and_takes_no_me
 async def test_a_member_has_so_many_calls_at_once_and_others_are_answered_meanwhile(engine, caller, honest):
     held = [await stream_to(caller, engine) for _ in range(CALLS_PER_PEER_MAX)]
     await asyncio.sleep(0.5)  # until they are all admitted
-    stub = BarnraisePeer.get_stub(caller, PeerID.from_base58(engine.peer), namespace=RUN)
-    assert [ack async for ack in await stub.rpc_message(as_aiter(LETTER))] == []
+    assert not await send(caller, engine.peer)
     await is_taken(honest, engine)
     for _, writer in held:
         writer.close()
     async with asyncio.timeout(10):
-        while not [ack async for ack in await stub.rpc_message(as_aiter(LETTER))]:
+        while not await send(caller, engine.peer):
             await asyncio.sleep(0.1)
 
 
@@ -145,7 +156,7 @@ async def test_a_flood_of_streams_and_connections_by_strangers_costs_nobody_an_a
 async def test_p2pd_is_started_as_nobodys_relay_and_opens_no_port_of_the_router(engine):
     (daemon,) = psutil.Process(engine.pid).children()
     options = dict(word[1:].split("=", 1) for word in daemon.cmdline() if word.startswith("-") and "=" in word)
-    off = ("relay", "relayService", "autoRelay", "autonat", "natPortMap")
+    off = ("relay", "autoRelay", "autonat", "natPortMap")
     assert {name: options[name] for name in off} == dict.fromkeys(off, "0")
     assert not [word for word in options if word.startswith("dht")]
 
@@ -171,12 +182,14 @@ RESERVE, RESERVED = b"\x02\x08\x00", b"\x28\x64"  # HopMessage: type RESERVE; st
 
 async def reservation(seeker, peer):
     """What a peer answers to somebody who wants to be called by way of it."""
+    answer = b""
     with contextlib.suppress(P2PDaemonError, ConnectionError):  # the protocol is not spoken there
         _, reader, writer = await seeker.call_binary_stream_handler(peer, HOP)
         writer.write(RESERVE)
         async with asyncio.timeout(10):
-            return await reader.read(1000)
-    return b""
+            while RESERVED not in answer and (more := await reader.read(1000)):
+                answer += more
+    return answer
 
 
 async def test_the_sockets_of_p2pd_are_closed_to_other_users(swarm, engine, tmp_path):
@@ -190,13 +203,64 @@ async def test_the_sockets_of_p2pd_are_closed_to_other_users(swarm, engine, tmp_
 
 
 async def test_what_a_node_announces_takes_the_place_of_where_it_listens(swarm):
-    engine = await swarm.engine("announcing", announce=("/ip4/203.0.113.7/tcp/49400",))
+    announced = "/ip4/203.0.113.7/tcp/49400"
+    peer = await swarm.outsider("announcing", announce=[announced])
     try:
-        assert engine.addresses == ("/ip4/203.0.113.7/tcp/49400",)
-        await engine.usage()
-        assert engine.addresses == ("/ip4/203.0.113.7/tcp/49400",)
+        assert peer.addresses() == (announced,)
+        await peer.look_around()
+        assert peer.addresses() == (announced,)
     finally:
-        await engine.stop()
+        await peer.shutdown()
+
+
+# those whom nobody can call
+
+
+async def test_a_client_is_called_over_the_line_that_it_keeps_open_itself(swarm, engine):
+    """And after the peer was gone for a while, over the next one."""
+    client = await swarm.engine("client", listen=())
+    peer = await swarm.outsider("comes-and-goes")
+    where = peer.addresses()
+    try:
+        with pytest.raises(Refused, match="takes no calls"):
+            await peer.reach(PeerID.from_base58(client.peer))
+        for _ in range(2):
+            peer.roster = {PeerID.from_base58(client.peer): ()}
+            await client.set_roster({str(peer.peer_id): where}, calls_only=True)  # as at every tick of LINES_SECONDS
+            async with asyncio.timeout(10):
+                while not await calls_back(peer, client):
+                    await asyncio.sleep(0.1)
+            await peer.shutdown()
+            peer = await swarm.outsider("comes-and-goes", listen=where)
+    finally:
+        await asyncio.gather(client.stop(), peer.shutdown())
+    assert len(swarm.heard["client"]) == 2
+
+
+async def calls_back(peer, client):
+    with contextlib.suppress(Refused):
+        await peer.reach(PeerID.from_base58(client.peer))
+        return await send(peer, client.peer)
+
+
+async def test_whether_a_peer_can_be_called_is_found_out_by_a_stranger_to_it(swarm, meeting, engine, honest):
+    """The rendezvous itself has a connection to the client, and would find it wherever it is."""
+    sockets = swarm.folder / "rendezvous" / "run"
+    before = set(sockets.glob("*.sock"))
+    client = await swarm.outsider("behind-a-router", listen=[])
+    try:
+        assert await client.reached(meeting.addresses[0])
+        (there,), (elsewhere,) = engine.addresses, honest.addresses()
+        answers = await asyncio.gather(
+            meeting.call(engine.peer, ("/ip4/127.0.0.1/tcp/1", there)),
+            meeting.call(engine.peer, (elsewhere,)),
+            meeting.call(str(client.peer_id), ("/ip4/127.0.0.1/tcp/1",)),
+        )
+        assert answers == [there, "", ""]
+        assert await meeting.call(engine.peer, ("/ip4/127.0.0.1/tcp/1",)) == "", "nobody remembers where it was"
+    finally:
+        await client.shutdown()
+    assert set(sockets.glob("*.sock")) == before, "nothing of the strangers is left"
 
 
 # the directory
@@ -280,21 +344,22 @@ async def test_a_record_is_addresses_or_nothing(record):
     assert _addresses(record) == ()
 
 
-async def test_no_record_of_a_peer_keeps_a_node_from_an_answer(swarm, meeting, engine):
+async def test_no_record_of_a_peer_keeps_a_node_from_an_answer(swarm, meeting):
     async with writer_to(swarm, meeting, "liar") as (liar, store):
-        victim = await swarm.engine("victim", rendezvous=meeting.addresses)
+        victim = await swarm.outsider("victim")
         try:
-            await meeting.set_roster([str(liar.peer_id), victim.peer])
-            await victim.set_roster({str(liar.peer_id): ("/ip4/127.0.0.1/tcp/1",), engine.peer: engine.addresses})
-            await engine.set_roster({victim.peer: victim.addresses})
+            await meeting.set_roster([str(liar.peer_id), str(victim.peer_id)])
+            victim.roster = {liar.peer_id: ("/ip4/127.0.0.1/tcp/1",)}
+            victim.look_up = Directory(victim, run=RUN, rendezvous=meeting.addresses).look_up
             own = f"{RUN}/{liar.peer_id}"
-            for until, record in enumerate(RECORDS[1:6]):
-                assert await store(own, record, seconds=60.0 + until)
+            for until, record in enumerate(RECORDS):
+                assert await store(own, record, seconds=60.0 + until) == (len(record) <= RECORD_BYTES_MAX)
                 with pytest.raises(Refused, match="answers at none"):
-                    await victim.send(str(liar.peer_id), LETTER.SerializeToString(), timeout_seconds=10)
-            await is_taken(victim, engine)
+                    await victim.reach(liar.peer_id)
+            assert await store(own, json.dumps(liar.addresses()).encode(), seconds=90.0)
+            await victim.reach(liar.peer_id)
         finally:
-            await victim.stop()
+            await victim.shutdown()
 
 
 async def test_addresses_in_a_record_are_read():
