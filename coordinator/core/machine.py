@@ -630,8 +630,9 @@ def _marked(state: State, node: Node, marks: tuple[Mark, ...], now: float) -> Ou
 def _lease(state: State, node: NodeId, sequences: int, now: float, rules: Rules) -> Outcome:
     held = sum(lease.range.stop - lease.range.start for lease in state.leases.of(node))
     wanted = min(sequences, rules.lease_sequences_node_max - held)
-    welcome = node in state.nodes and state.shut(node, now) is None and not state.aside(node)
-    if not welcome or wanted <= 0 or run_is_over(state, rules):
+    rostered = state.roster is not None and state.roster.roster.member(node) is not None
+    useful = node in state.nodes and state.shut(node, now) is None and (rostered or not state.aside(node))
+    if not useful or wanted <= 0 or run_is_over(state, rules):
         return state, (GrantLeases(node, ()),)
     leases, granted = data.grant(
         state.leases,
@@ -891,15 +892,16 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     newest = state.roster or state.history.get(max(state.history, default=Epoch(-1)))
     rostered = set(newest.roster.nodes) if newest else set()
     wide = reachability.is_wide(n.reach for n in state.nodes.values() if n.present(now, rules))
-    desired = tuple(
-        _member(n, newest.roster.member(n.node) if newest else None, rules, wide=wide)
+    able = [
+        n
         for n in state.nodes.values()
         if n.activity in TAKES_PART
         and n.present(now, rules)
         and state.shut(n.node, now) is None
-        and not state.aside(n.node)
         and (n.node in rostered or (n.reach.known and n.head_round >= state.head.round - BEHIND_MAX))
-    )
+    ]
+    able = [n for n in able if not state.aside(n.node)] or able  # whoever is left out waits for the rounds of others
+    desired = tuple(_member(n, newest.roster.member(n.node) if newest else None, rules, wide=wide) for n in able)
     if not state.history and len(desired) < rules.min_nodes:
         return state, ()
     seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}

@@ -47,6 +47,7 @@ from protocol.types import (
     Part,
     Record,
     Rollback,
+    Seal,
     Shard,
     Signature,
     SignedRollback,
@@ -525,3 +526,13 @@ def test_two_nodes_with_the_very_same_update_are_told_of_once_and_not_struck():
     told = [text for _, text in swarm.state.events if "very same update" in text]
     assert told == ["the very same update came from node a, node b in round 0: one machine may be behind them"]
     assert not swarm.state.trails
+
+
+def test_who_is_left_out_for_some_rounds_does_not_wait_for_rounds_that_nobody_makes():
+    swarm = Coordinator().join(A, B)
+    swarm.see(Struck(A, Fault.TRAINED_WRONG, 0, "seen", ONE))
+    assert swarm.rostered == (B,)
+    swarm.see(NodeLeft(B, "bye", Seal(0, swarm.state.roster.roster.epoch)))
+    swarm.see(beat(A))
+    assert A in swarm.rostered and swarm.state.aside(A)
+    assert of(GrantLeases, swarm.see(LeasesAsked(A, 8)))[0].leases
