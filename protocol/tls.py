@@ -35,6 +35,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)  # a node whose clock is wrong 
 _NO_END: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280's "no well-defined expiration date"
 _CERTIFICATE_BYTES_MAX: Final = 1 << 14  # ours take 1,500
 _ENDORSEMENT: Final = x509.ObjectIdentifier("2.25.142390609227889344452350355881257510097")  # a UUID: nobody else's
+_NO_CERTIFICATE: Final = (ValueError, x509.InvalidVersion)  # the second is none of the first
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def endorsed(der: bytes, run: RunId) -> int:
         said = signed.endorsement
         identity.verify(coordinator_key(run), "endorsement", canonical.to_bytes(said), signed.signature)
         return said.number if (said.run, said.key) == (run, _public(certificate)) else 0
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError, UnsupportedAlgorithm, Refused):
+    except (*_NO_CERTIFICATE, x509.ExtensionNotFound, x509.DuplicateExtension, UnsupportedAlgorithm, Refused):
         return 0
 
 
@@ -108,7 +109,7 @@ def fingerprint(pem: bytes | str) -> str:
     data = pem.encode("ascii", "replace") if isinstance(pem, str) else pem
     try:
         return x509.load_pem_x509_certificate(data).fingerprint(hashes.SHA256()).hex()
-    except ValueError:
+    except _NO_CERTIFICATE:
         raise Refused(Code.KEY_UNUSABLE, "this is no certificate in PEM") from None
 
 

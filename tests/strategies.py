@@ -26,8 +26,11 @@ from node.progress import Progress
 from node.standing import Standing
 from protocol import canonical, identity, messages
 from protocol import types as values
+from protocol.evidence import Basis
 from protocol.identity import Key, SignedTicket
 from protocol.limits import CHUNK_VALUES
+from protocol.proof import Evidence
+from protocol.tls import SignedEndorsement
 
 KEY = Key(Ed25519PrivateKey.from_private_bytes(b"\1" * 32))  # the same in every process, so that found cases stay found
 RUN = identity.run_id(KEY.public, "fuzz")
@@ -46,7 +49,21 @@ CANONICAL = {  # every type whose canonical bytes are read from a wire, a file o
     for kind in (
         *_declared_in(values),
         *_declared_in(messages),
-        *(SignedTicket, Promise, Progress, Door, Standing, RollbackOrder, JudgeOrder, Mark, Corpus, Cursor),
+        *(
+            SignedTicket,
+            SignedEndorsement,
+            Basis,
+            Evidence,
+            Promise,
+            Progress,
+            Door,
+            Standing,
+            RollbackOrder,
+            JudgeOrder,
+            Mark,
+            Corpus,
+            Cursor,
+        ),
     )
 }
 

@@ -18,7 +18,7 @@ import shutil
 import socket
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+from google.protobuf.message import DecodeError
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -38,12 +39,30 @@ from coordinator.tokenizer import Tokenizer, byte_tokenizer
 from node import config, control, journal, letters, link
 from node.progress import MAGIC, ProgressFile
 from node.standing import Standing
-from protocol import address, blobs, canonical, console, contribution, identity, invite, log, process, runspec, state
+from protocol import (
+    address,
+    blobs,
+    canonical,
+    console,
+    contribution,
+    identity,
+    invite,
+    log,
+    process,
+    proof,
+    runspec,
+    state,
+    tls,
+)
 from protocol.codec import NAMES, codec
 from protocol.errors import Refused
+from protocol.evidence import SLICE, Basis, Slice, check_reduction, group_id, sign_part, vouched
+from protocol.exchange import Packing
 from protocol.messages import Begin
+from protocol.proof import Evidence
 from protocol.types import (
     BaseCheckpoint,
+    BlobRef,
     Contribution,
     DataRange,
     Digest,
@@ -51,10 +70,12 @@ from protocol.types import (
     Lease,
     LogEntry,
     Manifest,
+    Part,
     Pass,
     Record,
     Rollback,
     Roster,
+    Signature,
 )
 from protocol.v1 import barnraise_pb2 as wire
 from tests import strategies
@@ -205,6 +226,85 @@ def _signed_within(begin: Begin) -> Begin:
             for each in begin.readies
         ),
     )
+
+
+@target(strategies.of(Evidence).map(lambda each: b"said\n" + canonical.to_bytes(each)))
+def report(data: bytes) -> None:
+    """What one node tells of another, as if the other had signed all of it; and what a reducer's mean was made of."""
+    _, body = _split(data)
+    evidence = canonical.from_bytes(Evidence, body)
+    record = evidence.record and _brought_by_us(evidence.record)
+    digest = record and log.record_hash(record)
+    said, other = (each and _said_by_us(each, digest) for each in (evidence.said, evidence.other))
+    found = proof.prove(Evidence(said, other, record), RUN)
+    assert found.node == KEY.public and found.what.isprintable()
+
+
+def _said_by_us(said: proof.Said, record: Digest | None) -> proof.Said:
+    body = replace(said.body, record=record or said.body.record)
+    purpose = said.purpose if said.purpose in (log.VOTE, log.PROPOSAL) else log.VOTE
+    return proof.Said(KEY.public, purpose, body, KEY.sign(purpose, log.vote_bytes(body)))
+
+
+_SLICE = codec("int4").encode(np.ones(PARAMETERS, np.float32))
+
+
+@target(
+    st.integers(1, 3).map(
+        lambda members: (
+            canonical.to_bytes(Basis(0, (Signature(KEY.public, "0" * 128),) * members)) + b"\0" + _SLICE * members
+        )
+    )
+)
+def reduction(data: bytes) -> None:
+    """The evidence of a part, which its reducer has signed: proof that it lied, or none, but nothing else.
+
+    What stands before the first zero byte is the header; its length and its signatures are made to fit."""
+    header, _, slices = data.partition(b"\0")
+    packing = Packing(codec("int4"), codec("int4"))
+    group = group_id(RUN, Digest("0" * 64), 0, 0).hex()
+    with suppress(Refused):
+        basis = canonical.from_bytes(Basis, header)
+        pieces = [slices[at : at + len(_SLICE)] for at in range(0, len(slices), len(_SLICE))]
+        header = canonical.to_bytes(replace(basis, slices=tuple(_slices_by_us(basis, pieces, group))))
+    blob = len(header).to_bytes(4, "little") + header + slices
+    brought = Contribution(KEY.public, 5, ())
+    unsigned = Part(
+        0,
+        0,
+        PARAMETERS,
+        blobs.digest_of(_SLICE),
+        len(_SLICE),
+        KEY.public,
+        (KEY.public,),
+        evidence=BlobRef(blobs.digest_of(blob), len(blob)),
+    )
+    record = Record(RUN, 0, Digest("0" * 64), 0, KEY.public, (brought,), (unsigned,), Digest("0" * 64))
+    part = sign_part(KEY, vouched(record, unsigned))
+    lie = check_reduction(record, part, blob, packing)
+    assert lie is None or lie.isprintable()
+
+
+def _slices_by_us(basis: Basis, pieces: list[bytes], group: str) -> Iterator[Signature]:
+    for signature, piece in zip(basis.slices, pieces, strict=False):
+        body = Slice(group, 0, PARAMETERS, Digest(hashlib.sha256(piece).hexdigest()))
+        ours = signature.node == KEY.public
+        yield Signature(signature.node, KEY.sign(SLICE, canonical.to_bytes(body)) if ours else signature.value)
+
+
+def _certificate() -> bytes:
+    """One that `RUN` endorses; it was found with another version in it."""
+    found = (Path(__file__).with_name("found") / "certificate" / "of-version-6").read_bytes()
+    return found.replace(bytes.fromhex("a003020105"), bytes.fromhex("a003020102"), 1)
+
+
+@target(st.builds(_certificate))
+def certificate(data: bytes) -> None:
+    """What a server shows before anybody knows who it is."""
+    number = tls.endorsed(data, RUN)
+    assert number >= 0
+    with suppress(Refused):
+        tls.fingerprint(data)
 
 
 def _member_seeds() -> list[bytes]:
@@ -587,8 +687,6 @@ _MESSAGES = {
 )
 def fields(data: bytes) -> None:
     """The fields of a protobuf message from a node, which are checked before anything is done with them."""
-    from google.protobuf.message import DecodeError
-
     name, body = _split(data)
     if name not in _MESSAGES:
         return
@@ -597,8 +695,8 @@ def fields(data: bytes) -> None:
     except DecodeError:
         return
     if isinstance(message, wire.HeartbeatRequest):
-        beat = service._beat(KEY.public, message)
-        json.dumps(replace(beat, node="").__dict__, allow_nan=False)  # it is shown on the page
+        beat = service._beat(KEY.public, message, "10.0.0.1")
+        json.dumps(replace(beat, node="").__dict__, allow_nan=False, default=str)  # it is shown on the page
     else:
         service._node(message.node)
         service._addresses(message.addresses)
