@@ -52,6 +52,8 @@ class Settings:
     sandbox: Mode = Mode.AUTO  # of the trainer
     allow_root: bool = False
     max_up: float | None = None  # Mbit/s, to peers and to the coordinator
+    max_memory_bytes: int | None = None  # of the model's state and the trainer
+    max_vram_bytes: int | None = None  # of an NVIDIA device
     hours: tuple[Hours, ...] = ()  # when it may train; none: always
     on_battery: bool = False
 
@@ -417,7 +419,7 @@ def _wrong(value: object, wanted: str) -> Refused:
 
 _HOURS: Final = re.compile(r"([0-2]?[0-9]):([0-5][0-9])\s*-\s*([0-2]?[0-9]):([0-5][0-9])", re.ASCII)
 _TRUTHS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-_FIELDS: Final = {"max_disk": "max_disk_bytes"}
+_FIELDS: Final = {each: f"{each}_bytes" for each in ("max_disk", "max_memory", "max_vram")}
 _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "name": _name,
     "device": _device,
@@ -429,6 +431,8 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "sandbox": _mode,
     "allow_root": _truth,
     "max_up": _megabits,
+    "max_memory": _size,
+    "max_vram": _size,
     "hours": _hours,
     "on_battery": _truth,
 }

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -160,6 +161,7 @@ class Learner:
         self._vectors = vectors
         self._workload = workloads.load(spec.workload)
         self._check_size()
+        self._cap_device()
         self._module = self._workload.build(spec.model_config).to(self.device).train()
         self._parameters = [each for each in self._module.parameters() if each.requires_grad]
         bf16 = any(each.name == self.device and each.bf16 for each in devices)
@@ -264,9 +266,20 @@ class Learner:
                 what = "the config makes other parameters than the manifest says"
             raise Refused(Code.MODEL_BAD, what)
         needed = size.parameters * STATE_BYTES
-        available = hardware.measure(Path.cwd()).memory_available_bytes
+        available = self._memory_available()
         if self.device == "cpu" and needed > available:
             raise Refused(Code.MODEL_TOO_LARGE, f"training needs {needed:,} bytes of memory, {available:,} are free")
+
+    def _memory_available(self) -> int:
+        """What is free, and what its owner gives of it."""
+        free = hardware.measure(Path.cwd()).memory_available_bytes
+        cap, used = self._spec.memory_cap, psutil.Process().memory_info()
+        return free if cap is None else min(free, max(0, cap - getattr(used, "data", used.rss)))  # macOS has only rss
+
+    def _cap_device(self) -> None:
+        if self._spec.vram_cap is not None and self.device.startswith("cuda"):
+            whole = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._spec.vram_cap / whole), self.device)
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         rules = self.rules
@@ -309,7 +322,7 @@ class Learner:
             what = f"the model cannot make a step: {type(error).__name__}: {error}"
             raise Refused(Code.MODEL_BAD, canonical.shown(what)) from error
         if not self.device.startswith("cuda"):
-            room = hardware.measure(Path.cwd()).memory_available_bytes * MEMORY_SHARE
+            room = self._memory_available() * MEMORY_SHARE
             while largest > 1 and largest * sequence_bytes > room:
                 largest //= 2
             return largest

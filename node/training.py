@@ -45,6 +45,8 @@ class TrainerSpec:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     threads: int = 1
     batch_cap: int | None = None  # most sequences at once; more are accumulated
+    memory_cap: int | None = None  # bytes, beside the vectors that it shares
+    vram_cap: int | None = None  # bytes of a CUDA device
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from protocol.types import BaseCheckpoint, DataRange, Grant, LogEntry, Manifest,
 KEEP_SECONDS: Final = 1.0  # between two looks whether local progress is to be saved
 HELD_BYTES: Final = 16  # for each parameter: the state, what the trainer shares, its snapshot, and the residual
 MOMENTUM_BYTES: Final = 4
+TRAINER_BYTES_MIN: Final = 1 << 30  # torch and transformers by themselves reserve half of it
 NICENESS: Final = 5  # the owner's own programs come first; a coordinator's evaluator on the same machine, at 10, last
 
 log = structlog.get_logger()
@@ -81,11 +82,19 @@ class Workbench:
         self._on_event = on_event
         self._scratch = Home(settings.home).scratch
         self._scratch.mkdir(mode=0o700, exist_ok=True)
-        self._sandbox = sandbox.plan(
-            settings.sandbox, sandbox.kernel(), read=[blobs.folder], write=[self._scratch], nice=NICENESS
-        )
         outer, packing = outer_of(spec.update), packing_of(spec.update)
-        _check_room(manifest.parameters, self._scratch, momentum=outer.keeps_momentum)
+        held = _check_room(
+            manifest.parameters, self._scratch, momentum=outer.keeps_momentum, cap=settings.max_memory_bytes
+        )
+        self._memory_cap = None if settings.max_memory_bytes is None else settings.max_memory_bytes - held
+        self._sandbox = sandbox.plan(
+            settings.sandbox,
+            sandbox.kernel(),
+            read=[blobs.folder],
+            write=[self._scratch],
+            nice=NICENESS,
+            memory_bytes=self._memory_cap,
+        )
         self._vectors = Vectors.create(manifest.parameters, runtime_dir=self._scratch)
         self.replica = Replica(
             manifest,
@@ -267,6 +276,8 @@ class Workbench:
             device=settings.device,
             threads=settings.threads or hardware.usable_threads(),
             batch_cap=settings.batch,
+            memory_cap=self._memory_cap,
+            vram_cap=settings.max_vram_bytes,
         )
 
     # what was trained
@@ -385,10 +396,14 @@ def _idle(state: Rounds) -> bool:
     return state.phase is Phase.TRAINING and state.contribution is None and not state.snapshot_asked
 
 
-def _check_room(parameters: int, folder: Path, *, momentum: bool) -> None:
-    """Before anything of the run's size is allocated."""
+def _check_room(parameters: int, folder: Path, *, momentum: bool, cap: int | None) -> int:
+    """Before anything of the run's size is allocated: the bytes that will be, beside training."""
     needed = parameters * (HELD_BYTES + MOMENTUM_BYTES * momentum)
     free = hardware.measure(folder).memory_available_bytes
     if needed > free:
         what = f"a model of {parameters:,} parameters takes a node {needed:,} bytes beside training, {free:,} are free"
         raise Refused(Code.MODEL_TOO_LARGE, what)
+    if cap is not None and cap < needed + TRAINER_BYTES_MIN:
+        what = f"{needed:,} bytes beside training and {TRAINER_BYTES_MIN:,} for it pass max_memory, {cap:,}"
+        raise Refused(Code.MODEL_TOO_LARGE, what, fix="Raise max_memory, or choose a run with a smaller model.")
+    return needed

@@ -5,7 +5,8 @@
 * Landlock (Linux 5.13): files are readable below a few folders and writable below fewer; from 6.7 on no TCP, from 6.12
   on no signals and no abstract sockets to the outside.
 * seccomp: no sockets but pairs, no other programs, no looking into other processes, no mounts, no namespaces, no keys.
-* limits: no core file, which would hold everything; no file larger than a shard or a cache can be; a lower priority.
+* limits: no core file, which would hold everything; no file larger than a shard or a cache can be; a lower priority;
+  memory of its own, if the owner caps it.
 
 docs/THREATS.md says what that leaves. https://docs.kernel.org/userspace-api/landlock.html,
 https://docs.kernel.org/userspace-api/seccomp_filter.html
@@ -73,6 +74,7 @@ class Sandbox:
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
     nice: int = 0  # added to the priority number: higher is humbler
+    memory_bytes: int | None = None  # what it may allocate for itself
 
     @property
     def text(self) -> str:
@@ -104,12 +106,18 @@ def kernel() -> Kernel:
 
 
 def plan(
-    mode: Mode, kernel: Kernel, *, read: Iterable[Path] = (), write: Iterable[Path] = (), nice: int = 0
+    mode: Mode,
+    kernel: Kernel,
+    *,
+    read: Iterable[Path] = (),
+    write: Iterable[Path] = (),
+    nice: int = 0,
+    memory_bytes: int | None = None,
 ) -> Sandbox | None:
     """The sandbox that the owner wants, as far as this kernel goes; none when it is switched off."""
     if mode is Mode.OFF:
         return None
-    made = Sandbox(kernel, tuple(map(str, read)), tuple(map(str, write)), nice)
+    made = Sandbox(kernel, tuple(map(str, read)), tuple(map(str, write)), nice, memory_bytes)
     if mode is Mode.REQUIRED and not kernel.whole:
         raise Refused(Code.SANDBOX, made.text)
     return made
@@ -280,6 +288,8 @@ def enter(sandbox: Sandbox) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = FILE_BYTES_MAX if most == resource.RLIM_INFINITY else min(most, FILE_BYTES_MAX)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if sandbox.memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (sandbox.memory_bytes, sandbox.memory_bytes))
     if not (sandbox.kernel.landlock or sandbox.kernel.seccomp):
         return
     _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
@@ -329,7 +339,7 @@ def described(sandbox: Sandbox) -> dict[str, str]:
 
 def _told() -> Sandbox:
     fields = json.loads(os.environ.pop(VARIABLE))
-    return Sandbox(Kernel(**fields["kernel"]), tuple(fields["read"]), tuple(fields["write"]), fields["nice"])
+    return Sandbox(**fields | {"kernel": Kernel(**fields["kernel"])})
 
 
 def main(arguments: Sequence[str]) -> None:

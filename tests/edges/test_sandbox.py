@@ -41,7 +41,13 @@ def report(secret, data, scratch):
     def traced():
         if libc.ptrace(16, parent, 0, 0):
             raise OSError(ctypes.get_errno(), "ptrace")
+    def hog():
+        try:
+            bytearray(2 << 30)
+        except MemoryError:
+            raise OSError(12, "memory")
     tries = {
+        "memory": hog,
         "inet": lambda: socket.socket(),
         "inet6": lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM),
         "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
@@ -147,7 +153,7 @@ async def test_a_payload_inside_the_trainer_reaches_nothing_and_training_goes_on
             log=log,
             on_event=lambda event: done.set() if isinstance(event, OutOfData) else None,
             scratch=place / "scratch",
-            sandbox=made(place, mode=Mode.REQUIRED),
+            sandbox=replace(made(place, mode=Mode.REQUIRED), memory_bytes=1 << 30),
         )
     await trainer.add_data([(piece(0, 32), data)])
     await trainer.run()
@@ -161,6 +167,7 @@ async def test_a_payload_inside_the_trainer_reaches_nothing_and_training_goes_on
     assert refused(outcome, tried) == set(tried), outcome
     assert {outcome[name] for name in NEEDED} == {"done"}, outcome
     assert outcome["read a secret"] == outcome["inet"] == errno.EACCES
+    assert outcome["memory"] == errno.ENOMEM, "its owner gave it one GiB"
     assert (place / "home" / "id_ed25519").read_text() == "secret"
     assert {each.name for each in (place / "data").iterdir()} == {data.name}
 

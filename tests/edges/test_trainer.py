@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,6 +339,23 @@ def test_a_model_that_this_machine_cannot_train_is_refused_with_the_number(vecto
     with pytest.raises(Refused, match=f"{needed:,} bytes of memory, {needed - 1:,} are free") as caught:
         child.Learner(SPEC, vectors)
     assert caught.value.reason is Code.MODEL_TOO_LARGE and caught.value.reason.exit.value == 5
+
+
+def test_a_model_above_its_owners_cap_is_refused_whatever_is_free(vectors, monkeypatch):
+    monkeypatch.setattr(model, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(Refused, match="bytes of memory, 0 are free") as caught:
+        child.Learner(replace(SPEC, memory_cap=1), vectors)
+    assert caught.value.reason is Code.MODEL_TOO_LARGE
+
+
+@pytest.mark.parametrize(("cap", "share"), [(2 << 30, 0.25), (100 << 30, 1.0)])
+def test_a_device_is_filled_to_its_owners_cap_only(vectors, monkeypatch, cap, share):
+    learner, told = child.Learner(replace(SPEC, vram_cap=cap), vectors), []
+    learner.device = "cuda:1"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given))
+    learner._cap_device()
+    assert told == [(share, "cuda:1")]
 
 
 def test_a_device_without_room_for_one_sequence_is_refused_by_name(vectors, monkeypatch):

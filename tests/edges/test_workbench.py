@@ -363,6 +363,18 @@ async def test_fresh_work_has_missed_no_round(stand):
     assert stand.progress()[0].missed == 0
 
 
+# the owner's cap on memory
+
+
+def test_a_model_whose_state_passes_the_owners_cap_is_refused_before_anything_is_allocated(tmp_path):
+    held = SIZE * workbench.HELD_BYTES
+    least = held + workbench.TRAINER_BYTES_MIN
+    assert workbench._check_room(SIZE, tmp_path, momentum=False, cap=least) == held
+    with pytest.raises(Refused, match=f"pass max_memory, {least - 1:,}") as caught:
+        workbench._check_room(SIZE, tmp_path, momentum=False, cap=least - 1)
+    assert caught.value.reason is Code.MODEL_TOO_LARGE
+
+
 # a long pause
 
 
