@@ -165,7 +165,11 @@ class Liaison:
         return page
 
     async def catch_up(self) -> None:
-        """Read the coordinator's log up to its head, and wait until it is folded."""
+        """Read the coordinator's log up to its head, and wait until it is folded.
+
+        One that goes on from another record than ours may be a fork: the coordinator hears of ours, and takes it back.
+        If it does not, what we have is of no run that it knows."""
+        told = False
         while True:
             start = self._decider.rounds.head.round
             page = await self.read_log(start)
@@ -178,9 +182,14 @@ class Liaison:
                 self._tally.download = {"what": "rounds", "done": self._decider.rounds.head.round, "size": until}
             self._tally.download = None
             state, previous = self._decider.rounds, page.entries[0].record.previous
-            if state.head.round == start and state.branch == len(state.rollbacks) and previous != state.head.hash:
+            if state.head.round != start or state.branch != len(state.rollbacks) or previous == state.head.hash:
+                told = False
+            elif told:
                 what = f"record {start} follows {previous[:12]}, this copy of the log ends with {state.head.hash[:12]}"
                 raise Refused(Code.TWO_STORIES, what)
+            else:
+                await self.beat()
+                told = True
 
     async def hand_in(self, entry: LogEntry, parts: Sequence[Part]) -> None:
         """Give the coordinator the record and the parts reduced here; what fails is asked for by a later heartbeat."""

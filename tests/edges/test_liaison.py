@@ -279,9 +279,11 @@ async def test_a_story_that_differs_ends_the_heartbeat_where_an_outage_does_not(
 async def test_a_log_that_goes_on_from_another_record_than_ours_ends_the_start_instead_of_waiting_for_ever(
     tmp_path, monkeypatch
 ):
-    """Such as after a base checkpoint whose head was forged."""
+    """Such as after a base checkpoint whose head was forged. If it is a fork, the coordinator hears of our records first."""
     monkeypatch.setattr("node.liaison.STUCK_SECONDS", 0.1)
     stand = Stand(tmp_path)
+    stand.journal.append(entry(HEAD.round - 1))
+    stand.coordinator.news = {"head_round": 6, "astray_from": 4}
     other = entry(HEAD.round)
     stand.coordinator.page = Page((other,), (), None, ())
     with pytest.raises(
@@ -289,6 +291,7 @@ async def test_a_log_that_goes_on_from_another_record_than_ours_ends_the_start_i
     ) as caught:
         await stand.liaison.catch_up()
     assert caught.value.reason is Code.TWO_STORIES
+    assert [call for call in stand.coordinator.calls if call != "read"] == [(4, (), 0)]
     fits = replace(other, record=replace(other.record, previous=HEAD.hash))
     stand.coordinator.page = Page((fits,), (), None, ())
     with pytest.raises(TimeoutError):  # its parts may only be slow to come
