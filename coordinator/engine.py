@@ -23,6 +23,7 @@ from coordinator.core.rosters import quorum
 from coordinator.core.strikes import Kind
 from coordinator.evaluation import Evaluator
 from coordinator.folder import LOG_BYTES_MAX, Published, RunFolder
+from coordinator.recounter import Recounter
 from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
 from protocol import address, console, p2pd
@@ -138,6 +139,14 @@ class Coordinator:
             heard_ms=self._heard_ms,
             now_ms=self.now_ms,
             accuse=self._accuse,
+        )
+        self.recounter = Recounter(
+            folder.runtime / "evidence",
+            self._packing,
+            share=self._spec.audit.share,
+            heard_ms=self._heard_ms,
+            now_ms=self.now_ms,
+            strike=self._strike,
         )
         self._first = next((row for row in measured if row.heldout is not None), None)
         self._newest = measured[-1] if measured else None
@@ -270,6 +279,7 @@ class Coordinator:
         self._spawn(self._carry_out_slow())
         self._spawn(self._evaluate())
         self._spawn(self.auditor.run())
+        self._spawn(self.recounter.run())
         await self._tell_rendezvous()
         self._spawn(self._stop_when_asked(stopper))
         await self._ended
@@ -381,6 +391,7 @@ class Coordinator:
                 credit = {c.node: c.tokens for c in entry.record.contributions}
                 self.store.append_entry(entry, credit, leases)
                 self.auditor.certified(entry.record)
+                self.recounter.certified(entry.record)
             case machine.Fold() | machine.Evaluate() | machine.ArchiveBase() | machine.Rewind():
                 self._work.put_nowait(effect)
             case machine.Announce():
@@ -552,6 +563,7 @@ class Coordinator:
         head = head_after(signed.rollback)
         self._watch = watch.gone_back(self._watch, signed.rollback)
         self.auditor.gone_back(signed.rollback.to.round)
+        self.recounter.gone_back(signed.rollback.to.round)
         self.submit(machine.RolledBack(signed, head, consumed, tokens, leases))
 
     async def _rewind(self) -> None:
@@ -647,6 +659,9 @@ class Coordinator:
         """What an audit has found is held against its author."""
         fault = Fault.WITHHELD if accusation.kind is audits.Kind.UNANSWERED else Fault.TRAINED_WRONG
         self.submit(machine.Struck(accusation.node, fault, accusation.round, accusation.reason, accusation.evidence))
+
+    def _strike(self, node: NodeId, fault: Fault, round_number: RoundNumber, reason: str, evidence: Digest) -> None:
+        self.submit(machine.Struck(node, fault, round_number, reason, evidence))
 
     # the page
 

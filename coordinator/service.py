@@ -32,6 +32,7 @@ from coordinator.auditor import Auditor
 from coordinator.core import machine, quotas, strikes
 from coordinator.core.strikes import Kind
 from coordinator.gate import INNER, Gate, Passage
+from coordinator.recounter import Recounter
 from coordinator.store import Store, StoredNode
 from protocol import address, canonical, identity, invite
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
@@ -150,6 +151,8 @@ class Desk(Protocol):
     def part_stored(self, digest: Digest) -> None: ...
     @property
     def auditor(self) -> Auditor: ...
+    @property
+    def recounter(self) -> Recounter: ...
 
 
 @dataclass(frozen=True)
@@ -514,7 +517,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             or len(state.rollbacks) > request.branch
             or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
             or (self._desk.finished() and not session.told_finished)
-            or not session.told_asked.issuperset(self._desk.auditor.asked(session.node))
+            or not session.told_asked.issuperset(self._asked(session.node))
             or self._notice(session) != session.told_notice
             or session.roused.is_set()
         )
@@ -537,7 +540,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         session.told, session.told_finished = frozenset(wanted), self._desk.finished()
         session.told_notice = self._notice(session)
         session.roused.clear()
-        session.told_asked = frozenset(asked := self._desk.auditor.asked(session.node))
+        session.told_asked = frozenset(asked := self._asked(session.node))
         mine = {lease.lease_id for lease in state.leases.of(session.node)}
         return wire.HeartbeatReply(
             roster=canonical.to_bytes(roster) if roster else b"",
@@ -755,7 +758,12 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                 self._desk.part_stored(wanted.digest)
             else:
                 self._desk.auditor.stir()
+                self._desk.recounter.stir()
             return wire.WriteBlobReply(stored=True)
+
+    def _asked(self, node: NodeId) -> tuple[Digest, ...]:
+        """What this node is to show of what it brought, and of what it made its means of."""
+        return (*self._desk.auditor.asked(node), *(each.digest for each in self._desk.recounter.asked(node)))
 
     def _wanted(self, node: NodeId, first: wire.BlobChunk) -> tuple[BlobRef | None, BlobStore]:
         """What these bytes are said to be, and where they belong: what this node was asked to show of its own work, or a
@@ -765,6 +773,11 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             if first.size != auditor.size:
                 raise Refused(Code.FIELD, f"size {first.size}, a contribution has {auditor.size}")
             return BlobRef(digest, auditor.size), auditor.blobs
+        for evidence in self._desk.recounter.asked(node):
+            if digest == evidence.digest:
+                if first.size != evidence.size:
+                    raise Refused(Code.FIELD, f"size {first.size}, its part says {evidence.size}")
+                return evidence, self._desk.recounter.blobs
         part = next((part for part in self._desk.state.wanted if part.digest == digest), None)
         if part is None and not self._desk.store.has_part(digest):
             raise Refused(

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
 
 from node import letters
+from node.brought import Brought
 from node.core.rounds import group
 from node.decider import Decider
 from node.engine import AveragingJob, Engine
@@ -49,7 +49,7 @@ SENDER_SECONDS_MIN = 2.0  # without progress for less, a sender on a home line i
 ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
 PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
 PART_BYTES_PER_SECOND_MIN = 16 << 10  # slower than any line that can take part in a round
-EVIDENCE_KEPT = 2  # of means in records: an audit is ordered while the next round is trained for
+EVIDENCE_KEPT = 4  # of our newest means: a recount is ordered within two rounds, and each may take a second attempt
 REFUSED_SECONDS = 60.0  # one line about a peer's refused letters, however many come: a log is not theirs to fill
 REDUCED_KEPT = 8  # means of ours, until a record has taken newer ones
 PARTS_AT_ONCE = 8  # half of the calls that a peer answers at once
@@ -73,6 +73,7 @@ class Courier:
         decider: Decider,
         key: Key,
     ) -> None:
+        self.evidence = Brought(journal.folder / "evidence", EVIDENCE_KEPT)
         self.engine: Engine | None = None
         self._manifest = manifest
         self._me = me
@@ -215,14 +216,15 @@ class Courier:
             if weights[index] and exchange is Exchange.ALL_REDUCE:
                 signing = asyncio.to_thread(sign_slices, self._key, self._group, payload, shares, self._packing.up)
                 job = replace(job, signatures=await signing)
-            self._forget_evidence(begin.round)
             if self.engine is None:
                 raise Refused(Code.CHILD_DIED, "the engine is being restarted")
             async with asyncio.timeout(seconds):
                 outcome = await self.engine.average(job, payload if weights[index] else b"")
             for number, data in outcome.parts.items():
                 held[number] = await self._keep(data)
-            evidence = await self._keep_evidence(begin.round, outcome.evidence)
+            evidence = None
+            if outcome.evidence is not None:
+                evidence = await asyncio.to_thread(self.evidence.move_in, outcome.evidence)
         except TimeoutError:
             log.warning("averaging failed", round=begin.round, why=f"the engine said nothing for {seconds:.0f} s")
             return None, held
@@ -240,31 +242,6 @@ class Courier:
         tokens = tuple(weights[each] for each in outcome.included)
         body = Vouched(begin.run, begin.round, previous, ballot.epoch, exchange, tokens, part)
         return sign_part(self._key, body), held
-
-    async def _keep_evidence(self, round_number: RoundNumber, file: Path | None) -> BlobRef | None:
-        """What our mean was made of, as a blob that the coordinator may ask for."""
-        if file is None:
-            return None
-        try:
-            evidence = await self._stored(lambda: self._blobs.put_file(file))
-        finally:
-            file.unlink(missing_ok=True)
-        self._journal.save_evidence((*self._journal.evidence(), (round_number, evidence.digest)))
-        return evidence
-
-    def _forget_evidence(self, round_number: RoundNumber) -> None:
-        """All but that of this round's attempts, and of our newest means that are in a record."""
-        kept, recorded = [], 0
-        for known in sorted(self._journal.evidence(), reverse=True):
-            number, digest = known
-            entry = self._journal.entry(number)
-            named = entry is not None and any(p.evidence and p.evidence.digest == digest for p in entry.record.parts)
-            recorded += named
-            if number >= round_number or (named and recorded <= EVIDENCE_KEPT):
-                kept.append(known)
-            else:
-                self._blobs.delete(digest)
-        self._journal.save_evidence(tuple(kept))
 
     def _taken_last(self) -> bytes:
         """The newest group whose means of ours are in a record; empty if none are, or if they left nothing out."""
@@ -327,14 +304,11 @@ class Courier:
 
     async def _keep(self, data: bytes) -> Digest:
         """Put a part where peers and the next start find it."""
-        return (await self._stored(lambda: self._blobs.put_bytes(data))).digest
-
-    async def _stored(self, put: Callable[[], BlobRef]) -> BlobRef:
         async with self._store_turn:
             try:
-                return await asyncio.to_thread(put)
+                return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest
             except Refused as refused:
                 if refused.reason is not Code.DISK_CAP:
                     raise
             self._make_room()  # a part is needed now; a shard can be had again
-            return await asyncio.to_thread(put)
+            return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest

@@ -32,11 +32,6 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class _Evidence:
-    kept: tuple[tuple[RoundNumber, Digest], ...]
-
-
-@dataclass(frozen=True)
 class _UpTo:
     epoch: Epoch
 
@@ -81,14 +76,6 @@ class Journal:
     def _up_to(self, name: str) -> Epoch:
         path = self.folder / name
         return canonical.from_bytes(_UpTo, path.read_bytes()).epoch if path.exists() else Epoch(-1)
-
-    def evidence(self) -> tuple[tuple[RoundNumber, Digest], ...]:
-        """Blobs that prove what this node's means were made of, each with its round."""
-        path = self.folder / "evidence.json"
-        return canonical.from_bytes(_Evidence, path.read_bytes()).kept if path.exists() else ()
-
-    def save_evidence(self, kept: tuple[tuple[RoundNumber, Digest], ...]) -> None:
-        atomic_write(self.folder / "evidence.json", canonical.to_bytes(_Evidence(kept)))
 
     def append(self, entry: LogEntry) -> None:
         atomic_write(self._log(entry.record.round), canonical.to_bytes(entry))

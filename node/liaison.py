@@ -301,12 +301,15 @@ class Liaison:
             self._decider.post(session.RunEnded())
 
     async def _show(self, digest: Digest) -> None:
-        """What this node brought to a round, for the coordinator to measure."""
+        """What this node brought to a round, or made its mean of, for the coordinator to look at."""
         if digest in self._showing:
             return
         self._showing.add(digest)
         try:
-            if (data := await asyncio.to_thread(self._workbench.brought.read, digest)) is not None:
+            data = await asyncio.to_thread(self._workbench.brought.read, digest)
+            if data is None:
+                data = await asyncio.to_thread(self._courier.evidence.read, digest)
+            if data is not None:
                 with suppress(Refused):  # asked for again by the next heartbeat
                     await self._link.upload_part(digest, data)
         finally:

@@ -13,7 +13,7 @@ import structlog
 from node import courier as courier_module
 from node import letters
 from node.core.rounds import Rounds
-from node.courier import Courier
+from node.courier import EVIDENCE_KEPT, Courier
 from node.decider import Decider
 from node.engine import AveragingOutcome
 from node.journal import Journal
@@ -28,11 +28,9 @@ from protocol.messages import Begin, LogRequest, Ready, SignedReady
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
-    Certificate,
     Contribution,
     Digest,
     Head,
-    LogEntry,
     Member,
     NodeId,
     Part,
@@ -223,7 +221,7 @@ async def test_what_our_means_left_out_is_asked_for_when_the_last_record_took_th
     """Of several attempts it took one, and later ones may take nothing of ours; of means by others nothing is left here."""
     folded = {}
     packing = Packing(codec("sparse2"), codec(down))
-    journal = SimpleNamespace(entry=folded.get, evidence=lambda: (), save_evidence=lambda kept: None)
+    journal = SimpleNamespace(entry=folded.get, folder=tmp_path)
     stand = Stand(tmp_path / "blobs", packing=packing, journal=journal)
     sent = iter(range(1, 9))
 
@@ -273,7 +271,10 @@ async def test_a_part_of_ours_is_signed_with_what_it_was_made_of_and_so_is_each_
     part, _ = await stand.courier.average(given, roster, payload, seconds=5.0)
     brought = tuple(signed.ready.contribution for signed in given.readies)
     record = Record("run", 0, HEAD.hash, 0, OTHERS[0], brought, (part,), "00" * 32)
-    assert is_vouched(record, part, packing) and stand.blobs.size(part.evidence.digest) == part.evidence.size
+    assert (
+        is_vouched(record, part, packing)
+        and len(stand.courier.evidence.read(part.evidence.digest)) == part.evidence.size
+    )
     assert not is_vouched(replace(record, round=1), part, packing)
     job = stand.engine.job
     assert job.members == roster.nodes and job.group == group_id("run", HEAD.hash, 0, 0)
@@ -282,37 +283,23 @@ async def test_a_part_of_ours_is_signed_with_what_it_was_made_of_and_so_is_each_
         check_slice(KEY.public, Slice(job.group.hex(), start, stop, hashlib.sha256(data).hexdigest()), signature)
 
 
-async def test_evidence_is_kept_for_this_round_and_for_our_newest_two_means_in_records(tmp_path):
-    stand = Stand(tmp_path / "blobs")
-    number = iter(range(1, 20))
+async def test_what_our_newest_means_were_made_of_is_kept_where_no_peer_can_ask_for_it(stand, tmp_path):
+    made = []
 
     async def average(job, payload):
         file = tmp_path / "evidence"
-        file.write_bytes(bytes([next(number)]) * 100)
+        file.write_bytes(bytes([len(made)]) * 100)
         return AveragingOutcome({0: bytes(10)}, (0,), {}, 0.1, 0, 0, file)
 
-    async def attempt(round_number, attempt):
-        given = replace(begin(), round=round_number, ballot=Ballot(0, attempt))
-        part, _ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
-        assert not (tmp_path / "evidence").exists()
-        return part
-
     stand.engine.average = average
-    taken = []
-    for round_number in range(5):
-        first, second = [await attempt(round_number, each) for each in (0, 1)]
-        assert all(stand.blobs.has(part.evidence.digest) for part in (first, second))
-        if round_number != 2:  # a record that took nothing of ours
-            taken.append(first.evidence.digest)
-        record = Record("run", round_number, HEAD.hash, 0, ME, (), (first,) if round_number != 2 else (), "00" * 32)
-        stand.courier._journal.append(LogEntry(record, Certificate("00" * 32, Ballot(0, 0), ())))
-    again = Stand(tmp_path / "blobs", journal=stand.courier._journal)  # a start later
-    again.engine.average = average
-    stand = again
-    last = await attempt(5, 0)
-    kept = {digest for _, digest in stand.courier._journal.evidence()}
-    assert kept == {*taken[-2:], last.evidence.digest}
-    assert {digest for digest in stand.blobs.digests() if stand.blobs.size(digest) == 100} == kept
+    for attempt in range(EVIDENCE_KEPT + 2):
+        given = replace(begin(), ballot=Ballot(0, attempt))
+        part, _ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
+        made.append(part.evidence.digest)
+        assert not (tmp_path / "evidence").exists()
+    shown = [stand.courier.evidence.read(digest) for digest in made]
+    assert shown == [None, None, *(bytes([number]) * 100 for number in range(2, EVIDENCE_KEPT + 2))]
+    assert not set(made) & set(stand.blobs.digests())
 
 
 # parts

@@ -108,7 +108,7 @@ class Stand:
         self.decider.begin(Rounds(**fields | state))
         self.lost = []
         self.passed_on, self.tasks = [], []
-        self.brought = Brought(folder / "brought")
+        self.brought, self.evidence = Brought(folder / "brought"), Brought(folder / "evidence")
         self.liaison = Liaison(
             self.coordinator,
             SimpleNamespace(online=True, life=1, opened=SimpleNamespace(manifest=SignedManifest(MANIFEST, "s"))),
@@ -116,7 +116,7 @@ class Stand:
             decider=self.decider,
             journal=self.journal,
             blobs=SimpleNamespace(has=lambda digest: True, read=self._rotten),
-            courier=SimpleNamespace(engine=None),
+            courier=SimpleNamespace(engine=None, evidence=self.evidence),
             supply=SimpleNamespace(lease_ids=("1", "2"), lose=self.lost.append),
             workbench=SimpleNamespace(trainer=None, brought=self.brought),
             tally=Tally(),
@@ -331,10 +331,12 @@ async def test_what_was_brought_to_the_newest_rounds_is_shown_when_it_is_asked_f
     updates = [bytes([number]) * 100 for number in range(KEPT + 1)]
     for data in updates:
         stand.brought.keep(data)
-    stand.coordinator.news = {"asked": tuple(map(digest_of, [*updates, b"another's"]))}
+    (made_of := tmp_path / "file").write_bytes(b"slices")
+    stand.evidence.move_in(made_of)
+    stand.coordinator.news = {"asked": tuple(map(digest_of, [*updates, b"slices", b"another's"]))}
     await stand.liaison.beat()
     await asyncio.gather(*stand.tasks)
-    assert sorted(stand.coordinator.calls) == sorted(map(digest_of, updates[1:]))
+    assert sorted(stand.coordinator.calls) == sorted(map(digest_of, [*updates[1:], b"slices"]))
     assert Brought(tmp_path / "brought").read(digest_of(updates[-1])) is None  # a new process begins empty
 
 

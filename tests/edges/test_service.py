@@ -20,6 +20,7 @@ from coordinator import service as door
 from coordinator.auditor import Auditor
 from coordinator.core import machine, quotas
 from coordinator.core.strikes import Kind
+from coordinator.recounter import Recounter
 from coordinator.service import ALIVE_SECONDS, CoordinatorService, distinct_name, generated_name, serve, visible
 from coordinator.store import Store
 from node.core.session import LinkLost
@@ -31,6 +32,7 @@ from protocol.blobs import BlobStore, digest_of
 from protocol.codec import codec
 from protocol.contribution import grant_of
 from protocol.errors import Code, Exit, Refused
+from protocol.exchange import Packing
 from protocol.identity import Key, peer_id_of
 from protocol.limits import BLOB_CHUNK_BYTES, CONTROL_BYTES_MAX, PROTOCOL_VERSION, ROSTERS_RECALLED_MAX
 from protocol.log import (
@@ -48,6 +50,7 @@ from protocol.state import Consumed
 from protocol.types import (
     Ballot,
     BaseCheckpoint,
+    BlobRef,
     Certificate,
     Contribution,
     Fault,
@@ -134,6 +137,7 @@ class RealDesk:
         self.events, self.effects = [], []
         self.news = asyncio.Event()
         self.auditor = self.audits(share=0.0)
+        self.recounter = self.recounts(share=0.0)
 
     def audits(self, share):
         """An auditor without an evaluator: it asks, and measures nothing."""
@@ -148,6 +152,16 @@ class RealDesk:
             heard_ms=lambda node: 0.0,
             now_ms=self.now_ms,
             accuse=lambda accusation: None,
+        )
+
+    def recounts(self, share):
+        return Recounter(
+            self.folder / "evidence",
+            Packing(codec("int4"), codec("int4")),
+            share=share,
+            heard_ms=lambda node: 0.0,
+            now_ms=self.now_ms,
+            strike=lambda *proved: None,
         )
 
     def base(self):
@@ -184,6 +198,7 @@ class RealDesk:
                     credit = {c.node: c.tokens for c in entry.record.contributions}
                     self.store.append_entry(entry, credit, self.state.leases)
                     self.auditor.certified(entry.record)
+                    self.recounter.certified(entry.record)
                 case machine.Announce():
                     self.announce()
         return effects
@@ -267,11 +282,11 @@ class World:
         assert news.roster is not None
         return link, news.roster.roster
 
-    def decide(self, link, roster, parts, lease, update=NOTHING):
+    def decide(self, link, roster, parts, lease, update=NOTHING, evidence=None):
         """The next record, certified by this one node."""
         head, node = self.desk.state.head, link._key.public
         named = tuple(
-            Part(i, i * 65536, (i + 1) * 65536, digest_of(data), len(data), node, (node,))
+            Part(i, i * 65536, (i + 1) * 65536, digest_of(data), len(data), node, (node,), evidence)
             for i, data in enumerate(parts)
         )
         told = Contribution(node, 16, (lease.range,), (grant_of(lease),), update)
@@ -1432,6 +1447,25 @@ async def test_what_a_member_is_asked_to_show_is_taken_from_it_alone_and_is_serv
     assert (await link.heartbeat(told)).asked == ()
     assert (await refused(link.upload_part(digest, shown))).reason is Code.BLOB_MISSING
     call = stranger._stub.ReadBlob(wire.ReadBlobRequest(digest=digest), metadata=stranger._metadata())
+    assert (await status_of(call.read()))[1] == Code.BLOB_MISSING.code
+
+
+async def test_what_a_mean_was_made_of_is_asked_of_its_reducer_alone_and_is_served_to_nobody(world):
+    world.desk.recounter = recounter = world.desk.recounts(share=1.0)
+    link, roster = await world.training()
+    (lease,) = await link.acquire_leases(8)
+    shown = bytes(99)
+    evidence = BlobRef(digest_of(shown), 99)
+    await link.push_entry(world.decide(link, roster, [b"x" * 9], lease, evidence=evidence))
+    told = Beat("training", epoch=roster.epoch, known_round=1)
+    assert (await link.heartbeat(told, wait_seconds=10)).asked == (evidence.digest,)
+    stranger = await world.member()
+    assert (await stranger.heartbeat(Beat("joining"))).asked == ()
+    assert (await refused(stranger.upload_part(evidence.digest, shown))).reason is Code.BLOB_MISSING
+    assert (await refused(link.upload_part(evidence.digest, shown[1:]))).reason is Code.FIELD
+    assert await link.upload_part(evidence.digest, shown)
+    assert recounter.blobs.read(evidence.digest) == shown and (await link.heartbeat(told)).asked == ()
+    call = stranger._stub.ReadBlob(wire.ReadBlobRequest(digest=evidence.digest), metadata=stranger._metadata())
     assert (await status_of(call.read()))[1] == Code.BLOB_MISSING.code
 
 
