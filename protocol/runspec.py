@@ -230,9 +230,9 @@ class WatchSection(_Section):
 
 
 class AuditSection(_Section):
-    """Whose work the coordinator measures again (coordinator/core/audits.py)."""
+    """Whose work the coordinator measures again, and whose means it makes again (coordinator/core/audits.py, recounts.py)."""
 
-    share: Annotated[float, Field(ge=0, le=1)] = 0.2  # some 10 % more upload in an all-reduce, none in an all-gather
+    share: Annotated[float, Field(ge=0, le=1)] = 0.2  # some 20 % more upload in an all-reduce, none in an all-gather
 
 
 class LeasesSection(_Section):
@@ -581,7 +581,7 @@ evaluations = 3            # so many in a row are a jump
 most = 3                   # so often back to the same round; then it only warns
 
 [audit]
-share = 0.2                # about so much of what nodes bring is asked for again and measured; 0: nothing is
+share = 0.2                # about so much of what nodes bring, and of their means, is asked for again; 0: nothing is
 
 [leases]
 sequences = 2048           # most data handed to a node at a time
