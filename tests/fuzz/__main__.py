@@ -22,6 +22,7 @@ from tests.fuzz.targets import TARGETS
 FOUND = Path(__file__).with_name("found")
 CORPORA = Path(".fuzz")  # not in the repository: some thousand small files
 TURN_SECONDS = 60.0  # of one target, so that a run that is stopped early has seen all of them
+TURN_SECONDS_MIN = 5.0  # a process takes two until it has read everything in
 INPUT_BYTES_MAX = 64 << 10  # what is longer is refused for its length, or is more of the same
 INPUT_SECONDS_MAX = 20  # for one input; under load the slowest honest one takes 1
 MEMORY_MEGABYTES_MAX = 2048  # with torch in it a process begins at 600
@@ -55,8 +56,8 @@ def main() -> None:
 
 def fuzz(tallies: dict[str, Tally], *, seconds: float) -> None:
     """One turn of each target after the other, until so much CPU time is spent; of those without a finding."""
-    while seconds > 1 and (going := [name for name, tally in tallies.items() if not tally.found]):
-        share = max(1, min(TURN_SECONDS, seconds / len(going)))
+    while seconds > TURN_SECONDS_MIN and (going := [name for name, tally in tallies.items() if not tally.found]):
+        share = max(TURN_SECONDS_MIN, min(TURN_SECONDS, seconds / len(going)))
         for name in going:
             seconds -= turn(name, tallies[name], seconds=share)
             print(f"{name}: {tallies[name].executions:,} executions", flush=True)
