@@ -171,7 +171,7 @@ async def serve(channel: Channel) -> None:
                     await stranger._client.connect(peer, [Multiaddr(address) for address in order["addresses"]])
                     found = await stranger.list_peers()
                 answer["answered"] = next((str(at) for info in found if info.peer_id == peer for at in info.addrs), "")
-            except (P2PDaemonError, TimeoutError):
+            except (P2PDaemonError, TimeoutError, ValueError):
                 pass  # it cannot be called
             finally:
                 await stranger.shutdown()

@@ -80,7 +80,7 @@ def candidates(named: Iterable[str], source: str) -> tuple[str, ...]:
             continue
         if span_of(parts[2]) is Span.WORLD:
             found[text] = None
-        elif source and (":" in source) == (parts[1] == "6"):
+        elif span_of(source) is not None and (":" in source) == (parts[1] == "6"):
             found[f"/ip{parts[1]}/{source}/tcp/{parts[3]}"] = None
     return tuple(found)[:CANDIDATES_MAX]
 

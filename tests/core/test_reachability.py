@@ -32,6 +32,8 @@ def at(ip, port=4001):
         (["/ip6/2a00:1450:4001::5/tcp/9", INSIDE], "2a02:8109::3", ["/ip6/2a00:1450:4001::5/tcp/9"]),
         (["/ip6/fd00::1/tcp/9"], "2a02:8109::3", ["/ip6/2a02:8109::3/tcp/9"]),
         (["/ip4/10.0.0.1/udp/5/quic"], HOME, []),
+        (["/ip6/fd00::1/tcp/9"], "fe80::1%eth0", []),
+        ([INSIDE], "not an address", []),
         (
             [at("10.0.0.1", port) for port in range(1, 9)],
             HOME,
