@@ -29,11 +29,11 @@ def restored(seed):
 
 def test_no_roster_has_the_number_of_one_that_the_coordinator_has_forgotten():
     """Nodes would take it for a second story, and stop. Rounds go on as well, and none is lost."""
-    assert sum(restored(seed).counts["coordinator's database put back"] for seed in range(6)) > 20
+    assert sum(restored(seed).counts["coordinator's database put back"] for seed in range(4)) > 20
 
 
 def test_a_coordinator_that_goes_on_counting_is_caught(monkeypatch):
     monkeypatch.setattr(machine, "_fresh_epoch", lambda state, now: state.next_epoch)
     with pytest.raises(InvariantBroken, match="two rosters have epoch"):
-        for seed in range(60):
+        for seed in range(8, 68):  # of those before it none shows it
             restored(seed)
