@@ -570,3 +570,31 @@ async def test_stopping_ends_open_streams_and_frees_the_port():
 )
 def test_large_numbers_are_shown_with_three_digits(value, text):
     assert views.compact(value) == text
+
+
+def test_the_page_has_dark_colours_with_contrast_and_nothing_wider_than_320_pixels():
+    css = (web._FOLDER / "page.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): #(\w{6})", css.split(start, 1)[1].split("}", 1)[0]))
+        for start in ("color-scheme: light dark;", "@media (prefers-color-scheme: dark) {\n  :root {")
+    )
+    assert light.keys() == dark.keys() and "ink" in dark
+    for colours in (light, dark):
+        for text in colours.keys() - {"ground", "card", "line"}:
+            ratio = 3.0 if text not in ("ink", "soft") else 4.5  # WCAG: for graphics and for text
+            assert contrast(colours[text], colours["card"]) >= ratio, text
+    fixed = re.findall(r"(?<![-\w])(?:min-)?width: (\d+)px", css) + re.findall(r"minmax\((\d+)px", css)
+    assert all(int(pixels) <= 320 for pixels in fixed)
+    assert "width=device-width" in (web._FOLDER / "index.html").read_text()
+
+
+def contrast(one, other):
+    """By WCAG 2, of two colours in hex."""
+    lights = sorted(
+        sum(
+            share * ((value / 12.92) if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
+            for share, value in zip((0.2126, 0.7152, 0.0722), (b / 255 for b in bytes.fromhex(each)), strict=True)
+        )
+        for each in (one, other)
+    )
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
