@@ -23,7 +23,7 @@ CALLS = {
     "Leave": wire.LeaveRequest,
 }
 NAMED = {code.code for code in Code} - {Code.INTERNAL.code}
-EXAMPLES = 30
+EXAMPLES = 20
 
 
 def within_reason(method, message):

@@ -32,7 +32,7 @@ def test_what_fuzzing_found_stays_mended(case):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=25, derandomize=True, database=None, deadline=None)
+@settings(max_examples=15, derandomize=True, database=None, deadline=None)
 @given(data=st.data(), luck=st.integers(0, 2**32))
 def test_edited_bytes_are_taken_or_refused_by_name(name, data, luck):
     seed = data.draw(TARGETS[name].seeds)
@@ -41,7 +41,7 @@ def test_edited_bytes_are_taken_or_refused_by_name(name, data, luck):
 
 
 @pytest.mark.parametrize("kind", strategies.CANONICAL)
-@settings(max_examples=6, derandomize=True, database=None, deadline=None)
+@settings(max_examples=4, derandomize=True, database=None, deadline=None)
 @given(data=st.data())
 def test_every_value_that_travels_or_is_stored_comes_back_as_it_was(kind, data):
     value = data.draw(strategies.of(strategies.CANONICAL[kind]))
@@ -49,7 +49,7 @@ def test_every_value_that_travels_or_is_stored_comes_back_as_it_was(kind, data):
     TARGETS["value"].read(kind.encode() + b"\n" + canonical.to_bytes(value))
 
 
-@settings(max_examples=50, derandomize=True, database=None, deadline=None)
+@settings(max_examples=30, derandomize=True, database=None, deadline=None)
 @given(st.one_of(*(strategies.of(kind) for kind in get_args(Message))))
 def test_every_message_comes_back_out_of_its_letter(message):
     letter, signature = letters.seal(strategies.KEY, told := by_us(message))
