@@ -3,11 +3,13 @@
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from node.config import Home
 from protocol import invite as invites
+from protocol import sandbox
 from protocol.errors import Code
 from tests.e2e.processes import TEXT, TINY, Node, Run, World, free_ports, gone, until, words_of
 
@@ -138,6 +140,15 @@ def test_a_second_daemon_on_the_same_home_is_refused_and_the_first_goes_on(pair)
 def test_a_model_over_the_disk_cap_is_refused_and_nothing_of_it_is_kept(run, pair, stranger):
     refused(stranger, run.invite(), Code.BLOB_TOO_LARGE, "--max-disk", "100kB")
     pair[0].reaches(pair[0].status()["round"] + 1)
+
+
+def test_the_trainer_of_a_node_is_shut_in_and_its_status_says_how(pair):
+    ash, _ = pair
+    kernel = sandbox.kernel()
+    assert ash.status()["sandbox"] == sandbox.plan(sandbox.Mode.AUTO, kernel).text
+    held = Path(f"/proc/{ash.part('node.trainer').pid}/status")
+    if kernel.seccomp:
+        assert {"Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000"} <= set(held.read_text().splitlines())
 
 
 # deaths
