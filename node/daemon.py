@@ -28,7 +28,7 @@ from node.status import VERSION, Tally, view
 from node.supply import Supply
 from node.training import Event as TrainerEvent
 from node.training import Exited, Failed, OutOfData, Skipped, Stepped
-from node.workbench import Workbench
+from node.workbench import Folded, Workbench
 from protocol import console, contribution, p2pd
 from protocol import invite as invites
 from protocol.blobs import BlobStore
@@ -646,7 +646,7 @@ class Daemon:
     async def _follow(self, entry: LogEntry) -> None:
         """Apply a certified record, then do what its end allows."""
         record = entry.record
-        folded = await self._workbench.fold(entry)
+        folded = await self._fold_whole(entry)
         self._supply.take_back(folded.dropped)
         tokens = next((c.tokens for c in record.contributions if c.node == self._me), 0)
         self._tally.settled(record.round, tokens=tokens, accepted=folded.mine)
@@ -659,6 +659,20 @@ class Daemon:
         if reduced or record.leader == self._me:
             await self._liaison.hand_in(entry, reduced)
         self._decider.post(session.RoundSettled(self._decider.rounds.pending))  # last: whoever ends has handed it in
+
+    async def _fold_whole(self, entry: LogEntry) -> Folded:
+        """Fold it; a part that was here for the vote may have rotted or been deleted since, and comes once more."""
+        try:
+            return await self._workbench.fold(entry)
+        except Refused as refused:
+            if refused.reason not in (Code.BLOB_MISSING, Code.BLOB_CORRUPT):
+                raise
+            log.warning("a part was lost here: it is fetched again", why=refused.what)
+        members = tuple(each.node for each in entry.record.contributions)
+        for part in entry.record.parts:
+            if not self._blobs.has(part.digest):
+                await self._courier.fetch_part(part, members)
+        return await self._workbench.fold(entry)
 
     async def _save_base(self) -> None:
         """Without our own checkpoint a start takes longer, and that is all."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from node import hardware, workbench
 from node.config import Home, Settings
 from node.core import rounds
 from node.core.rounds import Phase, Rounds
+from node.daemon import Daemon
 from node.decider import Decider
 from node.journal import Journal
 from node.progress import Progress, ProgressFile
@@ -456,6 +458,38 @@ async def test_a_part_that_rotted_is_fetched_again_by_the_next_start(stand):
     stand.blobs.path(part.digest).write_bytes(bytes(part.size))
     node = await again(stand)
     assert node.rounds.head == GENESIS and not node.blobs.has(part.digest)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"rot")])
+async def test_a_part_that_is_lost_between_vote_and_fold_comes_once_more(stand, spoil):
+    entry = stand.record(brings(span(0, 1), node=PEER))
+    (part,) = entry.record.parts
+    data, asked = stand.blobs.read(part.digest), []
+    spoil(stand.blobs.path(part.digest))
+
+    async def fetch_part(wanted, sources):
+        asked.append((wanted, sources))
+        stand.blobs.put_bytes(data)
+        return True
+
+    courier = SimpleNamespace(fetch_part=fetch_part)
+    node = SimpleNamespace(_workbench=stand.bench, _blobs=stand.blobs, _courier=courier)
+    stand.decider.begin(replace(stand.rounds, committed=entry, phase=Phase.FOLDING))
+    await Daemon._fold_whole(node, entry)
+    assert asked == [(part, (PEER,))] and stand.rounds.head.round == 1
+
+    stand.blobs.delete(part.digest)
+    again = stand.record(brings(span(1, 2), node=PEER))
+    stand.decider.begin(replace(stand.rounds, committed=again, phase=Phase.FOLDING))
+    stand.blobs.delete(again.record.parts[0].digest)
+
+    async def nowhere(wanted, sources):
+        return False
+
+    courier.fetch_part = nowhere
+    with pytest.raises(Refused, match="is not here"):
+        await Daemon._fold_whole(node, again)
+    assert stand.rounds.head.round == 1, "nothing of it was applied"
 
 
 def test_a_model_that_this_machine_cannot_hold_is_refused_before_anything_is_allocated(stand, monkeypatch):
