@@ -35,10 +35,12 @@ def noise(scene: Scene) -> bytes:
 
 
 def alie(scene: Scene) -> bytes:
-    """As far from the mean as a majority still hides (Baruch et al., arXiv 1902.06156): mean - z * deviation."""
+    """As far from the mean as a majority still hides (Baruch et al., arXiv 1902.06156): mean - z * deviation.
+
+    Their z is 0 for two of eight; then it is 1, where an honest contribution is as often as not."""
     members = len(scene.honest) + scene.attackers
     supporters = members // 2 + 1 - scene.attackers
-    z = NormalDist().inv_cdf(max(0.51, (len(scene.honest) - supporters) / len(scene.honest)))
+    z = max(1.0, NormalDist().inv_cdf(max(0.5, (len(scene.honest) - supporters) / len(scene.honest))))
     table = np.stack(scene.honest)
     return _encoded(scene, table.mean(axis=0) - np.float32(z) * table.std(axis=0))
 

@@ -5,11 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from protocol import contribution
-from protocol.errors import Refused
+import numpy as np
+
+from protocol import contribution, evidence
+from protocol.blobs import digest_of
+from protocol.codec import codec
+from protocol.errors import Code, Refused
+from protocol.exchange import Packing
 from protocol.identity import Key
+from protocol.limits import CHUNK_VALUES
 from protocol.log import check_brought
-from protocol.types import Contribution, DataRange, Digest, Epoch, Grant, NodeId, Part, Record, RoundNumber, RunId
+from protocol.types import (
+    BlobRef,
+    Contribution,
+    DataRange,
+    Digest,
+    Epoch,
+    Grant,
+    NodeId,
+    Part,
+    Record,
+    RoundNumber,
+    RunId,
+    Signature,
+)
 
 ROUND, HEAD, UPDATE = RoundNumber(5), Digest("3" * 64), Digest("4" * 64)
 DATA = DataRange(0, Digest("5" * 64), 0, 32)
@@ -24,6 +43,34 @@ def all_of() -> Iterator[tuple[str, str]]:
             yield attack, f"refused: {refused.what}"
         else:
             yield attack, "NOT REFUSED"
+
+
+def _lying_reducer(run: RunId, member: Key, liar: Key) -> Callable[[], None]:
+    """It signs a part of ones, and what it was sent says otherwise; an honest one's stands."""
+    packing, group = Packing(codec("int4"), codec("int4")), evidence.group_id(run, HEAD, Epoch(0), 0)
+    slices, signed = [], []
+    for key in (member, liar):
+        slices.append(packing.up.encode(np.full(CHUNK_VALUES, 1e-3, np.float32)))
+        (signature,) = evidence.sign_slices(key, group, slices[-1], [(0, CHUNK_VALUES)], packing.up)
+        signed.append(Signature(NodeId(key.public), signature))
+    shown = evidence.header(evidence.Basis(0, tuple(signed))) + b"".join(slices)
+    brought = tuple(Contribution(NodeId(key.public), 64, ()) for key in (member, liar))
+
+    def lie(mean: bytes) -> str | None:
+        kept = BlobRef(digest_of(shown), len(shown))
+        included, reducer = tuple(each.node for each in brought), NodeId(liar.public)
+        part = Part(0, 0, CHUNK_VALUES, digest_of(mean), len(mean), reducer, included, kept)
+        record = Record(run, ROUND, HEAD, Epoch(0), reducer, brought, (part,), UPDATE)
+        part = evidence.sign_part(liar, evidence.vouched(record, part))
+        return evidence.check_reduction(replace(record, parts=(part,)), part, shown, packing)
+
+    assert lie(evidence.encoded_mean(packing, slices, [64, 64], CHUNK_VALUES)) is None
+
+    def act() -> None:
+        if found := lie(packing.down.encode(np.ones(CHUNK_VALUES, np.float32))):
+            raise Refused(Code.RECORD_BAD, f"proved, as {found}")
+
+    return act
 
 
 def _attacks() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -59,4 +106,5 @@ def _attacks() -> Iterator[tuple[str, Callable[[], None]]]:
         "lying leader: a member's work of an earlier round",
         checked(contribution.sign(member, run, RoundNumber(4), Digest("2" * 64), replace(honest, signature=""))),
     )
+    yield "lying reducer: another mean than that of its slices", _lying_reducer(run, member, liar)
     yield "copier: another's signed contribution as its own", checked(replace(honest, node=NodeId(liar.public)))
