@@ -115,7 +115,7 @@ def test_a_swarm_of_64_keeps_its_round_when_the_coordinators_machine_starts_agai
         world.run(world.now + 20, goal=lambda: truth.certified >= 2 and not swarm._lacking(world, truth.newest))
         assert truth.certified >= 2 and not swarm._lacking(world, truth.newest)
         assert set(Counter(number for number, _ in truth.attempts).values()) == {1}  # no round was begun again
-        truth.nothing_is_lost(coordinator.store.line)
+        truth.nothing_is_lost(coordinator.store.line, ())
 
 
 def test_a_calm_swarm_certifies_round_after_round():
