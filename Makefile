@@ -1,11 +1,11 @@
-# Words of this project: setup, demo, test, check, sim, chaos, flood, bench, attacks, badinputs, fuzz, lock, proto. Each does the set-up it needs.
+# Words of this project: setup, demo, test, check, sim, chaos, flood, bench, attacks, badinputs, fuzz, schema, lock, proto. Each does the set-up it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PICTURES := .venv/.pictures
 FUZZER := .venv/.fuzzer
 
-.PHONY: setup demo test check sim chaos flood bench attacks badinputs fuzz lock proto clean
+.PHONY: setup demo test check sim chaos flood bench attacks badinputs fuzz schema lock proto clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -58,6 +58,9 @@ $(FUZZER): $(STAMP)
 
 fuzz: $(FUZZER)
 	$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+schema: $(FUZZER)
+	$(BIN)/python -m tests.schema $(ARGS)
 
 lock: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[lock]'
