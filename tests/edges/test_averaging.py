@@ -861,7 +861,7 @@ async def test_a_peer_is_not_looked_for_nearer_than_the_coordinator_is(swarm):
         for each in (f"/ip4/127.0.0.1/tcp/{port}", f"/ip4/127.0.0.2/tcp/{port}", f"/dns4/localhost/tcp/{port}")
     )
     envelope = barnraise_pb2.PeerEnvelope(kind="Ready").SerializeToString()
-    for coordinator, expected in (("", False), ("8.8.8.8", False), ("10.1.2.3", False), ("127.0.0.1", True)):
+    for coordinator, expected in (("10.1.2.3", False), ("127.0.0.1", True)):
         engine = await swarm.engine(f"engine-of-{coordinator}", coordinator=coordinator)
         try:
             await engine.set_roster({str(nobody): names[:ADDRESSES_MAX]})
@@ -875,24 +875,19 @@ async def test_a_peer_is_not_looked_for_nearer_than_the_coordinator_is(swarm):
         door.close()
 
 
-async def test_an_engine_sends_no_faster_than_its_owner_allows(swarm):
-    """Parts of 400 kB over loopback, at 200 kB a second; one without a cap beside it."""
-    data = os.urandom(400_000)
+async def test_an_engine_sends_no_faster_than_its_owner_allows(swarm, trio):
+    """A part of 400 kB over loopback, at 200 kB a second: the first second's worth goes at once."""
+    data, asker = os.urandom(400_000), trio[0]
     digest = hashlib.sha256(data).hexdigest()
-    asker, taken = await swarm.engine("asker"), {}
-    for name, rate in (("capped", 200_000.0), ("free", None)):
-        giver = await swarm.engine(name, upload_bytes_per_second=rate)
-        try:
-            keep_blob(swarm.folder / name / "blobs", digest, data)
-            await introduce(asker, giver)
-            began = time.monotonic()
-            assert await asker.fetch_part(giver.peer, digest, len(data), timeout_seconds=20) == data
-            taken[name] = time.monotonic() - began
-        finally:
-            await giver.stop()
-    await asker.stop()
-    assert taken["capped"] > 0.9, "the first second's worth goes at once"
-    assert taken["free"] < taken["capped"]
+    giver = await swarm.engine("capped", upload_bytes_per_second=200_000.0)
+    try:
+        keep_blob(swarm.folder / "capped" / "blobs", digest, data)
+        await introduce(asker, giver)
+        began = time.monotonic()
+        assert await asker.fetch_part(giver.peer, digest, len(data), timeout_seconds=20) == data
+        assert time.monotonic() - began > 0.9
+    finally:
+        await giver.stop()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
