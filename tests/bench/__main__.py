@@ -17,6 +17,7 @@ PARTS = (
     "wire",
     "quality",
     "alternatives",
+    "robust",
     "round_scale",
     "slow_network",
     "memory",
