@@ -1,5 +1,6 @@
 """Bad input and sudden deaths, with real processes: a clear end with its exit code, or a run that goes on."""
 
+import shutil
 import signal
 import socket
 import time
@@ -214,6 +215,35 @@ def test_rounds_go_on_while_the_coordinator_is_away_and_are_archived_when_it_is_
     until(lambda: len(run.members()) == 2, "both nodes are rostered again")
     head = max(contributes(node, node.status()["round"]) for node in pair)
     until(lambda: run.page("status")["run"]["round"] >= head, "the coordinator follows")
+
+
+def test_a_copy_of_a_node_that_runs_is_refused_and_the_node_is_told(shared, pair):
+    ash, _ = pair
+    copy = Node(shared, "copy")
+    shutil.copytree(ash.home, copy.home, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
+    options = ("--home", copy.home, "--json", "--device", "cpu", "--listen", "127.0.0.1:0")
+    _, complaint = shared.call("barnraise", "start", *options, code=Code.IDENTITY_TAKEN.exit.value)
+    assert Code.IDENTITY_TAKEN.code in complaint and "is in use since" in complaint
+    until(lambda: "another process with this node's key" in ash.status()["trouble"], "the node is told")
+    ash.reaches(contributes(ash, ash.status()["round"]))
+
+
+def test_a_banned_node_ends_with_the_reason_and_comes_back_only_once_it_may(shared, run):
+    cedar, peers = Node(shared, "cedar"), ("barnraise-coordinator", "peers", "--run", run.folder)
+    cedar.join(run.invite("--uses", "1"))
+    until(cedar.status, "it is up")
+    tree = cedar.tree()
+    said, origin = shared.call(*peers, "ban", "cedar", "--reason", "it sends noise")
+    assert "✓ cedar is banned" in said and "came with invite" in origin
+    assert cedar.process.wait(60) == Code.BANNED.exit.value
+    assert "the researcher has excluded this node: it sends noise" in cedar.said()
+    gone(tree)
+    cedar.start()
+    assert cedar.process.wait(60) == Code.BANNED.exit.value
+    shared.call(*peers, "unban", "cedar")
+    cedar.start()
+    until(cedar.status, "it is up again")
+    cedar.stop()
 
 
 # people
