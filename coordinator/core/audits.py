@@ -216,7 +216,8 @@ def measured(
     accusation = None
     if points is not None:
         history, accusation = _marked(ask.node, ask.round, history, points, what, ask.update)
-    wait = 1 if suspect(history) or not history.points else 1 + int(luck * rules.period)
+    soon = suspect(history) or history.newest is None  # a newcomer's first may say nothing: nobody else is known
+    wait = 1 if soon else 1 + int(luck * rules.period)
     history = replace(history, newest=result, due=RoundNumber(ask.round + wait))
     return _with(state, ask.node, history), accusation
 

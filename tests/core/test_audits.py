@@ -75,6 +75,17 @@ def test_everybody_is_audited_once_in_a_period_at_a_time_that_luck_chooses():
     assert sum(map(len, times.values())) / (400 * len(NODES)) == pytest.approx(RULES.share, abs=0.02)
 
 
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_where_too_few_are_known_to_judge_anybody_no_more_is_asked_for_than_elsewhere(members):
+    luck, state, asked = random.Random(1), Audits(), 0
+    for number in range(200):
+        state, _ = audits.certified(state, record(number, NODES[:members]), RULES)
+        for ask in state.open:
+            asked += 1
+            state, _ = audits.measured(state, ask, HONEST, RULES, luck.random())
+    assert asked / (200 * members) == pytest.approx(RULES.share, abs=0.03)
+
+
 def test_a_crowd_of_newcomers_is_spread_over_several_rounds():
     state, _ = audits.certified(Audits(), record(0), RULES)
     assert len(state.open) == RULES.most(8) == 4
