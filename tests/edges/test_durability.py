@@ -443,6 +443,18 @@ async def test_what_a_rollback_undoes_leaves_no_checkpoint_behind(begun, tmp_pat
         assert all(desk.blobs.has(base.blob.digest) for base in desk.store.bases())
 
 
+async def test_a_running_coordinator_obeys_its_watch(begun, tmp_path):
+    path = shutil.copytree(begun, tmp_path / "run")
+    async with Desk(path, Nodes(tmp_path / "nodes")) as desk:
+        await desk.join()
+        for _ in range(3):
+            await desk.round()
+        for number, loss in ((1, 2.5), (2, 2.4), (3, float("nan"))):
+            desk.coordinator._heed(number, loss)
+        assert (desk.state.head.round, desk.state.branch) == (2, 1)
+        assert "not a number" in desk.state.rollbacks[0].rollback.reason
+
+
 @pytest.mark.parametrize("jump", [3600.0, -3600.0, 8 * 3600.0, -40 * 365 * 86400.0])
 async def test_a_jump_of_the_wall_clock_changes_nothing_for_a_running_coordinator(begun, tmp_path, monkeypatch, jump):
     path = shutil.copytree(begun, tmp_path / "run")
