@@ -21,7 +21,7 @@ from tests.sim.node import Swarm
 from tests.sim.swarm import simulate
 from tests.sim.world import World
 
-SEEDS = 500  # of at least 50 rounds each; thousands more by `make sim`
+SEEDS = 250  # of at least 50 rounds each; thousands more by `make sim`
 BATCHES = 10
 ROOT = Path(__file__).parents[2]
 ROUGH = Weather(
@@ -198,11 +198,6 @@ def what_no_round_took_is_forgotten(monkeypatch):
     monkeypatch.setattr(rounds, "holds", lambda record, contribution: True)
 
 
-def a_forgetful_node_signs_again(monkeypatch):
-    """A node with an older disk goes on as if it remembered, and the coordinator believes it."""
-    monkeypatch.setattr(rounds.Rounds, "acts_under", lambda state, roster: roster.branch == state.branch)
-
-
 def undone_data_stays_used(monkeypatch):
     monkeypatch.setattr(leases, "undo", lambda held, ranges: held)
 
@@ -211,9 +206,9 @@ def nobody_goes_back(monkeypatch):
     """A node follows a rollback in its log alone: what is folded stays folded."""
     turn = rounds._turn
 
-    def in_place(state, signed, now):
+    def in_place(state, signed, now, rules):
         to = signed.rollback.to
-        return turn(replace(state, head=to, last=None), signed, now)
+        return turn(replace(state, head=to, last=None), signed, now, rules)
 
     monkeypatch.setattr(rounds, "_turn", in_place)
 
@@ -250,13 +245,4 @@ def test_a_swarm_without_this_rule_is_caught(mutant, monkeypatch):
     with pytest.raises(InvariantBroken) as caught:
         for seed in range(60):
             rough(seed)
-    assert "no round was certified" not in str(caught.value)
-
-
-def test_a_swarm_whose_forgetful_nodes_sign_again_is_caught(monkeypatch):
-    """It takes a vote, an old disk and the same ballot again: old disks come often here, to few nodes."""
-    a_forgetful_node_signs_again(monkeypatch)
-    with pytest.raises(InvariantBroken) as caught:
-        for seed in range(300):
-            simulate(seed, rounds=25, under=replace(ROUGH, node_backups=3.0), swarm=Swarm(nodes=3))
     assert "no round was certified" not in str(caught.value)
