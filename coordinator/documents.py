@@ -207,7 +207,7 @@ class Reader:
                         self._bad(f"{place}: {'no text' if value is None else f'{len(value)} bytes in one document'}")
                         continue
                     yield from self._decoded(value, place, 0)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:  # the second for a column's name
             raise Refused(Code.DATA_BAD, f"{where}: {shown(str(error))}") from error
 
     def _column(self, schema: Any, where: str) -> str:
