@@ -87,7 +87,7 @@ def test_a_coordinator_whose_port_is_taken_ends_and_leaves_nothing_running(share
     assert Code.PORT_IN_USE.code in complaint and str(ports[door]) in complaint and not out
     new = [process for process in shared.family() if process.pid not in before]
     assert not [process for process in new if str(idle.folder) in " ".join(words_of(process))]
-    assert not list((idle.folder / ".barnraise" / "runtime").iterdir())
+    assert not [path for path in (idle.folder / ".barnraise" / "runtime").rglob("*") if not path.is_dir()]
 
 
 def test_a_node_whose_port_is_taken_says_so_and_ends(shared, run, stranger):
