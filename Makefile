@@ -20,8 +20,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/barnraise demo $(ARGS)
 
+# Whole swarms (tests/e2e, one group) come last and one at a time, beside the simulator, which waits for nothing.
 test: $(STAMP)
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/core tests/edges
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/e2e tests/sim
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -70,4 +76,4 @@ proto: $(STAMP)
 	$(BIN)/python -m protocol.generate
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .schemathesis .fuzz dist

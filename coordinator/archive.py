@@ -26,7 +26,8 @@ log = structlog.get_logger()
 
 
 def rebuild(store: Store, blobs: BlobStore, manifest: Manifest, round_number: int | None = None) -> State:
-    """The state of this round of the line, or the newest that the archive reaches: the last parts may still come.
+    """The state of this round of the line, or the newest that the archive reaches: the last parts may still come, and a
+    record that nobody can fold may have been certified.
 
     What has rotted is put into quarantine: a part, so that a member can send it again; a base checkpoint, so that
     nobody is sent it. Once the log has led to that checkpoint's round again, it is written anew.
@@ -51,10 +52,16 @@ def rebuild(store: Store, blobs: BlobStore, manifest: Manifest, round_number: in
             check_link(record, head, manifest)
         except Refused as refused:
             raise Refused(Code.STATE_MISMATCH, refused.what, fix=_RESTORE) from None
-        if record.state != digest:
-            what = f"record {record.round} starts from state {record.state[:12]}, the archive has {digest[:12]}"
-            raise Refused(Code.STATE_MISMATCH, what, fix=_RESTORE)
-        fold(state, record, parts, packing, outer)
+        try:
+            if record.state != digest:
+                what = f"it starts from state {record.state[:12]}, the archive has {digest[:12]}"
+                raise Refused(Code.STATE_MISMATCH, what)
+            fold(state, record, parts, packing, outer)
+        except Refused as refused:
+            if round_number is None:
+                break
+            what = f"record {record.round} cannot be folded: {refused.what}"
+            raise Refused(refused.reason, what, fix=f"Choose a round up to {record.round}.") from None
         digest = state.digest()
         head, branch = turned(next_head(record), branch, rollbacks)
         if state.round in rotten:

@@ -1,4 +1,4 @@
-"""The auditor: asks members for what they signed, and has the evaluator measure it. What follows is decided in core.
+"""The auditor: asks members for what they signed, reads it or has the evaluator measure it. What follows core decides.
 
 It keeps what was brought to it, and the states that audited rounds began and ended with, in a folder of its own; nothing
 of this outlives the process. A busy evaluator makes an audit late, and a late one is dropped: no round waits for it.
@@ -22,6 +22,7 @@ from coordinator.core.audits import Accusation, Ask, Audits, Broken, Measured, R
 from coordinator.evaluation import Evaluator
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import Codec, Floats
+from protocol.contribution import Complaint
 from protocol.errors import Code, Refused
 from protocol.types import Digest, Manifest, NodeId, Record, RoundNumber, Shard
 
@@ -31,7 +32,8 @@ log = structlog.get_logger()
 
 
 class Auditor:
-    """`run` measures, for ever; the rest is told to it by the coordinator's loop."""
+    """`run` measures and `read` reads, for ever; the rest is told to it by the coordinator's loop. Whoever makes one must
+    `close` it."""
 
     def __init__(
         self,
@@ -59,12 +61,13 @@ class Auditor:
         self._heard_ms = heard_ms
         self._now_ms = now_ms
         self._accuse = accuse
-        self._rules = Rules(share, nothing=_zeros(codec, manifest.parameters) if share else Digest(""))
+        nothing = _zeros(codec, manifest.parameters) if share else Digest("")
+        self._rules = Rules(share, nothing, traced=not codec.sparse)
         self._audits = Audits()
         self._gathered: frozenset[Digest] = frozenset()  # parts of records: they come without being asked for
-        self._asked_ms: dict[Ask, float] = {}
         self._luck = random.SystemRandom()  # nobody can know beforehand whom it chooses
         self._stirred = asyncio.Event()
+        self._shown = asyncio.Event()
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -73,34 +76,36 @@ class Auditor:
 
     def asked(self, node: NodeId) -> tuple[Digest, ...]:
         """What this member is to show now."""
-        return tuple(
-            ask.update
-            for ask in self._audits.open
-            if ask.node == node and ask.update not in self._gathered and not self.blobs.has(ask.update)
-        )
+        asks = (ask for ask in self._audits.open if ask.node == node and ask.update not in self._gathered)
+        return tuple(dict.fromkeys(ask.update for ask in asks if self._store(ask) is None))
 
     def certified(self, record: Record) -> None:
         """A record of the line, in order, before it is folded."""
         self._gathered |= {part.digest for part in record.parts}
-        heard = {ask.node for ask, at in self._asked_ms.items() if self._heard_ms(ask.node) > at}
-        answered = {ask.update for ask in self._audits.open if self._path(ask) is not None}
+        heard = self._audits.heard(self._heard_ms)
+        answered = {ask for ask in self._audits.open if self._store(ask) is not None}
         self._audits, late = audits.expired(self._audits, record.round, heard, answered)
         self._audits, found = audits.certified(self._audits, record, self._rules)
-        now_ms = self._now_ms()
-        self._asked_ms = {ask: self._asked_ms.get(ask, now_ms) for ask in self._audits.open}
+        self._audits = self._audits.told(self._now_ms())
         self._tidy()
         self._tell((*late, *found))
+
+    def complained(self, complaint: Complaint, accuser: NodeId, members: int) -> None:
+        """A member could not read what another brought; whoever calls this has checked that it may say so."""
+        self._audits = audits.complained(self._audits, complaint, accuser, members).told(self._now_ms())
+        self.stir()  # it may be here already
 
     def keep(self, round_number: RoundNumber, params: Floats) -> None:
         """The replica's state before this round's record is folded: on disk from here on if an audit needs it."""
         path = self._state(round_number)
-        if not path.exists() and any(round_number in (ask.round, ask.round + 1) for ask in self._audits.open):
+        if not path.exists() and path in self._states_needed():
             params.tofile(new := path.with_suffix(".new"))
             new.replace(path)
 
     def stir(self) -> None:
         """Something has come that an audit may have waited for."""
         self._stirred.set()
+        self._shown.set()
 
     def alarm(self) -> None:
         """The held-out loss has jumped."""
@@ -108,11 +113,14 @@ class Auditor:
 
     def gone_back(self, to: RoundNumber) -> None:
         """The line has lost what came after: states and answers of it are of no use."""
-        self._audits = audits.gone_back(self._audits, to)
+        self._audits = self._audits.gone_back(to)
         for path in self._folder.glob("state-*"):
             if path.name > self._state(to).name:
                 path.unlink(missing_ok=True)
         self._tidy()
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def run(self) -> None:
         while True:
@@ -121,15 +129,52 @@ class Auditor:
             while (ready := self._ready()) is not None:
                 await self._measure(*ready)
 
+    async def read(self) -> None:
+        """What was complained about: it waits for no evaluator."""
+        while True:
+            await self._shown.wait()
+            self._shown.clear()
+            while (found := self._to_read()) is not None:
+                await self._read(*found)
+
+    def _to_read(self) -> tuple[Ask, BlobStore] | None:
+        shown = ((ask, self._store(ask)) for ask in self._audits.open if ask.accuser is not None)
+        return next(((ask, store) for ask, store in shown if store is not None), None)
+
+    async def _read(self, ask: Ask, store: BlobStore) -> None:
+        try:
+            broken = await asyncio.to_thread(self._broken, store, ask.update)
+        except Refused as refused:  # it has rotted here
+            log.warning("what was complained about is lost", round=ask.round, why=refused.what)
+            self._audits = self._audits.dropped(ask)
+        else:
+            self._audits, accusation = audits.read(self._audits, ask, broken)
+            what = None if broken is None else broken.what
+            log.info("read", round=ask.round, node=ask.node[:16], accuser=(ask.accuser or "")[:16], broken=what)
+            self._tell(() if accusation is None else (accusation,))
+        self._tidy()
+
+    def _broken(self, store: BlobStore, update: Digest) -> Broken | None:
+        """What is wrong with it; it may be anything that its author has found in the archive."""
+        if (size := store.size(update)) != self.size:
+            return Broken(f"{size} bytes, a contribution has {self.size}")
+        data = store.read(update)
+        try:
+            self._codec.check(data, self._manifest.parameters)
+        except Refused as refused:
+            return Broken(refused.what)
+        return None
+
     def _ready(self) -> tuple[Ask, Evaluator, Path] | None:
         evaluator = self._evaluator()
         if evaluator is None:
             return None
         for ask in self._audits.open:
-            path = self._path(ask)
+            if ask.accuser is not None or (store := self._store(ask)) is None:
+                continue
             states = (self._state(ask.round), self._state(RoundNumber(ask.round + 1)))
-            if path is not None and all(state.exists() for state in states):
-                return ask, evaluator, path
+            if all(state.exists() for state in states):
+                return ask, evaluator, store.path(ask.update)
         return None
 
     async def _measure(self, ask: Ask, evaluator: Evaluator, update: Path) -> None:
@@ -137,7 +182,7 @@ class Auditor:
         with self._held(ask, update) as files:
             result = await self._result(evaluator, {**files, "data": self._data(ask, luck())})
         if result is None:
-            self._audits = audits.dropped(self._audits, ask)
+            self._audits = self._audits.dropped(ask)
         else:
             self._audits, accusation = audits.measured(self._audits, ask, result, self._rules, luck())
             log.info("audited", round=ask.round, node=ask.node[:16], **_said(result))
@@ -183,22 +228,23 @@ class Auditor:
             log.warning("a member is accused", node=accusation.node[:16], why=accusation.reason)
             self._accuse(accusation)
 
-    def _path(self, ask: Ask) -> Path | None:
-        for store in (self._archive, self.blobs):
-            if store.has(ask.update):
-                return store.path(ask.update)
-        return None
+    def _store(self, ask: Ask) -> BlobStore | None:
+        """Where it is; none before it is shown."""
+        return next((store for store in (self._archive, self.blobs) if store.has(ask.update)), None)
 
     def _state(self, round_number: RoundNumber) -> Path:
         return self._folder / f"state-{round_number:012d}"
 
+    def _states_needed(self) -> set[Path]:
+        measured = (ask for ask in self._audits.open if ask.accuser is None)
+        return {self._state(RoundNumber(ask.round + more)) for ask in measured for more in (0, 1)}
+
     def _tidy(self) -> None:
         """Drop what no open audit needs."""
-        asks = self._audits.open
-        self._gathered &= {ask.update for ask in asks}
-        for digest in set(self.blobs.digests()) - {ask.update for ask in asks}:
-            self.blobs.delete(digest)
-        needed = {self._state(RoundNumber(ask.round + more)) for ask in asks for more in (0, 1)}
+        updates = {ask.update for ask in self._audits.open}
+        self._gathered &= updates
+        self.blobs.keep_only(updates)
+        needed = self._states_needed()
         for path in self._folder.glob("state-*"):
             if path not in needed and path.suffix != ".new":
                 path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import typer
 from coordinator.accounts import SHORT_ID, ledger_facts, ledger_text, rollback_facts, rollback_text, verdict_text
 from coordinator.check import corpus_facts, corpus_rows, examine, plan_rows
 from coordinator.output import loss_text, rows_text, table_text, to_json, when_text
-from coordinator.reach import listening, reachable
+from coordinator.reach import helper_command, listening, reachable
 from coordinator.serving import configure_log, serve
 from protocol import console
 from protocol.errors import Code, Exit, Refused
@@ -157,9 +157,7 @@ def data_add(
             store.set("corpus", canonical.to_bytes(corpus))
             kept = {ref.digest for ref in (*corpus.shards, corpus.heldout)}
             kept |= {corpus.tokenizer.digest} if corpus.tokenizer else set()
-            for digest in blobs.digests():
-                if digest not in kept:
-                    blobs.delete(digest)
+            blobs.keep_only(kept)
     print(rows_text(corpus_rows(corpus)))
 
 
@@ -351,12 +349,15 @@ def peers(context: typer.Context, run: RunOption = None, as_json: JsonOption = F
 @peers_app.command("ls")
 def peers_ls(context: typer.Context, run: RunOption = None, as_json: JsonOption = False) -> None:
     """List them; with --json, who was struck, banned or let in again, when, by whom and why."""
-    from coordinator.peers import peers_facts, peers_text
+    from coordinator.peers import none_is_callable, peers_facts, peers_text
 
     folder, _ = _run(run or context.obj)
     with closing(folder.open_store()) as store:
         found = peers_facts(store, _now_ms())
     print(to_json(found) if as_json else peers_text(found))
+    if none_is_callable(found):
+        code = Code.NOBODY_CALLABLE
+        console.complain(f"{code.code} · no rostered node can be called. Run: {helper_command(folder.path)}")
 
 
 @peers_app.command("ban")

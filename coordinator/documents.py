@@ -22,6 +22,7 @@ from protocol.errors import Code, Refused
 PIECE_BYTES: Final = 64 << 10  # a longer text file is cut here, so that one long book can be shuffled and held out
 DOCUMENT_BYTES_MAX: Final = 16 << 20  # one JSON line or parquet value; memory is bounded by a few of these
 ZSTD_WINDOW_BYTES_MAX: Final = 8 << 20  # what RFC 8878 asks of every decoder
+ZSTD_PACKED_BYTES: Final = 512  # unpacked together: at most 16 MiB, were all of it zeros
 KEYS_MAX: Final = 10_000  # in one JSON object
 DIGITS_MAX: Final = 40  # of one JSON number: past any 128-bit integer or decimal
 PARQUET_ROWS: Final = 64  # read together
@@ -332,9 +333,40 @@ def _unpacked(source: Source, file: IO[bytes]) -> IO[bytes]:
         case Kind.JSONL_GZ:
             return io.BufferedReader(pa.input_stream(file, compression="gzip"))
         case Kind.JSONL_ZST:
-            return io.BufferedReader(pa.input_stream(file, compression="zstd"))
+            return io.BufferedReader(_Zstd(file))
         case _:
             return file
+
+
+class _Zstd(io.RawIOBase):
+    """Frames one after the other, each within the cap on windows whatever the first one says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+        self._frame: zstandard.ZstdDecompressionObj | None = None  # the one that is not over
+        self._packed = b""
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._file.read(ZSTD_PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise OSError("the file ends in the middle of a zstd frame")
+                return 0
+            frame = self._frame or self._unpacker.decompressobj()
+            try:
+                self._plain = memoryview(frame.decompress(self._packed))
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
 
 
 def _cut(block: bytes) -> int:

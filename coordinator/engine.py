@@ -23,6 +23,7 @@ from coordinator.core.rosters import quorum
 from coordinator.core.strikes import Kind
 from coordinator.evaluation import Evaluator
 from coordinator.folder import LOG_BYTES_MAX, Published, RunFolder
+from coordinator.reach import HELPER_PORT, helper_command
 from coordinator.recounter import Recounter
 from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
@@ -53,7 +54,6 @@ from protocol.types import (
     Head,
     LogEntry,
     NodeId,
-    Role,
     Rollback,
     RoundNumber,
     Shard,
@@ -62,7 +62,9 @@ from protocol.types import (
 )
 
 IDENTITY = "p2p.identity"
+DOOR = "door"  # the folder of the door's own sockets
 TICK_SECONDS = 0.5
+RENDEZVOUS_AGAIN_SECONDS = 5.0  # before another is started
 LOG_SECONDS = 60.0  # between two looks at how large the logs are
 MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
@@ -72,6 +74,12 @@ SAMPLE_SECONDS = 10.0  # between two samples of text for the page
 SAMPLE_TOKENS = 100
 EVENTS_SHOWN = 60
 ROLLBACKS_SHOWN = 10
+UNCALLABLE_SECONDS = 30.0  # so long nobody can be called before the researcher is told: a node may be starting again
+NOBODY_TEXT = (
+    "no node of this run can be called: all are behind routers that let nothing in, so no round can end. What helps is "
+    f"a node that can, such as one here that only averages for the others, with TCP port {HELPER_PORT} open (and, if this "
+    f"machine has another address outside, --announce ADDRESS:{HELPER_PORT})"
+)
 
 log = structlog.get_logger()
 
@@ -150,6 +158,8 @@ class Coordinator:
         )
         self._first = next((row for row in measured if row.heldout is not None), None)
         self._newest = measured[-1] if measured else None
+        self.nobody_callable = False  # and the researcher was told
+        self._uncallable_since = math.inf
         self._sample = ""
         self._sampled_at = -math.inf
 
@@ -239,20 +249,37 @@ class Coordinator:
             events=tuple((ms / 1000, text) for ms, text in self.store.recent(EVENTS_SHOWN)),
         )
 
-    async def _listen(self, owned: AsyncExitStack) -> None:
-        names = self._spec.coordinator
+    async def _start_rendezvous(self, host: str, port: int) -> Rendezvous:
         identity = self._folder.runtime / IDENTITY
         p2pd.write_identity(identity, libp2p_private_key_bytes(self._folder.peer_key()))
-        where = address.parse(names.p2p)
-        assert where is not None
-        kind = "ip6" if ":" in where.host else "ip4"
-        self._rendezvous = await Rendezvous.start(
+        return await Rendezvous.start(
             runtime_dir=self._folder.runtime,
             identity_path=identity,
             run=self.manifest.manifest.run,
-            listen=[f"/{kind}/{where.host}/tcp/{where.port}"],
+            listen=[f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"],
             log=self._folder.log_file("rendezvous"),
         )
+
+    async def _keep_rendezvous(self) -> None:
+        """Nodes go on without one, but who moves is not found, and nobody is called to see whether others can."""
+        where = address.parse(self._spec.coordinator.p2p)
+        assert where is not None
+        while self._rendezvous is not None:
+            code = await asyncio.shield(self._rendezvous.closed)
+            log.warning("the rendezvous has ended, another is started", code=code)
+            await self._rendezvous.stop()
+            await asyncio.sleep(RENDEZVOUS_AGAIN_SECONDS)
+            try:
+                self._rendezvous = await self._start_rendezvous(where.host, self.ports["p2p"])
+            except Refused as refused:
+                log.warning("no rendezvous yet", why=refused.what)
+            await self._tell_rendezvous()
+
+    async def _listen(self, owned: AsyncExitStack) -> None:
+        names = self._spec.coordinator
+        where = address.parse(names.p2p)
+        assert where is not None
+        self._rendezvous = await self._start_rendezvous(where.host, where.port)
         self.rendezvous = self._rendezvous.addresses
         page_at = address.parse(names.http)
         assert page_at is not None
@@ -263,7 +290,11 @@ class Coordinator:
         # Last: whoever is let in is told at once where to find the others.
         tls_key, tls_certificate = self._folder.tls()
         door = await service.serve(
-            service.CoordinatorService(self), listen=names.listen, key=tls_key, certificate=tls_certificate
+            service.CoordinatorService(self),
+            listen=names.listen,
+            key=tls_key,
+            certificate=tls_certificate,
+            sockets=self._folder.runtime / DOOR,
         )
         owned.push_async_callback(door.stop, 1.0)
         p2p_port = int(self.rendezvous[0].split("/")[4]) if self.rendezvous else where.port
@@ -279,8 +310,10 @@ class Coordinator:
         self._spawn(self._carry_out_slow())
         self._spawn(self._evaluate())
         self._spawn(self.auditor.run())
+        self._spawn(self.auditor.read())
         self._spawn(self.recounter.run())
         await self._tell_rendezvous()
+        self._spawn(self._keep_rendezvous())
         self._spawn(self._stop_when_asked(stopper))
         await self._ended
 
@@ -310,6 +343,8 @@ class Coordinator:
         for child in (self._evaluator, self._rendezvous):
             if child is not None:
                 await child.stop()
+        self.auditor.close()
+        self.recounter.close()
         p2pd.sweep(self._folder.runtime)
         (self._folder.runtime / IDENTITY).unlink(missing_ok=True)
 
@@ -319,6 +354,7 @@ class Coordinator:
             for order in self.store.open_orders():
                 self._obey(order)
             self.submit(machine.Ticked())
+            self._heed_reach()
 
     async def _cap_logs(self) -> None:
         while True:
@@ -424,6 +460,20 @@ class Coordinator:
                 answered = await self._rendezvous.call(order.peer, order.addresses)
         self.submit(machine.Called(order.node, order.addresses, answered))
 
+    def _heed_reach(self) -> None:
+        """Tell the researcher, once each time, that no round can end, and what to type; the page names no folder."""
+        if not machine.nobody_is_callable(self.state, self._now(), self._rules):
+            if self.nobody_callable:
+                self.submit(machine.Noticed("a node can be called again, or nobody is here"))
+            self._uncallable_since, self.nobody_callable = math.inf, False
+            return
+        self._uncallable_since = min(self._uncallable_since, self._now())
+        if not self.nobody_callable and self._now() - self._uncallable_since >= UNCALLABLE_SECONDS:
+            self.nobody_callable = True
+            code = Code.NOBODY_CALLABLE.code
+            self.submit(machine.Noticed(f"{code} · no node of this run can be called, so no round can end"))
+            log.warning(f"{code} · {NOBODY_TEXT}. On this machine, run: {helper_command(self._folder.path)}")
+
     # following the log
 
     async def _carry_out_slow(self) -> None:
@@ -451,7 +501,13 @@ class Coordinator:
             digest: Digest = self._replica.digest()
             return digest
 
-        digest = await asyncio.to_thread(apply)
+        try:
+            digest = await asyncio.to_thread(apply)
+        except Refused as refused:
+            if refused.reason not in (Code.RECORD_BAD, Code.UPDATE_BAD):
+                raise
+            self.submit(machine.Unfoldable(entry.record.round, refused.what))
+            return
         _, self._replica_branch = line_head(next_head(entry.record), _rollbacks(self.state))
         self.submit(machine.Folded(entry.record.round, digest))
         self.auditor.stir()
@@ -735,15 +791,17 @@ class Coordinator:
         if machine.run_is_over(state, self._rules):
             behind = not self.finished() or self._measured < state.head.round
             return "finishing: the last round is being measured" if behind else "finished"
+        if self.nobody_callable:
+            code = Code.NOBODY_CALLABLE
+            return f"{code.code} · waiting for a node that the others can call. {code.fix}"
         active = [node for node in state.nodes.values() if node.present(self._now(), self._rules)]
         if state.roster is None:
+            active = [node for node in active if node.activity != machine.HELPS]
             return f"waiting for nodes: {len(active)} of {self._rules.min_nodes} are here"
         rostered = state.roster.roster.nodes
         here = sum(1 for node in active if node.node in rostered)
         if here < quorum(len(rostered)):
             return f"waiting for a majority: {here} of {len(rostered)} rostered nodes are here"
-        if all(member.role is Role.CLIENT for member in state.roster.roster.members):
-            return "waiting for a node that the others can call: all are behind routers that let nothing in"
         return f"training with {here} node{'s' if here != 1 else ''}"
 
 

@@ -74,7 +74,10 @@ class Evaluation:
             here, there = (old - new for old, new in zip(was, now, strict=True))
             more_here, more_there = (all_of_us - new for all_of_us, new in zip(known, now, strict=True))
             length = float(np.linalg.norm(update) / np.linalg.norm(following - before))
-            return Measured(*_mean(here), length, *_difference(here, there), *_difference(more_here, more_there))
+            usual = was[0] - known[0]
+            return Measured(
+                *_mean(here), length, *_difference(here, there), *_difference(more_here, more_there), *_mean(usual)
+            )
 
     def audit(self, order: Mapping[str, Any]) -> Mapping[str, float] | None:
         """The gains of an encoded contribution, whose bytes may be anything: the order names files and positions."""

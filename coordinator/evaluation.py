@@ -56,7 +56,9 @@ class Evaluator:
         reads = [path for path in (Path(name), heldout, tokenizer, *audited) if path is not None]
         inside = sandbox.plan(sandbox.Mode.AUTO, sandbox.kernel(), read=reads)
         try:
-            child = await Child.start("coordinator.evaluate", log=log, sandbox=inside)
+            # torch wants a cache folder when it is imported: without a name for it, it tries to write where it may not.
+            env = {"TORCHINDUCTOR_CACHE_DIR": str(folder.absolute())}
+            child = await Child.start("coordinator.evaluate", log=log, sandbox=inside, env=env)
         except BaseException:
             Path(name).unlink()
             raise
@@ -114,9 +116,13 @@ class Evaluator:
         self._exchanges.add(exchange)
         exchange.add_done_callback(self._ended)
         reply = await asyncio.shield(exchange)
-        if "refused" in reply:
-            raise Refused.from_wire(reply["refused"], reply["what"])
-        return reply["answer"]
+        match reply:
+            case {"refused": str(code), "what": str(what)}:
+                raise Refused.from_wire(code, what)
+            case {"answer": answer}:
+                return answer
+        await self._child.stop(grace_seconds=0)
+        raise Refused(Code.CHILD_DIED, "the evaluator said what is no answer")
 
     async def _exchange(self, order: Mapping[str, Any], parameters: NDArray[np.float32] | None) -> Mapping[str, Any]:
         async with self._turn:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from protocol import canonical, identity, runspec
+from protocol import canonical, identity, p2pd, runspec
 from protocol.blobs import BlobStore, atomic_write
 from protocol.errors import Code, Refused
 from protocol.identity import Key
@@ -303,6 +303,7 @@ class RunFolder:
         """Throw away what a coordinator that was killed left behind; links are p2pd's own to follow."""
         for left in self.runtime.iterdir():
             if left.is_dir() and not left.is_symlink():
+                p2pd.sweep(left)
                 shutil.rmtree(left, ignore_errors=True)
             elif not left.is_symlink():
                 left.unlink(missing_ok=True)

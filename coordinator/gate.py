@@ -1,7 +1,7 @@
 """The gate: what stands in front of the door's gRPC server and counts connections. It sees bytes, and knows no call.
 
-gRPC for Python takes any number of connections and can hang up on none. So its server listens on this machine only,
-and the gate carries bytes between it and those whom it lets through.
+gRPC for Python takes any number of connections and can hang up on none. So its server listens at a socket in a folder
+that is closed to others, and the gate carries bytes between it and those whom it lets through.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from coordinator.core import quotas
@@ -27,19 +28,19 @@ FILES_OF_A_CONNECTION: Final = 3  # two here, one in gRPC
 FILES_MAX: Final = 1 << 16  # that we ask of the system: 21,000 connections
 LAST_BYTES_SECONDS: Final = 10.0
 BACKLOG: Final = 512
-INNER: Final = "127.0.0.1"
+DOOR: Final = "door"  # the server's socket, in the folder of the passages' own
 
 
 class Gate:
-    """Listens for the server at `inner_port` of this machine. Whoever starts it must `stop` it."""
+    """Listens for the server whose socket lies in `folder`. Whoever starts it must `stop` it."""
 
-    def __init__(self, inner_port: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.refused: Counter[str] = Counter()
-        self.inner_port = inner_port
+        self.folder = folder
         self._crowd = quotas.Crowd(quotas.CONNECTIONS_OF_A_BLOCK, quotas.CONNECTIONS)
         self._passages: set[Passage] = set()
         self._members: set[Passage] = set()
-        self._at_door: dict[int, Passage] = {}  # by the port with which they come there
+        self._at_door: dict[str, Passage] = {}  # by the name with which they come there
         self._of_block: Counter[Network] = Counter()
         self._connections_max = 0
         self.numbers = itertools.count(1)
@@ -71,9 +72,9 @@ class Gate:
         """How many are connected."""
         return len(self._members)
 
-    def passage(self, inner_port: int) -> Passage | None:
-        """Of whoever comes to the door with this port; none if it came past the gate."""
-        return self._at_door.get(inner_port)
+    def passage(self, name: str) -> Passage | None:
+        """Of whoever comes to the door by this name; none if the connection has ended since."""
+        return self._at_door.get(name)
 
     def welcome(self, passage: Passage) -> None:
         """A member came by it. Its network has a share of its own from now on."""
@@ -125,12 +126,12 @@ class Gate:
             passage.close()
 
     def arrived(self, passage: Passage) -> None:
-        self._at_door[passage.inner_port] = passage
+        self._at_door[passage.name] = passage
 
     def left(self, passage: Passage) -> None:
         self._passages.remove(passage)
         self._members.discard(passage)
-        self._at_door.pop(passage.inner_port, None)
+        self._at_door.pop(passage.name, None)
         self._of_block[passage.block] -= 1
         if not self._of_block[passage.block]:
             del self._of_block[passage.block]
@@ -142,21 +143,26 @@ class Passage:
     def __init__(self, gate: Gate, host: str, outer: asyncio.Transport) -> None:
         self.host = host
         self.block = block_of(host)
-        self.number = next(gate.numbers)  # no two have the same
-        self.inner_port = 0
+        self.name = str(next(gate.numbers))  # no two have the same
         self.blame = 0.0  # when its bucket of refused calls is full again
         self._gate = gate
         self._outer = outer
         self._inner: asyncio.Transport | None = None
 
     async def to_the_door(self, end: _End) -> None:
+        loop = asyncio.get_running_loop()
+        own = self._gate.folder / self.name
+        inner = socket.socket(socket.AF_UNIX)
         try:
-            loop = asyncio.get_running_loop()
-            self._inner, _ = await loop.create_connection(lambda: _End(end), INNER, self._gate.inner_port)
+            inner.setblocking(False)
+            inner.bind(str(own))  # what the door is told of who comes
+            own.unlink()
+            await loop.sock_connect(inner, str(self._gate.folder / DOOR))
+            self._inner, _ = await loop.create_connection(lambda: _End(end), sock=inner)
         except OSError:  # the door is closing
+            inner.close()
             self._outer.abort()
             return
-        self.inner_port = self._inner.get_extra_info("sockname")[1]
         self._gate.arrived(self)
         if self._outer.is_closing():
             self._inner.abort()

@@ -6,6 +6,7 @@ code reading them. The coordinator may run meanwhile.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import zlib
 from contextlib import closing
@@ -123,7 +124,7 @@ def read(folder: RunFolder) -> Books:
     if not path.exists():
         raise Refused(Code.RUN_MISSING, never, fix="Run: barnraise-coordinator start")
     try:
-        uri = f"file:{quote(str(path))}?mode=ro"
+        uri = f"file:{quote(os.fsencode(path))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             meta = dict(connection.execute("SELECT key, value FROM meta"))

@@ -12,13 +12,19 @@ from coordinator.core.strikes import Kind, Mark
 from coordinator.output import counted, table_text, when_text
 from protocol import console
 from protocol.errors import Code, Refused
-from protocol.types import RoundNumber
+from protocol.types import Role, RoundNumber
 
 if TYPE_CHECKING:
     from coordinator.store import Store, StoredNode
 
 CANDIDATES_SHOWN: Final = 5
 SISTERS_SHOWN: Final = 8  # names of those who came with the same invite
+
+_DOES: Final = {
+    Role.PEER.value: "takes part",
+    Role.CLIENT.value: "outbound-only",
+    Role.HELPER.value: "averages for others",
+}
 
 Facts = Mapping[str, Any]
 
@@ -28,7 +34,13 @@ def peers_facts(store: Store, now_ms: int) -> list[dict[str, Any]]:
     nodes, trails, head = store.nodes(), strikes.by_node(store.marks()), store.entry_count
     notes = {each.token_id: each.note for each in store.invites()}
     came = Counter(each.invite for each in nodes)
-    return [_facts(each, trails.get(each.node, ()), notes, came, head, now_ms) for each in nodes]
+    newest = store.newest_roster()
+    roles = {each.node: each.role for each in newest.roster.members} if newest is not None else {}
+    return [
+        _facts(each, trails.get(each.node, ()), notes, came, head, now_ms)
+        | {"role": roles[each.node].value if each.node in roles else None}
+        for each in nodes
+    ]
 
 
 def _facts(
@@ -65,6 +77,11 @@ def _facts(
     }
 
 
+def none_is_callable(found: Sequence[Facts]) -> bool:
+    """Whether all who are rostered are behind routers that let nothing in."""
+    return {each["role"] for each in found} - {None} == {Role.CLIENT.value}
+
+
 def mark_facts(mark: Mark) -> dict[str, Any]:
     return {
         "kind": mark.kind.value,
@@ -88,11 +105,12 @@ def peers_text(found: Sequence[Facts]) -> str:
             console.number_text(each["credit_tokens"]),
             when_text(each["admitted_ms"]),
             each["invite"]["id"][:SHORT_ID] if each["invite"] else "",
+            _DOES.get(each["role"], ""),
             console.printable(each["held"]),
         )
         for each in found
     ]
-    return table_text(("NAME", "NODE", "TOKENS", "ADMITTED", "INVITE", "STANDING"), rows)
+    return table_text(("NAME", "NODE", "TOKENS", "ADMITTED", "INVITE", "ROSTERED", "STANDING"), rows)
 
 
 def find(found: Sequence[Facts], which: str) -> Facts:

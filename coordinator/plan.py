@@ -7,12 +7,14 @@ from typing import Final
 
 from protocol.codec import NAMES
 from protocol.exchange import packing_of, round_seconds
+from protocol.fold import outer_of
 from protocol.runspec import RunSpec
 from protocol.types import Role
 
 TRAINER_BYTES: Final = 16  # of a parameter: weights, gradients, and the optimizer's two moments, in float32
 HELPER_BYTES: Final = 16  # of a parameter, in the node's other processes: shared vectors, codec buffers
 LEFTOVER_BYTES: Final = 12  # of a parameter that a node reduces to sparse means: three attempts' leftovers
+MOMENTUM_BYTES: Final = 4  # of a parameter, where the outer optimizer keeps a momentum
 HELPERS_BYTES: Final = 600 << 20  # what those processes take without any model
 GROUPS: Final = (2, 8, 32)  # for which the codecs are compared
 LOGIT_BYTES: Final = 12  # of one logit: itself, its float32 copy, and its gradient
@@ -44,6 +46,7 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
     batch, context = spec.train.batch_sequences, spec.data.context
     planned = None
     leftovers = LEFTOVER_BYTES * parameters // nodes if packing.down.sparse else 0
+    kept = MOMENTUM_BYTES * parameters if outer_of(spec.update).keeps_momentum else 0
     kinds = {name: packing_of(spec.update.model_copy(update={"codec": name, "mean": "auto"})) for name in NAMES}
     uploads = {name: {many: kind.sent_bytes(parameters, many) for many in GROUPS} for name, kind in kinds.items()}
     if spec.run.rounds:
@@ -63,5 +66,5 @@ def plan(spec: RunSpec, *, parameters: int, vocabulary: int, sequences: int) -> 
         tokens_planned=planned,
         passes=None if planned is None or not sequences else planned / (sequences * context),
         memory_trainer_bytes=TRAINER_BYTES * parameters + LOGIT_BYTES * vocabulary * context,
-        memory_helpers_bytes=HELPER_BYTES * parameters + HELPERS_BYTES + leftovers,
+        memory_helpers_bytes=HELPER_BYTES * parameters + kept + HELPERS_BYTES + leftovers,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -11,9 +12,12 @@ from protocol import console
 from protocol.errors import Code, Refused
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from coordinator.store import Store
     from protocol.runspec import RunSpec
 
+HELPER_PORT: Final = 49303  # after our own three
 _VIRTUAL: Final = ("docker", "br-", "veth", "virbr", "podman", "cni")  # interfaces that lead to this machine only
 
 
@@ -62,6 +66,12 @@ def _own_address() -> str | None:
             if not (own.is_loopback or own.is_link_local or own.is_multicast or own.is_unspecified):
                 found.append((name.startswith(_VIRTUAL), not own.is_global, own.version, name, str(own)))
     return min(found)[-1] if found else None
+
+
+def helper_command(folder: Path) -> str:
+    """What to type on this machine, for a node that all others can call."""
+    invite = f"barnraise-coordinator invite create --run {shlex.quote(str(folder))}"
+    return f'barnraise join "$({invite})" --no-training --listen 0.0.0.0:{HELPER_PORT}'
 
 
 def reachable(addresses: Iterable[str]) -> tuple[str, ...]:

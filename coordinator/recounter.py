@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
 from coordinator.core import recounts
-from coordinator.core.audits import UNANSWERED_MAX, Rules
+from coordinator.core.inquiries import UNANSWERED_MAX, Rules
 from coordinator.core.recounts import Ask, Recounts
 from protocol.blobs import BlobStore
 from protocol.errors import Refused
@@ -25,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Recounter:
-    """`run` makes means again, for ever; the rest is told to it by the coordinator's loop."""
+    """`run` makes means again, for ever; the rest is told to it by the coordinator's loop. `close` it at the end."""
 
     def __init__(
         self,
@@ -39,28 +40,24 @@ class Recounter:
     ) -> None:
         self.blobs = BlobStore(folder)
         self._packing = packing
-        self._rules = Rules(share, nothing=Digest(""))
+        self._rules = Rules(share)
         self._heard_ms = heard_ms
         self._now_ms = now_ms
         self._strike = strike
         self._recounts = Recounts()
-        self._asked_ms: dict[Ask, float] = {}
         self._luck = random.SystemRandom()  # nobody can know beforehand whom it chooses
         self._stirred = asyncio.Event()
 
     def asked(self, node: NodeId) -> tuple[BlobRef, ...]:
         """What this reducer is to show now."""
-        wanted = [ask.part.evidence for ask in self._recounts.open if ask.part.reducer == node]
-        return tuple(each for each in wanted if each is not None and not self.blobs.has(each.digest))
+        return tuple(ask.evidence for ask in self._recounts.open if ask.node == node and not self._is_here(ask))
 
     def certified(self, record: Record) -> None:
         """A record of the line, in order."""
-        asks = self._recounts.open
-        heard = {ask.part.reducer for ask in asks if self._heard_ms(ask.part.reducer) > self._asked_ms[ask]}
-        answered = {ask for ask in asks if self._is_here(ask)}
-        self._recounts, withheld = recounts.expired(self._recounts, record.round, heard, answered)
-        self._recounts = recounts.certified(self._recounts, record, self._rules)
-        self._asked_ms = {ask: self._asked_ms.get(ask, self._now_ms()) for ask in self._recounts.open}
+        heard = self._recounts.heard(self._heard_ms)
+        answered = set(filter(self._is_here, self._recounts.open))
+        late, withheld = self._recounts.expired(record.round, heard, answered)
+        self._recounts = recounts.certified(late, record, self._rules).told(self._now_ms())
         self._tidy()
         for ask in withheld:
             what = f"{UNANSWERED_MAX} times in a row it did not show what its mean was made of"
@@ -71,8 +68,11 @@ class Recounter:
         self._stirred.set()
 
     def gone_back(self, to: RoundNumber) -> None:
-        self._recounts = recounts.gone_back(self._recounts, to)
+        self._recounts = self._recounts.gone_back(to)
         self._tidy()
+
+    def close(self) -> None:
+        shutil.rmtree(self.blobs.folder, ignore_errors=True)
 
     async def run(self) -> None:
         while True:
@@ -85,30 +85,26 @@ class Recounter:
         try:
             lie = await asyncio.to_thread(self._lie_in, ask)
         except Refused as refused:  # a majority has signed what no honest member signs: that is not this reducer's word
-            log.warning("a part that cannot be made again", round=ask.record.round, why=refused.what)
-            self._recounts = recounts.dropped(self._recounts, ask)
+            log.warning("a part that cannot be made again", round=ask.round, why=refused.what)
+            self._recounts = self._recounts.dropped(ask)
         else:
             luck = self._luck.random()
             self._recounts = recounts.recounted(self._recounts, ask, self._rules, lied=lie is not None, luck=luck)
-            log.info("made again", round=ask.record.round, reducer=ask.part.reducer[:16], lie=lie)
+            log.info("made again", round=ask.round, reducer=ask.node[:16], lie=lie)
             if lie is not None:
-                self._tell(ask, Fault.REDUCED_WRONG, f"in round {ask.record.round} its mean was not one: {lie}")
+                self._tell(ask, Fault.REDUCED_WRONG, f"in round {ask.round} its mean was not one: {lie}")
         self._tidy()
 
     def _lie_in(self, ask: Ask) -> str | None:
-        assert ask.part.evidence is not None, "only parts with evidence are asked about"
-        return check_reduction(ask.record, ask.part, self.blobs.read(ask.part.evidence.digest), self._packing)
+        return check_reduction(ask.record, ask.part, self.blobs.read(ask.evidence.digest), self._packing)
 
     def _tell(self, ask: Ask, fault: Fault, reason: str) -> None:
-        assert ask.part.evidence is not None
-        log.warning("a reducer is accused", node=ask.part.reducer[:16], why=reason)
-        self._strike(ask.part.reducer, fault, ask.record.round, reason, ask.part.evidence.digest)
+        log.warning("a reducer is accused", node=ask.node[:16], why=reason)
+        self._strike(ask.node, fault, ask.round, reason, ask.evidence.digest)
 
     def _is_here(self, ask: Ask) -> bool:
-        return ask.part.evidence is not None and self.blobs.has(ask.part.evidence.digest)
+        return self.blobs.has(ask.evidence.digest)
 
     def _tidy(self) -> None:
         """Drop what no open recount needs."""
-        needed = {ask.part.evidence.digest for ask in self._recounts.open if ask.part.evidence is not None}
-        for digest in set(self.blobs.digests()) - needed:
-            self.blobs.delete(digest)
+        self.blobs.keep_only({ask.evidence.digest for ask in self._recounts.open})

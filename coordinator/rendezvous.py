@@ -104,7 +104,8 @@ class Rendezvous:
         with suppress(ChannelClosed):
             while True:
                 frame = await self._child.channel.receive()
-                if (answer := self._answers.get(frame.body["number"])) is not None and not answer.done():
+                number = frame.body.get("number")
+                if isinstance(number, int) and (answer := self._answers.get(number)) and not answer.done():
                     answer.set_result(frame)
         code = await self._child.wait()
         for answer in self._answers.values():
@@ -191,6 +192,7 @@ async def serve(channel: Channel) -> None:
         refused = error if isinstance(error, Refused) else Refused(Code.CHILD_DIED, f"p2pd: {error}")
         await channel.send({"number": settings["number"], "refused": refused.reason.code, "what": refused.what})
         return
+    watching = asyncio.create_task(_end_with(transport._child))
     try:
         node = await DHTNode.create(transport, record_validator=AddressesOnly(), cache_size=1, cache_locally=False)
         addresses = [str(address) for address in await transport.get_visible_maddrs()]
@@ -207,10 +209,17 @@ async def serve(channel: Channel) -> None:
     except ChannelClosed:
         pass
     finally:
+        watching.cancel()
         for task in calls:
             task.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
         await transport.shutdown()
+
+
+async def _end_with(process: asyncio.subprocess.Process) -> None:
+    """Without its p2pd it is of no use: end, and let the coordinator start another."""
+    await process.wait()
+    os._exit(1)
 
 
 async def main() -> None:

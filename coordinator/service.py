@@ -6,13 +6,12 @@ Whoever has no session can ask for a challenge and answer it, and nothing else.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import os
 import re
 import secrets
+import shutil
 import time
-import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
-from urllib.parse import unquote
+from urllib.parse import quote
 
 os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")  # read at the import; see serve()
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken handshake is a line otherwise
@@ -30,13 +29,15 @@ import structlog
 
 from coordinator.auditor import Auditor
 from coordinator.core import machine, quotas, strikes
+from coordinator.core.inquiries import ANSWER_ROUNDS
+from coordinator.core.names import distinct_name, visible
 from coordinator.core.strikes import Kind
-from coordinator.gate import INNER, Gate, Passage
+from coordinator.gate import DOOR, Gate, Passage
 from coordinator.recounter import Recounter
 from coordinator.store import Store, StoredNode
-from protocol import address, canonical, identity, invite
+from protocol import address, canonical, identity, invite, p2pd
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
-from protocol.contribution import sign_grant
+from protocol.contribution import Complaint, check_genuine, check_shape, sign_grant
 from protocol.errors import Code, Exit, Refused
 from protocol.identity import Key, peer_id_of
 from protocol.limits import (
@@ -44,7 +45,6 @@ from protocol.limits import (
     BLOB_CHUNK_BYTES,
     CONTROL_BYTES_MAX,
     INCARNATION_BYTES,
-    NAME_CHARACTERS_MAX,
     NUMBER_MAX,
     PROTOCOL_VERSION,
     RANGES_MAX,
@@ -95,7 +95,7 @@ SEQUENCES_MAX: Final = 1 << 31
 REFUSAL_CHARACTERS_MAX: Final = 300  # HTTP/2 trailers are small
 WHY_CHARACTERS_MAX: Final = 80
 SOFTWARE_CHARACTERS_MAX: Final = 200
-ACTIVITIES: Final = frozenset({"joining", "syncing", "training", "waiting", "paused", "finishing"})
+ACTIVITIES: Final = machine.TAKES_PART | {"joining", "syncing", "paused"}
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", CONTROL_BYTES_MAX + (64 << 10)),
     ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),
@@ -139,6 +139,8 @@ class Desk(Protocol):
     def rendezvous(self) -> tuple[str, ...]: ...
     @property
     def heartbeat_seconds(self) -> float: ...
+    @property
+    def nobody_callable(self) -> bool: ...
     def base(self) -> BaseCheckpoint: ...
     def now_ms(self) -> int: ...
     def finished(self) -> bool: ...
@@ -158,17 +160,8 @@ class Desk(Protocol):
 @dataclass(frozen=True)
 class Nonce:
     node: NodeId
-    connection: str
+    passage: Passage
     until_ms: int
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Where a call came from."""
-
-    connection: str  # no other has had this name
-    host: str
-    passage: Passage | None  # none if it came past the gate
 
 
 @dataclass
@@ -178,7 +171,7 @@ class Session:
     node: NodeId
     token: str
     incarnation: bytes
-    caller: Caller  # it is good on no other connection
+    passage: Passage  # it is good on no other connection
     calls: int = 0
     told: frozenset[Digest] = frozenset()  # wanted parts that it has heard of: no news any more
     told_finished: bool = False
@@ -194,32 +187,46 @@ class Session:
 class Server:
     """A listening door."""
 
-    def __init__(self, server: grpc.aio.Server, gate: Gate, port: int) -> None:
+    def __init__(self, server: grpc.aio.Server, gate: Gate, port: int, sockets: Path) -> None:
         self.port = port
         self.gate = gate
         self._server = server
+        self._sockets = sockets
 
     async def stop(self, grace: float | None = None) -> None:
         await self._server.stop(grace)
         self.gate.stop()
+        _clear(self._sockets)
 
 
-async def serve(service: CoordinatorService, *, listen: str, key: bytes | Path, certificate: bytes | Path) -> Server:
+async def serve(service: CoordinatorService, *, listen: str, key: Path, certificate: Path, sockets: Path) -> Server:
     """Listen on host:port behind a gate, with the certificate whose fingerprint is in the invites.
 
+    `sockets`: a folder that is made here, and gone after the server's end; no user but ours gets to what is in it.
     TLS 1.3 only: the one cipher left to TLS 1.2 needs an RSA certificate, and ours is ECDSA. grpcio has no other way.
     """
-    pair = tuple(file.read_bytes() if isinstance(file, Path) else file for file in (key, certificate))
-    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
-    wire_grpc.add_CoordinatorServicer_to_server(service, server)
-    gate = Gate(server.add_secure_port(f"{INNER}:0", grpc.ssl_server_credentials([(pair[0], pair[1])])))
     where = address.parse(listen)
     if where is None:
         raise Refused(Code.FIELD, f"{canonical.shown(listen)} is not host:port")
-    port = await gate.listen(where.host, where.port)
+    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+    wire_grpc.add_CoordinatorServicer_to_server(service, server)
+    gate = Gate(p2pd.socket_folder(sockets))
+    try:
+        pair = (key.read_bytes(), certificate.read_bytes())
+        server.add_secure_port("unix:" + quote(os.fsencode(gate.folder / DOOR)), grpc.ssl_server_credentials([pair]))
+        port = await gate.listen(where.host, where.port)
+    except BaseException:
+        await server.stop(None)
+        _clear(sockets)
+        raise
     service.gate = gate
     await server.start()
-    return Server(server, gate, port)
+    return Server(server, gate, port, sockets)
+
+
+def _clear(sockets: Path) -> None:
+    p2pd.sweep(sockets)
+    shutil.rmtree(sockets, ignore_errors=True)
 
 
 class CoordinatorService(wire_grpc.CoordinatorServicer):
@@ -227,7 +234,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     def __init__(self, desk: Desk) -> None:
         self.refusals: Counter[str] = Counter()
-        self.gate: Gate | None = None
+        self.gate: Gate  # from serve on
         self._desk = desk
         self._nonces: OrderedDict[bytes, Nonce] = OrderedDict()
         self._sessions: dict[str, Session] = {}
@@ -290,7 +297,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             retry_seconds = 0.0
             log.exception("a call failed", call=act.__name__, id=what[-8:])
         self.refusals[code.code] += 1
-        if self.gate is not None and (passage := self._caller(context).passage) is not None:
+        if (passage := self._passage(context)) is not None:
             self.gate.blame(passage)
         later = (("retry-after", f"{retry_seconds:.3f}"),) if retry_seconds else ()
         await context.abort(_status(code), what, (("barnraise-code", code.code), *later))
@@ -310,7 +317,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         if len(self._nonces) >= NONCES_MAX:
             _pass_by("challenges without an answer", NONCE_SECONDS)
         nonce = secrets.token_bytes(32)
-        self._nonces[nonce] = Nonce(node, self._caller(context).connection, now_ms + NONCE_SECONDS * 1000)
+        self._nonces[nonce] = Nonce(node, self._caller(context), now_ms + NONCE_SECONDS * 1000)
         return wire.ChallengeReply(nonce=nonce, coordinator_ms=now_ms)
 
     async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenReply:
@@ -334,10 +341,10 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         admitted_ms = known.admitted_ms if known else now_ms
         self._desk.store.save_node(StoredNode(node, peer, name, token, signed, admitted_ms))
         session = self._new_session(node, request.incarnation, self._caller(context))
-        self._joins.welcome(session.caller.host)
+        self._joins.welcome(session.passage.host)
         life, silent = self._begin_life(session, request.life)
         forgot = silent is not None and silent != self._desk.state.silent.get(node)
-        self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot, session.caller.host))
+        self._desk.submit(machine.NodeOpened(node, peer, name, addresses, forgot, session.passage.host, token or ""))
         software = canonical.shown(request.software)
         log.info("a node opened a session", node=node[:16], name=name, software=software, life=life, forgot=forgot)
         state = self._desk.state
@@ -360,7 +367,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         nonce = self._nonces.pop(request.nonce, None)
         if nonce is None or nonce.until_ms <= now_ms:
             raise Refused(Code.CHALLENGE, f"an answer to no challenge of the last {NONCE_SECONDS} seconds")
-        if nonce.node != request.node or nonce.connection != self._caller(context).connection:
+        if nonce.node != request.node or nonce.passage is not self._caller(context):
             raise Refused(Code.CHALLENGE, "an answer to a challenge that another node or connection was given")
         identity.verify(request.node, "open", self._proof(request.nonce), request.signature.hex())
 
@@ -396,26 +403,27 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     # sessions
 
-    def _caller(self, context: Context) -> Caller:
-        """gRPC writes ipv4:1.2.3.4:5 and ipv6:%5B::1%5D:5."""
-        connection = context.peer()
-        host, _, port = unquote(connection).partition(":")[2].rpartition(":")
-        passage = self.gate.passage(int(port)) if self.gate is not None else None
+    def _caller(self, context: Context) -> Passage:
+        """Where a call came from."""
+        passage = self._passage(context)
         if passage is None:
-            return Caller(connection, host.strip("[]"), None)
-        return Caller(f"{connection}#{passage.number}", passage.host, passage)
+            raise Refused(Code.UNREACHABLE, "the connection has ended")
+        return passage
 
-    def _new_session(self, node: NodeId, incarnation: bytes, caller: Caller) -> Session:
+    def _passage(self, context: Context) -> Passage | None:
+        """gRPC writes unix:FOLDER/NAME."""
+        return self.gate.passage(context.peer().rpartition("/")[2])
+
+    def _new_session(self, node: NodeId, incarnation: bytes, caller: Passage) -> Session:
         session = Session(node, secrets.token_hex(32), incarnation, caller, since_ms=self._desk.now_ms())
         older = self._end_session(node)
-        if older is not None and older.caller.passage is not None and older.caller.passage is not caller.passage:
-            older.caller.passage.close()  # one connection is enough for one node
-        if self.gate is not None and caller.passage is not None:
-            self.gate.welcome(caller.passage)
+        if older is not None and older.passage is not caller:
+            older.passage.close()  # one connection is enough for one node
+        self.gate.welcome(caller)
         self._sessions[session.token] = self._session_of[node] = session
         return session
 
-    async def _check_alone(self, node: NodeId, incarnation: bytes, caller: Caller) -> None:
+    async def _check_alone(self, node: NodeId, incarnation: bytes, caller: Passage) -> None:
         """Of two processes with one key, the one that is here and answers stays, and both are told.
 
         Nothing is held against either: a folder was copied, or its key stolen."""
@@ -425,7 +433,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         if not await self._answers(older):
             return
         now, began = _clock_text(self._desk.now_ms()), _clock_text(older.since_ms)
-        where = "this address" if older.caller.host == caller.host else "another address"
+        where = "this address" if older.passage.host == caller.host else "another address"
         if not older.notice:
             name = self._desk.store.names()[node]
             self._desk.submit(machine.Noticed(f"{name}: a second process with its key was refused"))
@@ -450,8 +458,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         older = self._session_of.pop(node, None)
         if older is not None:
             del self._sessions[older.token]
-            if self.gate is not None and older.caller.passage is not None:
-                self.gate.dismiss(older.caller.passage)
+            self.gate.dismiss(older.passage)
         return older
 
     @contextmanager
@@ -459,12 +466,12 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         """The session that the call belongs to, while it runs."""
         token = dict(context.invocation_metadata() or ()).get("session", "")
         session = self._sessions.get(str(token))
-        if session is None or session.caller.connection != self._caller(context).connection:
+        if session is None or session.passage is not self._caller(context):
             raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
         self._check_welcome(session.node)
         if session.calls >= CALLS_PER_NODE_MAX:
             raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
-        self._calls.rate = quotas.share(len(self._sessions) if self.gate is None else self.gate.members)
+        self._calls.rate = quotas.share(self.gate.members)
         _pass_by("calls of this node", self._calls.take(session.node, now=time.monotonic()))
         session.calls += 1
         session.heard = time.monotonic()
@@ -479,15 +486,15 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         mark = self._desk.state.shut(node, now_ms / 1000)
         if mark is not None:
             older = self._end_session(node)
-            if older is not None and older.caller.passage is not None:
-                asyncio.get_running_loop().call_later(GOODBYE_SECONDS, older.caller.passage.close)
+            if older is not None:
+                asyncio.get_running_loop().call_later(GOODBYE_SECONDS, older.passage.close)
             raise Refused(Code.BANNED if mark.kind is Kind.BAN else Code.KICKED, strikes.refusal(mark, now_ms))
 
     # what a member may ask
 
     async def _heartbeat(self, request: wire.HeartbeatRequest, context: Context) -> wire.HeartbeatReply:
         with self._session(context) as session:
-            beat = _beat(session.node, request, session.caller.host)
+            beat = _beat(session.node, request, session.passage.host)
             wait_seconds = _number("wait_seconds", request.wait_seconds, high=math.inf)
             if request.life > session.life:
                 self._begin_life(session, request.life)
@@ -555,6 +562,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             epoch=state.next_epoch,
             branch=len(state.rollbacks),
             astray_from=self._astray_from(request),
+            nobody_callable=self._desk.nobody_callable,
         )
 
     def _astray_from(self, request: wire.HeartbeatRequest) -> int:
@@ -666,6 +674,9 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         """What is proved is judged, whoever shows it; what is not costs the reporter nothing, and is counted."""
         with self._session(context) as session:
             _pass_by("reports of this node", self._reports.take(session.node, now=time.monotonic()))
+            if request.complaint:
+                await self._hear(session.node, canonical.from_bytes(Complaint, request.complaint))
+                return wire.ReportReply()
             evidence = canonical.from_bytes(Evidence, request.evidence)
             if self._desk.store.node(evidence.said.node) is None:
                 raise Refused(Code.UNPROVED, "evidence of nobody who was ever admitted")
@@ -673,6 +684,21 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             log.warning("a member lied", node=found.node[:16], what=found.what, reporter=session.node[:16])
             self._desk.submit(machine.Struck(found.node, found.fault, found.round, found.what, found.evidence))
             return wire.ReportReply(fault=found.fault.value)
+
+    async def _hear(self, accuser: NodeId, complaint: Complaint) -> None:
+        """Let a member be asked for what it has signed, if it has, for a round in which it may still show it."""
+        brought, at = complaint.contribution, complaint.round
+        check_shape(brought)
+        await asyncio.to_thread(check_genuine, self._desk.manifest.manifest.run, at, complaint.previous, brought)
+        state = self._desk.state
+        members = {node for signed in state.rosters for node in signed.roster.nodes}
+        if not {accuser, brought.node} <= members:
+            raise Refused(Code.UNPROVED, "a complaint by or about a node that is in no roster now")
+        if at < state.head.round - ANSWER_ROUNDS or complaint.previous != state.head_before(at):
+            what = f"a complaint about round {at}, expected one of the newest {ANSWER_ROUNDS} or the open one, {state.head.round}"
+            raise Refused(Code.UNPROVED, what)
+        log.warning("a member could not read a contribution", round=at, node=brought.node[:16], accuser=accuser[:16])
+        self._desk.auditor.complained(complaint, accuser, len(members))
 
     async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
         with self._session(context) as session:
@@ -703,9 +729,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
                     await _in_time(context.write(message), until=due)
                     offset += len(chunk)
                     due = min(due + len(chunk) / BYTES_PER_SECOND_MIN, time.monotonic() + CHUNK_SECONDS_MAX)
-            if not request.offset and not self._desk.store.has_part(
-                digest
-            ):  # a model, a shard or the tokenizer: few, and worth a line
+            # A model, a shard or the tokenizer: few, and worth a line.
+            if not request.offset and not self._desk.store.has_part(digest):
                 log.info("a node has downloaded a blob", node=session.node[:16], digest=digest[:16], bytes=size)
 
     def _charge(self, node: NodeId, size: int) -> None:
@@ -813,65 +838,6 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             writer.discard()
             writer = store.writer(wanted.digest, wanted.size)
         return writer
-
-
-_ANIMALS: Final = re.findall(
-    r"\w+",
-    """
-    badger beaver bison crane dormouse eagle falcon ferret finch gecko heron ibex jackdaw kestrel
-    lark lynx marten marmot mole newt otter owl plover puffin raven robin shrew stoat swift tern vole wren
-""",
-)
-_ADJECTIVES: Final = re.findall(
-    r"\w+",
-    """
-    able brave brisk calm careful clever daring deft eager early fair fond gentle glad hardy jolly
-    keen kind lively merry mild nimble patient plucky quick quiet ready sharp steady sturdy warm wise
-""",
-)
-_RESERVED: Final = frozenset({"coordinator", "researcher", "barnraise", "admin"})
-_LOOKALIKES: Final = str.maketrans(
-    {
-        **dict(zip("авдеһіјкӏмнорԛгѕтуԝхԁ", "abaehijklmhopqrstywxd", strict=True)),  # Cyrillic
-        **dict(zip("αβεηικνορτυχω", "abenikvoptuxw", strict=True)),  # Greek
-        **dict(zip("013458|łøđı$@", "oleasbllodlsa", strict=True)),
-    }
-)
-
-
-def visible(text: str) -> str:
-    """Stranger's text as one line: composed, without controls, directions or what cannot be seen."""
-    kept, marks = [], 0
-    for character in unicodedata.normalize("NFC", text[:1024]):
-        kind = unicodedata.category(character)
-        marks = marks + 1 if kind.startswith("M") else 0
-        if kind.startswith("Z") or character in "\t\n\r":
-            kept.append(" ")
-        elif not kind.startswith("C") and marks <= 2 and character not in "\u115f\u1160\u3164\uffa0\u2800":
-            kept.append(character)
-    return unicodedata.normalize("NFC", " ".join("".join(kept).split()))
-
-
-def distinct_name(wished: str, node: NodeId, others: Iterable[str]) -> str:
-    """A name that can be shown, and that nobody takes for another node's."""
-    name = visible(wished)[:NAME_CHARACTERS_MAX].strip() or generated_name(node)
-    taken = {_skeleton(other) for other in others} | {_skeleton(word) for word in _RESERVED}
-    if _skeleton(name) not in taken:
-        return name
-    suffix = f"-{node[:8]}"
-    return name[: NAME_CHARACTERS_MAX - len(suffix)].strip() + suffix
-
-
-def generated_name(node: NodeId) -> str:
-    seed = hashlib.sha256(node.encode()).digest()
-    return f"{_ADJECTIVES[seed[0] % len(_ADJECTIVES)]}-{_ANIMALS[seed[1] % len(_ANIMALS)]}"
-
-
-def _skeleton(name: str) -> str:
-    """What a hurried reader sees: equal for names that look alike."""
-    plain = unicodedata.normalize("NFKD", name).casefold()
-    letters = "".join(c for c in plain if not unicodedata.combining(c)).translate(_LOOKALIKES)
-    return "".join(c for c in letters if c.isalnum()).replace("rn", "m").replace("vv", "w").replace("i", "l")
 
 
 _STATUS: Final = {

@@ -403,6 +403,10 @@ class Store:
     def rosters(self) -> tuple[SignedRoster, ...]:
         return self._all(SignedRoster, select(_rosters.c.bytes).order_by(_rosters.c.epoch))
 
+    def newest_roster(self) -> SignedRoster | None:
+        found = self._all(SignedRoster, select(_rosters.c.bytes).order_by(_rosters.c.epoch.desc()).limit(1))
+        return found[0] if found else None
+
     def append_entry(self, entry: LogEntry, tokens: Mapping[NodeId, int], leases: Leases | None = None) -> None:
         """The line grows by one record, its contributors' credit by what it says, and the leases lose its data."""
         record = entry.record
@@ -647,10 +651,7 @@ class Store:
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             return self._bad(f"is not a whole SQLite database: {error}")
         if name.startswith(("SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):  # the last two: a remounted disk
-            fix = (
-                "See that the disk is in order and may be written to, then start the coordinator. Nothing was changed."
-            )
-            return Refused(Code.DISK_BAD, f"{self.path} cannot be read or written: {error}", fix=fix)
+            return Refused(Code.DISK_BAD, f"{self.path} cannot be read or written: {error}")
         return None
 
     @contextmanager

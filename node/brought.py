@@ -1,4 +1,4 @@
-"""What this node brought to the newest records, byte for byte, and what its means were made of: the coordinator may ask
+"""What this node brought to the newest rounds, byte for byte, and what its means were made of: the coordinator may ask
 to see it, and nobody else. Knows no network."""
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ class Brought:
         self._most = kept
         self._blobs = BlobStore(folder)
         self._kept: list[Digest] = []
-        for digest in self._blobs.digests():
-            self._blobs.delete(digest)
+        self._blobs.keep_only(set())
 
     def keep(self, data: bytes) -> None:
         """In the place of the oldest. A full disk keeps nothing, and no round waits for it."""

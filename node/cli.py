@@ -67,6 +67,7 @@ DiskOption = Annotated[Text, _option("--max-disk", "SIZE", "Most disk space to u
 UpOption = Annotated[Text, _option("--max-up", "MBIT", "Most to send, in Mbit/s. [what the line takes]")]
 ListenOption = Annotated[Text, _option("--listen", "IP:PORT", "Where other nodes connect. [any free port]")]
 AnnounceOption = Annotated[Text, _option("--announce", "IP:PORT", "What they connect to, if a router forwards that.")]
+NoTrainingOption = Annotated[bool, typer.Option("--no-training", help="Average for others, and train nothing.")]
 RootOption = Annotated[bool, typer.Option("--allow-root", help="Run as root all the same.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 
@@ -105,6 +106,7 @@ def join(
     max_up: UpOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
+    no_training: NoTrainingOption = False,
     allow_root: RootOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
@@ -125,7 +127,7 @@ def join(
         "listen": listen,
         "announce": announce,
     }
-    flags["max_up"] = max_up
+    flags |= {"max_up": max_up, "training": "false" if no_training else None}
     found = _checked_invite(" ".join(invite), allow_private=allow_private)
     return _take_part(home_of(home), flags | {"allow_root": allow_root or None}, found, yes=yes, as_json=as_json)
 
@@ -141,6 +143,7 @@ def start(
     max_up: UpOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
+    no_training: NoTrainingOption = False,
     allow_root: RootOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -154,7 +157,7 @@ def start(
         "listen": listen,
         "announce": announce,
     }
-    flags["max_up"] = max_up
+    flags |= {"max_up": max_up, "training": "false" if no_training else None}
     at = home_of(home)
     if at.remembered() is None:
         raise Refused(Code.NOT_ADMITTED, f"the node in {at.path} has not joined a run")
@@ -296,15 +299,22 @@ def _announce(settings: Settings, invite: Invite | None) -> None:
     rows = [
         ("Run", f"{invite.name}, from {invite.addresses[0]}" if invite is not None else ""),
         ("Files", f"{settings.home}{disk}"),
-        ("Trains", f"on device {settings.device}{threads}"),
-        ("Sends", "model updates, training speed, the kind of device" + _named(settings) + up),
+        *_does(settings, threads, up),
         ("Shows", "this machine's network address to the run's other nodes"),
         ("Safety", _SAFETY),
-        ("", _confinement(settings)),
+        ("", _confinement(settings) if settings.training else ""),
     ]
     console.complain("\n".join(f"{title:<8}{console.printable(text)}" for title, text in rows if text))
     if _is_root():
         console.complain("Warning: this runs as root and need not; an ordinary user is enough.")
+
+
+def _does(settings: Settings, threads: str, up: str) -> list[tuple[str, str]]:
+    if not settings.training:
+        sends = "what it made of the others' updates" + _named(settings) + up
+        return [("Trains", "nothing: it averages for the others, who have to be able to call it"), ("Sends", sends)]
+    sends = "model updates, training speed, the kind of device" + _named(settings) + up
+    return [("Trains", f"on device {settings.device}{threads}"), ("Sends", sends)]
 
 
 def _confinement(settings: Settings) -> str:

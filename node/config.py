@@ -56,6 +56,7 @@ class Settings:
     max_vram_bytes: int | None = None  # of an NVIDIA device
     hours: tuple[Hours, ...] = ()  # when it may train; none: always
     on_battery: bool = False
+    training: bool = True  # else it votes, and averages for those who train
 
     @property
     def policy(self) -> Policy:
@@ -435,6 +436,7 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "max_vram": _size,
     "hours": _hours,
     "on_battery": _truth,
+    "training": _truth,
 }
 
 

@@ -62,9 +62,7 @@ from protocol.types import (
 )
 
 IDENTITY: Final = "p2p.identity"
-PEERS_SHARE: Final = (
-    0.75  # of what may be sent: peers take most, the archive at the coordinator a fifth or less of that
-)
+PEERS_SHARE: Final = 0.75  # of what may be sent; what the coordinator archives is a fifth of that or less
 TICK_SECONDS: Final = 0.2
 POLICY_SECONDS: Final = 5.0  # a laptop that is unplugged is quiet within ten
 STATUS_SECONDS: Final = 0.5
@@ -100,7 +98,9 @@ async def run(
                 return Exit.INTERRUPTED.value
 
 
-async def _room_comes(settings: Settings, stopper: Stopper, on_status: Any, why: str) -> bool:
+async def _room_comes(
+    settings: Settings, stopper: Stopper, on_status: Callable[[dict[str, Any]], None] | None, why: str
+) -> bool:
     """Another program has filled the disk: wait until there is room. False if the owner does not want to wait."""
     log.warning("waiting for room on the disk", why=why)
     status = {"version": VERSION, "activity": session.Activity.PAUSED.value, "reason": f"the disk is full: {why}"}
@@ -156,7 +156,7 @@ class Daemon:
         self._line = asyncio.Lock()  # one large download at a time: a home line is one line
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[tuple[Exit, str]] = asyncio.get_running_loop().create_future()
-        self._decider = decider = Decider(self._make_rules(), self._carry_out)
+        self._decider = decider = Decider(self._make_rules(), self._carry_out, helper=not settings.training)
         self._workbench = Workbench(
             manifest,
             self._spec,
@@ -413,7 +413,10 @@ class Daemon:
         self._spawn(self._start_engine())
         if online:
             await self._liaison.retrying(self._liaison.catch_up)
-        await self._workbench.take_up_saved()
+        if self._settings.training:
+            await self._workbench.take_up_saved()
+        else:
+            self._supply.give_up()
         self._decider.post(session.DataUsed(0, self._supply.wanted()))
         self._decider.post(session.CaughtUp())
         self._spawn(self._start_trainer())
@@ -505,6 +508,8 @@ class Daemon:
         self._decider.post(session.PartDied(session.Part.ENGINE, f"exit code {code}"))
 
     async def _start_trainer(self) -> None:
+        if not self._settings.training:
+            return
         try:
             if not await self._workbench.start_trainer():
                 return
@@ -627,9 +632,13 @@ class Daemon:
             self._send((secrets.choice(others),), told)
 
     async def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
-        """Average with the group; whatever happens, say what is held."""
-        part, held = await self._courier.average(begin, roster, self._workbench.payload, seconds=seconds)
+        """Average with the group; whatever happens, say what is held, and tell of whom no codec reads."""
+        part, held, unread = await self._courier.average(begin, roster, self._workbench.payload, seconds=seconds)
         self._decider.post(rounds.Averaged(begin.ballot, part, held))
+        for ready in (signed.ready for signed in begin.readies):
+            if ready.sender in unread:
+                complaint = contribution.Complaint(begin.round, ready.previous, ready.contribution)
+                self._spawn(self._liaison.complain(complaint))
 
     async def _fetch_part(self, part: Part, sources: tuple[NodeId, ...]) -> None:
         found = await self._courier.fetch_part(part, sources)
@@ -649,13 +658,13 @@ class Daemon:
         folded = await self._fold_whole(entry)
         self._supply.take_back(folded.dropped)
         tokens = next((c.tokens for c in record.contributions if c.node == self._me), 0)
-        self._tally.settled(record.round, tokens=tokens, accepted=folded.mine)
+        reduced = [part for part in record.parts if part.reducer == self._me]
+        self._tally.settled(record.round, tokens=tokens, accepted=folded.mine, reduced=bool(reduced))
         self._membership.renew()
         await self._supply.settle(record)
         await self._workbench.set_goal()
         if (record.round + 1) % self._spec.evaluate.base_every_rounds == 0:
             await self._save_base()
-        reduced = [part for part in record.parts if part.reducer == self._me]
         if reduced or record.leader == self._me:
             await self._liaison.hand_in(entry, reduced)
         self._decider.post(session.RoundSettled(self._decider.rounds.pending))  # last: whoever ends has handed it in
@@ -715,6 +724,8 @@ class Daemon:
         match verb:
             case "status":
                 return self.status()
+            case "pause" if not self._settings.training:
+                raise Refused(Code.USAGE, "this node trains nothing that could be paused", fix="End it with Ctrl-C.")
             case "pause":
                 until = arguments.get("seconds")
                 self._decider.post(session.PauseAsked(time.monotonic() + float(until) if until else None))
@@ -751,7 +762,7 @@ class Daemon:
             run=self._manifest.name,
             name=self._membership.opened.signed_pass.body.name,
             trainer=self._workbench.trainer,
-            confinement=self._workbench.confinement,
+            confinement=self._workbench.confinement if self._settings.training else "",
             tally=self._tally,
         )
 

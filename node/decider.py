@@ -21,9 +21,9 @@ log = structlog.get_logger()
 class Decider:
     """One event at a time; the effects of one are carried out, in order, before the next is looked at."""
 
-    def __init__(self, rules: rounds.Rules, carry_out: Callable[[Effect], None]) -> None:
+    def __init__(self, rules: rounds.Rules, carry_out: Callable[[Effect], None], *, helper: bool = False) -> None:
         self.rules = rules
-        self.session = session.Session()
+        self.session = session.Session(helper=helper)
         self.changed = asyncio.Event()  # another activity than the last heartbeat said
         self._rounds: Rounds | None = None
         self._carry_out = carry_out
@@ -62,7 +62,7 @@ class Decider:
         if self._rounds.phase is not before.phase:
             phase, ballot = self._rounds.phase.value, self._rounds.ballot
             log.debug("round", round=self._rounds.head.round, phase=phase, ballot=ballot)
-        if self._rounds.last_failure != before.last_failure:
+        if self._rounds.attempts_failed != before.attempts_failed:
             log.warning("attempt failed", round=self._rounds.head.round, why=self._rounds.last_failure)
         for effect in effects:
             self._carry_out(effect)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from protocol import p2pd
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.limits import PEER_MESSAGE_BYTES_MAX
-from protocol.process import Channel, ChannelClosed, Child, Frame
+from protocol.process import MALFORMED, Channel, ChannelClosed, Child, Frame
 from protocol.types import Digest, Exchange, NodeId, PeerId, RunId
 
+T = TypeVar("T")
 START_SECONDS: Final = 60.0  # importing torch on a slow disk, and p2pd's own 15 seconds
 STOP_SECONDS: Final = 5.0
 GRACE_SECONDS: Final = 10.0  # the engine keeps its own deadlines; past them by this much, it hangs
@@ -57,6 +58,7 @@ class AveragingOutcome:
     bytes_sent: int  # encoded values, without what carries them
     bytes_received: int
     evidence: Path | None = None  # of our own mean, as protocol/evidence.py has it; the caller's to remove
+    unread: tuple[int, ...] = ()  # members of whose contributions something came here that no codec reads
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,10 @@ class Engine:
         }
         try:
             started = await engine._ask("start", settings, seconds=START_SECONDS)
+            engine.peer, engine.addresses = await engine._told("start", started, _started)
         except BaseException:
             await engine.stop()
             raise
-        engine.peer = PeerId(started.body["peer"])
-        engine.addresses = tuple(started.body["addresses"])
         return engine
 
     @property
@@ -154,19 +155,7 @@ class Engine:
         """Average the encoded vector with the group. What fails is in the outcome; only a wrong job is refused."""
         body = asdict(job) | {"group": job.group.hex(), "after": job.after.hex(), "exchange": job.exchange.value}
         answer = await self._ask("average", body, payload, seconds=job.deadline_seconds)
-        outcome, parts, at = answer.body, {}, 0
-        for index, size in outcome["parts"]:
-            parts[index] = answer.payload[at : at + size]
-            at += size
-        return AveragingOutcome(
-            parts=parts,
-            included=tuple(outcome["included"]),
-            failed={int(index): reason for index, reason in outcome["failed"].items()},
-            seconds=outcome["seconds"],
-            bytes_sent=outcome["bytes_sent"],
-            bytes_received=outcome["bytes_received"],
-            evidence=Path(outcome["evidence"]) if outcome["evidence"] else None,
-        )
+        return await self._told("average", answer, _outcome)
 
     async def cancel(self, group: bytes) -> None:
         """Give a group up: its `average` returns with what is complete."""
@@ -179,9 +168,8 @@ class Engine:
 
     async def usage(self) -> Usage:
         """What was sent and received; it also finds where this node can be reached by now."""
-        body = (await self._ask("usage", {})).body
-        self.addresses = tuple(body["addresses"])
-        return Usage(**body["usage"])
+        usage, self.addresses = await self._told("usage", await self._ask("usage", {}), _usage)
+        return usage
 
     async def stop(self) -> None:
         await self._child.stop(grace_seconds=STOP_SECONDS)
@@ -210,20 +198,59 @@ class Engine:
         finally:
             self._answers.pop(number, None)
         if "refused" in frame.body:
-            raise Refused.from_wire(frame.body["refused"], frame.body["what"])
+            raise Refused.from_wire(str(frame.body["refused"]), str(frame.body.get("what")))
         return frame
+
+    async def _told(self, order: str, answer: Frame, read: Callable[[Frame], T]) -> T:
+        """What the answer says. An engine whose answer lacks it is ended, and the daemon starts another."""
+        try:
+            return read(answer)
+        except MALFORMED as error:
+            await self._child.stop(grace_seconds=0)
+            raise Refused(Code.CHILD_DIED, f"the engine's answer to {order} cannot be read: {error!r}") from error
 
     async def _read(self, channel: Channel) -> None:
         with suppress(ChannelClosed):
             while True:
-                frame = await channel.receive()
-                self._unanswered = 0
-                if "message_from" in frame.body:
-                    self._on_message(PeerId(frame.body["message_from"]), frame.payload)
-                elif (answer := self._answers.get(frame.body["number"])) is not None and not answer.done():
-                    answer.set_result(frame)
-        code = await self._child.wait()
+                self._take(await channel.receive())
+        await self._child.stop(grace_seconds=STOP_SECONDS)
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ChannelClosed("the engine has ended"))
-        self.closed.set_result(code)
+        self.closed.set_result(self._child.returncode or 0)
+
+    def _take(self, frame: Frame) -> None:
+        self._unanswered = 0
+        match frame.body:
+            case {"message_from": str(peer)}:
+                self._on_message(PeerId(peer), frame.payload)
+            case {"number": int(number)}:
+                if (answer := self._answers.get(number)) is not None and not answer.done():
+                    answer.set_result(frame)
+            case _:
+                raise ChannelClosed("the engine said what is neither a message nor an answer")
+
+
+def _started(answer: Frame) -> tuple[PeerId, tuple[str, ...]]:
+    return PeerId(answer.body["peer"]), tuple(answer.body["addresses"])
+
+
+def _outcome(answer: Frame) -> AveragingOutcome:
+    outcome, parts, at = answer.body, {}, 0
+    for index, size in outcome["parts"]:
+        parts[index] = answer.payload[at : at + size]
+        at += size
+    return AveragingOutcome(
+        parts=parts,
+        included=tuple(outcome["included"]),
+        failed={int(index): reason for index, reason in dict(outcome["failed"]).items()},
+        seconds=outcome["seconds"],
+        bytes_sent=outcome["bytes_sent"],
+        bytes_received=outcome["bytes_received"],
+        evidence=Path(outcome["evidence"]) if outcome["evidence"] else None,
+        unread=tuple(outcome["unread"]),
+    )
+
+
+def _usage(answer: Frame) -> tuple[Usage, tuple[str, ...]]:
+    return Usage(**answer.body["usage"]), tuple(answer.body["addresses"])

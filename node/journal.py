@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from node.core.rounds import ROSTERS_KEPT
 from protocol import canonical
 from protocol.blobs import atomic_write, full_disk_refused
 from protocol.messages import Accepted
@@ -19,6 +22,8 @@ from protocol.types import (
     SignedRollback,
     SignedRoster,
 )
+
+_FORGOTTEN: Final = "rosters.txt"  # of rosters that are not kept: a line each with epoch and digest
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Journal:
         self.folder = folder
         for name in ("log", "rosters", "rollbacks"):
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._forgotten = self._read_forgotten()
 
     def promise(self, head: Head) -> Promise | None:
         """What was promised in the round that follows this head; what was promised in another no longer binds."""
@@ -93,10 +99,14 @@ class Journal:
 
     def save_roster(self, signed: SignedRoster) -> None:
         atomic_write(self._roster(signed.roster.epoch), canonical.to_bytes(signed))
+        self._forget_rosters()
 
-    def roster(self, epoch: Epoch) -> SignedRoster | None:
+    def roster_digest(self, epoch: Epoch) -> Digest | None:
+        """Of the roster that was ever saved under this number, kept or not; none if none was."""
         path = self._roster(epoch)
-        return canonical.from_bytes(SignedRoster, path.read_bytes()) if path.exists() else None
+        if not path.exists():
+            return self._forgotten.get(epoch)
+        return canonical.digest(canonical.from_bytes(SignedRoster, path.read_bytes()).roster)
 
     def rosters(self) -> dict[Epoch, SignedRoster]:
         signed = (
@@ -135,6 +145,25 @@ class Journal:
         for path in (self.folder / "log").glob("*.json"):
             if int(path.stem) < round_number:
                 path.unlink()
+
+    def _forget_rosters(self) -> None:
+        """Nobody goes by more than the newest, here neither; of the others it stays known what they said."""
+        paths = sorted((self.folder / "rosters").glob("*.json"))
+        if len(paths) < 2 * ROSTERS_KEPT:
+            return
+        for path in paths[:-ROSTERS_KEPT]:
+            roster = canonical.from_bytes(SignedRoster, path.read_bytes()).roster
+            self._forgotten[roster.epoch] = canonical.digest(roster)
+        lines = "".join(f"{epoch} {digest}\n" for epoch, digest in sorted(self._forgotten.items()))
+        atomic_write(self.folder / _FORGOTTEN, lines.encode())
+        for path in paths[:-ROSTERS_KEPT]:
+            path.unlink()
+
+    def _read_forgotten(self) -> dict[Epoch, Digest]:
+        path = self.folder / _FORGOTTEN
+        text = path.read_text("ascii", "replace") if path.exists() else ""
+        found = re.findall(r"^([0-9]{1,19}) ([0-9a-f]{64})$", text, re.MULTILINE)
+        return {Epoch(int(epoch)): Digest(digest) for epoch, digest in found}
 
     def _roster(self, epoch: Epoch) -> Path:
         return self.folder / "rosters" / f"{epoch:016d}.json"

@@ -26,6 +26,7 @@ from node.supply import Supply
 from node.workbench import Workbench
 from protocol import canonical
 from protocol.blobs import BlobStore
+from protocol.contribution import Complaint
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
@@ -88,10 +89,11 @@ class Liaison:
         if roster.manifest != manifest:
             two = f"{manifest[:12]} shown to this node, {roster.manifest[:12]} in roster {roster.epoch}"
             raise Refused(Code.TWO_STORIES, f"the coordinator has signed two manifests: {two}")
-        known = rosters.get(roster.epoch) or self._journal.roster(roster.epoch)
-        if known is not None and known.roster != roster:
-            two = " and ".join(canonical.digest(each)[:12] for each in (known.roster, roster))
-            raise Refused(Code.TWO_STORIES, f"the coordinator has signed two rosters {roster.epoch}: {two}")
+        known, now = rosters.get(roster.epoch), canonical.digest(roster)
+        before = self._journal.roster_digest(roster.epoch) if known is None else canonical.digest(known.roster)
+        if before is not None and before != now:
+            what = f"the coordinator has signed two rosters {roster.epoch}: {before[:12]} and {now[:12]}"
+            raise Refused(Code.TWO_STORIES, what)
         if roster.epoch not in rosters:
             self._journal.save_roster(signed)
             self._decider.step(rounds.RosterArrived(signed))
@@ -151,6 +153,15 @@ class Liaison:
             log.warning("a report was refused", why=refused.what)
         finally:
             self._reports.discard(evidence)
+
+    async def complain(self, complaint: Complaint) -> None:
+        """Once, and no more when it fails: who goes on sends the like in the next round."""
+        node, at = complaint.contribution.node[:16], complaint.round
+        log.warning("a member sent what no codec reads", node=node, round=at)
+        try:
+            await self._link.complain(complaint)
+        except Refused as refused:
+            log.warning("a complaint was not heard", node=node, round=at, why=refused.what)
 
     # the log
 
@@ -272,6 +283,7 @@ class Liaison:
         if news is None:
             return
         self._tally.notice = news.notice or self._tally.notice
+        self._tally.nobody_callable = news.nobody_callable
         self._heed_clock(news.coordinator_ms / 1000 - time.time())
         if news.epoch < beat.epoch or news.branch < beat.branch:
             await self._remind(news)

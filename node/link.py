@@ -27,7 +27,7 @@ from node.core.backoff import wait_seconds
 from node.core.pace import Bucket
 from protocol import address, canonical, identity, tls
 from protocol.blobs import LEAF_BYTES, BlobStore, Writer, atomic_write, check_digest
-from protocol.contribution import grant_is_genuine, grant_of
+from protocol.contribution import Complaint, grant_is_genuine, grant_of
 from protocol.errors import Code, Refused
 from protocol.identity import Key, coordinator_key, peer_id_of
 from protocol.invite import Invite
@@ -181,6 +181,7 @@ class News:
     branch: int  # how many rollbacks it knows of
     astray_from: int | None  # our head is not on the log: our records from this round on are wanted
     silent_epoch: Epoch | None  # as in Opened; a session that was opened again may have raised it
+    nobody_callable: bool = False  # no round can end until a node comes that the others can call
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ class Link:
             _number("branch", reply.branch),
             _number("astray_from", reply.astray_from) - 1 if reply.astray_from else None,
             self._silent_epoch,
+            reply.nobody_callable,
         )
 
     async def acquire_leases(self, sequences: int) -> tuple[Lease, ...]:
@@ -372,6 +374,10 @@ class Link:
         request = wire.ReportRequest(evidence=canonical.to_bytes(evidence))
         reply: wire.ReportReply = await self._call("Report", request)
         return canonical.shown(reply.fault)
+
+    async def complain(self, complaint: Complaint) -> None:
+        """Have the coordinator ask a member for what it signed, and we could not read."""
+        await self._call("Report", wire.ReportRequest(complaint=canonical.to_bytes(complaint)))
 
     async def leave(self, why: str = "", seal: Seal | None = None) -> None:
         """Give the leases back, and close. With a seal, nobody has to reckon with this node's vote."""

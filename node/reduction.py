@@ -65,6 +65,10 @@ class Violation(AllreduceException):  # type: ignore[misc]
     """A member sent what no honest member sends."""
 
 
+class Unreadable(Violation):
+    """No codec of this run reads it."""
+
+
 class SpanContainer(TensorPartContainer):  # type: ignore[misc]
     """The local vector, already encoded, cut at chunk boundaries; and the means that came back for each span."""
 
@@ -168,7 +172,7 @@ class SpanReducer(TensorPartReducer):  # type: ignore[misc]
         try:
             self._codec.check(tensor_part, values)  # kept encoded: as float32 the buffers would be 8 times as large
         except Refused as refused:
-            raise Violation(f"sender {sender_index}, chunk {part_index}: {refused.what}") from refused
+            raise Unreadable(f"sender {sender_index}, chunk {part_index}: {refused.what}") from refused
         self._received[sender_index].append(tensor_part)
         self._hashes[sender_index].update(tensor_part)
         if self.num_parts_received[sender_index] + 1 == self.num_parts and self._down is not None:
@@ -293,6 +297,7 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         self._step = CHUNK_VALUES * max(1, PIECE_BYTES // chunk_bytes)
         self._gathered_by = time.monotonic() + plan.deadline_seconds * GATHER_SHARE
         self._streams: set[PeerID] = set()
+        self._unread: set[int] = set()
         everyone, mine = range(len(plan.peers)), (self.index,)
         gathers = plan.exchange is Exchange.ALL_GATHER
         self._weights = tuple(w if i == self.index or not gathers else 0 for i, w in enumerate(plan.weights))
@@ -329,6 +334,11 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         return self.tensor_part_reducer.included
 
     @property
+    def unread(self) -> tuple[int, ...]:
+        """Members of whose contributions something came here that no codec reads."""
+        return tuple(sorted(index for index in self._unread if self._plan.weights[index]))
+
+    @property
     def leftover(self) -> Leftover | None:
         return self.tensor_part_reducer.leftover
 
@@ -343,11 +353,14 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         self.active_senders.add(context.remote_id)
         if len(self.active_senders) == len(self.sender_peer_ids):
             self.all_senders_started.set()
+        sender_index = self.ordered_peer_ids.index(context.remote_id)
         try:
-            await self._gather(stream, self.ordered_peer_ids.index(context.remote_id))
+            await self._gather(stream, sender_index)
         except (BannedException, TimeoutError):
             await self._ban_sender(context.remote_id)  # too slow to count, but welcome to the means
-        except Exception:  # Violation, or whatever else its bytes brought about
+        except Exception as error:  # Violation, or whatever else its bytes brought about
+            if isinstance(error, Unreadable):
+                self._unread.add(sender_index)
             await self._ban_sender(context.remote_id)
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
@@ -402,6 +415,9 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
                         return
             raise AllreduceException(f"its reducer sent {registered} of {expected} chunks")
         except Exception as error:  # whatever befalls one span is that span's failure and nobody else's
+            gathers = self._plan.exchange is Exchange.ALL_GATHER  # else what comes is a mean
+            if gathers and isinstance(error, Unreadable):
+                self._unread.add(index)
             self.tensor_part_container.register_failed_reducer(index, str(error) or type(error).__name__)
 
     async def _own_means(self) -> AsyncGenerator[bytes, None]:
@@ -428,7 +444,10 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
                 except TimeoutError:
                     raise AllreduceException("its reducer sent nothing in time") from None
                 encoded = _part_of(message, averaging_pb2.AVERAGED_PART, self._down)
-                self._down.check(encoded, values)
+                try:
+                    self._down.check(encoded, values)
+                except Refused as refused:
+                    raise Unreadable(refused.what) from refused
                 self.bytes_received += len(encoded)
                 yield encoded
                 patience = self._plan.sender_seconds
@@ -468,5 +487,5 @@ def _part_of(message: averaging_pb2.AveragingData, code: int, codec: Codec) -> b
     if message.code != code:
         raise Violation(f"message code {message.code}, wanted {code}")
     if message.tensor_part.compression != CODES[codec.name]:
-        raise Violation(f"codec {message.tensor_part.compression}, wanted {CODES[codec.name]}")
+        raise Unreadable(f"codec {message.tensor_part.compression}, wanted {CODES[codec.name]}")
     return message.tensor_part.buffer  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from protocol.log import head_after, next_head, next_turn, record_hash
 from protocol.state import State, read_base, write_base
 from protocol.types import BaseCheckpoint, BlobRef, Digest, Head, LogEntry, Manifest, SignedRollback
 
+_TAKEN_BACK = "Tell the researcher, who can take the run back; then start again with: barnraise start"
 ENTRIES_KEPT = 64  # rounds behind our own checkpoint that peers may still ask for
 
 
@@ -128,7 +129,11 @@ class Replica:
             what = f"record {record.round} starts from state {record.state[:12]}, this replica is at {self.digest[:12]}"
             raise Refused(Code.STATE_MISMATCH, what)
         parts = {part.index: self._read(part.digest) for part in record.parts}
-        check_update(self.state, record, parts, self._packing)
+        try:
+            check_update(self.state, record, parts, self._packing)
+        except Refused as refused:
+            what = f"record {record.round} is certified and cannot be folded: {refused.what}"
+            raise Refused(refused.reason, what, fix=_TAKEN_BACK) from None
         self._journal.append(entry)
         fold(self.state, record, parts, self._packing, self._outer)
         self.head, self.last = next_head(record), entry

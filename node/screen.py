@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from protocol.console import duration_text, number_text, printable, size_text
+from protocol.errors import Code
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,8 +26,12 @@ _REACH = {
     "direct": "direct: the other nodes can call this one",
     "outbound-only": "outbound-only: this node calls the others, and that is enough; a port that your router forwards to it "
     "(listen, announce) would let it do a share of the averaging",
-    "nobody": "outbound-only, like every node of this run: no round can end until one of them has an open port",
+    "nobody": f"{Code.NOBODY_CALLABLE.code} · outbound-only, like every node of this run: no round can end until one has an "
+    "open port. The researcher's coordinator says how, and this node waits",
 }
+_UNCALLABLE_HELPER = (
+    "outbound-only: open the port that --listen names; where a router forwards another one, name that with --announce"
+)
 _UNLINKED = "the coordinator is not reached; training goes on without it"
 
 
@@ -172,8 +177,16 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"  {confinement}")
     if status.get("linked") is False and activity != "joining":
         lines.append(f"  {_UNLINKED}")
-    if reach := _REACH.get(_text(status, "reach")):
+    reach = _REACH.get(_text(status, "reach"), "")
+    if status.get("trains") is False and reach and reach is not _REACH["direct"]:
+        reach = _UNCALLABLE_HELPER
+    if reach:
         lines.append(f"  {reach}")
+    if failed := _number(status, "attempts_failed"):
+        last = f", the last one because {why}" if (why := _text(status, "last_failure")) else ""
+        lines.append(
+            f"  {failed:,.0f} {'attempt' if failed == 1 else 'attempts'} at a round failed{last}; nothing is lost"
+        )
     if trouble := _text(status, "trouble"):
         lines.append(f"  ! {trouble}")
     return lines

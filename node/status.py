@@ -9,12 +9,13 @@ from typing import Any, Final
 
 from node.core import session
 from node.core.rounds import Rounds, Rules, majority_awaited
-from node.core.session import Session
+from node.core.session import Activity, Session
 from node.training import Stepped, Trainer
 from protocol.types import NodeId, Role, Roster
 
 VERSION: Final = 1  # raised when a field changes its meaning
 RECENT_ROUNDS: Final = 20
+DIRECT, OUTBOUND_ONLY, NOBODY = "direct", "outbound-only", "nobody"  # of a run in which nobody can be called
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Tally:
     sent: int = 0  # bytes to and from peers
     received: int = 0
     notice: str = ""
+    nobody_callable: bool = False  # says the coordinator: no round can end
     clock: str = ""  # what is wrong with this machine's clock
 
     def trained(self, stepped: Stepped) -> None:
@@ -38,9 +40,9 @@ class Tally:
             self.stepped = stepped
             self.losses.append(stepped.loss)
 
-    def settled(self, round_number: int, *, tokens: int, accepted: bool) -> None:
+    def settled(self, round_number: int, *, tokens: int, accepted: bool, reduced: bool = False) -> None:
         self.credit_tokens += tokens if accepted else 0
-        outcome = "accepted" if accepted else "not in it"
+        outcome = "accepted" if accepted else "averaged for others" if reduced else "not in it"
         self.recent.append({"round": round_number, "outcome": outcome, "tokens": tokens if accepted else 0})
 
     def mean_loss(self) -> float | None:
@@ -69,6 +71,7 @@ def view(
         "node": rules.me[:8],
         "activity": session.activity(state).value,
         "reason": session.reason(state, now),
+        "trains": not state.helper,
         "linked": state.linked,
         "credit_tokens": tally.credit_tokens,
         "sequences_left": state.sequences_left,
@@ -91,7 +94,14 @@ def view(
     if awaited is not None and state.votes:
         heard, members = awaited
         shown["reason"] = f"{shown['reason']}; waiting for a majority: {heard} of {members} nodes answer"
-    return shown | _rounds(rounds, rules)
+    shown |= _rounds(rounds, rules)
+    if tally.nobody_callable:
+        shown["reach"] = NOBODY
+    if state.helper:
+        shown |= {"round_steps": None, "round_steps_goal": None}
+    if session.activity(state) is Activity.HELPING and shown["reach"] in (OUTBOUND_ONLY, NOBODY):
+        shown["reason"] = "is there to average for others, and none of them can call it"
+    return shown
 
 
 def _reach(roster: Roster | None, me: NodeId) -> str | None:
@@ -100,8 +110,8 @@ def _reach(roster: Roster | None, me: NodeId) -> str | None:
     if roster is None or member is None:
         return None
     if member.role is not Role.CLIENT:
-        return "direct"
-    return "outbound-only" if any(other.role is not Role.CLIENT for other in roster.members) else "nobody"
+        return DIRECT
+    return OUTBOUND_ONLY if any(other.role is not Role.CLIENT for other in roster.members) else NOBODY
 
 
 def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:
@@ -116,4 +126,6 @@ def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:
         "reach": _reach(roster, rules.me),
         "round_steps": rounds.steps,
         "round_steps_goal": rules.inner_steps(rounds.head.round),
+        "attempts_failed": rounds.attempts_failed,
+        "last_failure": rounds.last_failure,
     }

@@ -167,6 +167,11 @@ class Supply:
         self._grants.clear()
         self._trainer = None
 
+    def give_up(self) -> None:
+        """What an earlier life had leased is for others: nobody trains here."""
+        self.clear()
+        self._membership.keep(())
+
     def make_room(self) -> None:
         """Shards that no lease of ours names can be had again."""
         leased = {lease.range.shard for lease in self._leases.values()}

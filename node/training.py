@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import Code, Refused
-from protocol.process import ChannelClosed, Child
+from protocol.process import MALFORMED, ChannelClosed, Child
 from protocol.sandbox import Sandbox
 from protocol.types import DataRange, Digest
 
+T = TypeVar("T")
 MODULE = "node.trainer"
 START_SECONDS_MAX = 900  # a first import of torch from a slow disk, and a large model to build and probe
 STOP_SECONDS = 10.0  # volunteers get their machine back within this
@@ -183,7 +184,7 @@ class Trainer:
             env |= {name: str(scratch / folder) for name, folder in _FOLDERS.items()}
         child = await Child.start(MODULE, env=env, log=log, pass_fds=vectors.files, sandbox=sandbox)
         try:
-            started = Started(**await _first_answer(child, spec, vectors), seconds=time.monotonic() - began)
+            started = await _first_answer(child, spec, vectors, began)
         except BaseException:
             await child.stop(grace_seconds=0)
             raise
@@ -222,9 +223,9 @@ class Trainer:
     async def snapshot(self) -> Snapshot:
         """Copy the local parameters into `vectors.snapshot`; training goes on right after."""
         self._snapshot_asked = self._asked + 1
-        answer = await self._ask("snapshot")
+        snapshot = await self._told("snapshot", await self._ask("snapshot"), _snapshot)
         self._snapshot_pending = True
-        return _snapshot(answer)
+        return snapshot
 
     async def peek(self) -> Snapshot:
         """The same, but nothing is handed over: the next snapshot tells of these steps again, as if nobody had looked.
@@ -232,7 +233,7 @@ class Trainer:
         While a snapshot waits for its merge, `vectors.snapshot` is not free.
         """
         assert not self._snapshot_pending, "a merge still needs the snapshot"
-        return _snapshot(await self._ask("peek"))
+        return await self._told("peek", await self._ask("peek"), _snapshot)
 
     async def merge(self, *, from_snapshot: bool) -> None:
         """Move the local parameters by `shared - snapshot`, so that they keep the steps made since the snapshot.
@@ -246,7 +247,7 @@ class Trainer:
     async def drop(self, ranges: Sequence[DataRange]) -> tuple[DataRange, ...]:
         """Forget what is queued of these ranges; what that was. What has been trained on stays trained."""
         answer = await self._ask("drop", ranges=[plain(each) for each in ranges])
-        return tuple(ranged(each) for each in answer["dropped"])
+        return await self._told("drop", answer, lambda body: tuple(ranged(each) for each in body["dropped"]))
 
     async def stop(self) -> None:
         self._stopping = True
@@ -280,6 +281,14 @@ class Trainer:
             del self._waiting[number]
         return body
 
+    async def _told(self, order: str, answer: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T:
+        """What the answer says. A trainer whose answer lacks it is ended, and the daemon starts another."""
+        try:
+            return read(answer)
+        except MALFORMED as error:
+            await self._child.stop(grace_seconds=0)
+            raise Refused(Code.CHILD_DIED, f"the trainer's answer to {order} cannot be read: {error!r}") from error
+
     async def _read(self) -> None:
         with suppress(ChannelClosed):
             while True:
@@ -299,33 +308,44 @@ class Trainer:
                     self.steps = 0  # here, for what is heard next is of steps since
                 if (answer := self._waiting.get(number)) is not None and not answer.done():
                     answer.set_result(body)
+            case _:
+                try:
+                    event = self._event(body)
+                except MALFORMED as error:
+                    raise ChannelClosed("the trainer said what is neither an event nor an answer") from error
+                self._on_event(event)
+
+    def _event(self, body: Mapping[str, Any]) -> Event:
+        match body:
             case {"event": "stepped", "busy": [since, until, seconds], "step_seconds": step_seconds, **fields}:
+                stepped = Stepped(**{key: value for key, value in fields.items() if key != "event"})
                 self._busy = _Busy(since, until, seconds)
                 self._step_seconds = step_seconds or self._step_seconds
-                stepped = Stepped(**{key: value for key, value in fields.items() if key != "event"})
                 self.steps = stepped.steps
-                self._on_event(stepped)
+                return stepped
             case {"event": "out_of_data"}:
-                self._on_event(OutOfData())
+                return OutOfData()
             case {"event": "skipped", "ranges": ranges, "what": what}:
-                self._on_event(Skipped(tuple(ranged(each) for each in ranges), what))
+                return Skipped(tuple(ranged(each) for each in ranges), what)
             case {"event": "failed", "code": code, "what": what, "shard": shard, "ranges": ranges}:
                 lost = tuple(ranged(each) for each in ranges)
-                self._on_event(Failed(Refused.from_wire(code, what).reason, what, shard, lost))
+                return Failed(Refused.from_wire(code, what).reason, what, shard, lost)
             case _:
-                raise AssertionError(f"the trainer said {body}")
+                raise ValueError("no event")
 
 
-async def _first_answer(child: Child, spec: TrainerSpec, vectors: Vectors) -> Mapping[str, Any]:
+async def _first_answer(child: Child, spec: TrainerSpec, vectors: Vectors, began: float) -> Started:
     try:
         await child.channel.send({"do": "start", "spec": asdict(spec), "files": list(vectors.files)})
         answer = (await asyncio.wait_for(child.channel.receive(), START_SECONDS_MAX)).body
     except (ChannelClosed, TimeoutError) as error:
         raise Refused(Code.CHILD_DIED, "the trainer ended, or said nothing, before it was ready") from error
-    if answer["event"] == "failed":
-        raise Refused.from_wire(answer["code"], answer["what"])
-    started: Mapping[str, Any] = answer["started"]
-    return started
+    try:
+        if answer["event"] == "failed":
+            raise Refused.from_wire(answer["code"], answer["what"])
+        return Started(**answer["started"], seconds=time.monotonic() - began)
+    except MALFORMED as error:
+        raise Refused(Code.CHILD_DIED, f"the trainer's first answer cannot be read: {error!r}") from error
 
 
 def _snapshot(answer: Mapping[str, Any]) -> Snapshot:

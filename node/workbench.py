@@ -35,6 +35,7 @@ from protocol.types import BaseCheckpoint, DataRange, Grant, LogEntry, Manifest,
 
 KEEP_SECONDS: Final = 1.0  # between two looks whether local progress is to be saved
 HELD_BYTES: Final = 16  # for each parameter: the state, what the trainer shares, its snapshot, and the residual
+HELPER_BYTES: Final = 8  # where nothing is trained: the state, and what folding takes
 MOMENTUM_BYTES: Final = 4
 TRAINER_BYTES_MIN: Final = 1 << 30  # torch and transformers by themselves reserve half of it
 NICENESS: Final = 5  # the owner's own programs come first; a coordinator's evaluator on the same machine, at 10, last
@@ -84,7 +85,11 @@ class Workbench:
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         outer, packing = outer_of(spec.update), packing_of(spec.update)
         held = _check_room(
-            manifest.parameters, self._scratch, momentum=outer.keeps_momentum, cap=settings.max_memory_bytes
+            manifest.parameters,
+            self._scratch,
+            momentum=outer.keeps_momentum,
+            cap=settings.max_memory_bytes,
+            training=settings.training,
         )
         self._memory_cap = None if settings.max_memory_bytes is None else settings.max_memory_bytes - held
         self._sandbox = sandbox.plan(
@@ -131,8 +136,9 @@ class Workbench:
         self._vectors.close()
 
     async def check_model(self) -> None:
-        """Refuse, before a download, a model that this machine's libraries do not build."""
-        await rehearsal.check_model(self._manifest, log=self._log_file("trainer"), sandbox=self._sandbox)
+        """Refuse, before a download, a model that this machine's libraries do not build; a helper builds none."""
+        if self._settings.training:
+            await rehearsal.check_model(self._manifest, log=self._log_file("trainer"), sandbox=self._sandbox)
 
     # the shared state
 
@@ -159,11 +165,15 @@ class Workbench:
             held = [each for each in (brought, state.carried) if each is not None]
             stale = missed > self._decider.rules.stale_rounds
             pending = self._gradient.pending
-            await asyncio.to_thread(self._gradient.before_fold)
+            if self._settings.training:  # else both vectors stay without a page
+                await asyncio.to_thread(self._gradient.before_fold)
             digest = await asyncio.to_thread(self.replica.fold, entry)
-            if mine and self._spec.audit.share:
+            if (
+                brought is not None and brought.tokens
+            ):  # in the record or not: what a member could not read is asked for
                 await asyncio.to_thread(self.brought.keep, self._gradient.payload)
-            await asyncio.to_thread(self._gradient.settle, taken, missed=missed)
+            if self._settings.training:
+                await asyncio.to_thread(self._gradient.settle, taken, missed=missed)
             if self.trainer is not None:
                 with suppress(Refused):
                     await self.trainer.merge(from_snapshot=pending)
@@ -180,7 +190,8 @@ class Workbench:
         await self.stop_trainer()
         async with self._turn:
             own = await asyncio.to_thread(self.replica.rewind, signed)
-            self._gradient.forget()
+            if self._settings.training:
+                self._gradient.forget()
             self._progress.forget()
         return own
 
@@ -396,14 +407,15 @@ def _idle(state: Rounds) -> bool:
     return state.phase is Phase.TRAINING and state.contribution is None and not state.snapshot_asked
 
 
-def _check_room(parameters: int, folder: Path, *, momentum: bool, cap: int | None) -> int:
+def _check_room(parameters: int, folder: Path, *, momentum: bool, cap: int | None, training: bool) -> int:
     """Before anything of the run's size is allocated: the bytes that will be, beside training."""
-    needed = parameters * (HELD_BYTES + MOMENTUM_BYTES * momentum)
+    needed = parameters * ((HELD_BYTES if training else HELPER_BYTES) + MOMENTUM_BYTES * momentum)
     free = hardware.measure(folder).memory_available_bytes
     if needed > free:
         what = f"a model of {parameters:,} parameters takes a node {needed:,} bytes beside training, {free:,} are free"
         raise Refused(Code.MODEL_TOO_LARGE, what)
-    if cap is not None and cap < needed + TRAINER_BYTES_MIN:
-        what = f"{needed:,} bytes beside training and {TRAINER_BYTES_MIN:,} for it pass max_memory, {cap:,}"
+    trainer = TRAINER_BYTES_MIN if training else 0
+    if cap is not None and cap < needed + trainer:
+        what = f"{needed:,} bytes beside training and {trainer:,} for it pass max_memory, {cap:,}"
         raise Refused(Code.MODEL_TOO_LARGE, what, fix="Raise max_memory, or choose a run with a smaller model.")
     return needed

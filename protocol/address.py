@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final
 
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -54,6 +55,7 @@ class Span(IntEnum):
     WORLD = 4
 
 
+@lru_cache(maxsize=1024)  # asked of every member at every event of the coordinator
 def span_of(host: str) -> Span | None:
     """Of an IP address; none where nobody is to be called: a name, a group, no machine, a cloud's metadata."""
     found = _ip(host)

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -232,6 +232,10 @@ class BlobStore:
             size = path.lstat().st_size
             path.unlink()
             self.bytes_used -= size
+
+    def keep_only(self, needed: Set[Digest]) -> None:
+        for digest in set(self.digests()) - needed:
+            self.delete(digest)
 
     def writer(self, digest: Digest, size: int, leaves: bytes | None = None) -> Writer:
         """Receive a blob whose address and size are known; goes on where an earlier writer stopped."""

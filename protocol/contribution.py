@@ -25,6 +25,15 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
+class Complaint:
+    """A member's word that no codec reads what it was sent as this. It proves nothing: the bytes that were signed do."""
+
+    round: RoundNumber
+    previous: Digest  # the head that the contribution is signed for
+    contribution: Contribution
+
+
+@dataclass(frozen=True)
 class _Granted:
     run: RunId
     node: NodeId

@@ -72,6 +72,11 @@ class Code(Enum):
     STATE_MISMATCH = ("E-LOG-002", Exit.INTEGRITY, "Run barnraise leave --purge and join again; tell the researcher.")
     UNREACHABLE = ("E-NET-001", Exit.NETWORK, "Check the connection; the node keeps trying.")
     PORT_IN_USE = ("E-NET-002", Exit.NETWORK, "Use another port, or stop the program that holds it.")
+    NOBODY_CALLABLE = (
+        "E-NET-003",
+        Exit.NETWORK,
+        "Where the coordinator is, run: barnraise join INVITE --no-training --listen 0.0.0.0:49303, and open that port.",
+    )
     NOT_ADMITTED = ("E-AUTH-001", Exit.REFUSED, "Join with an invite: barnraise join INVITE")
     SESSION = ("E-AUTH-002", Exit.REFUSED, "The node opens a new session by itself.")
     LIMIT = ("E-LIMIT-001", Exit.REFUSED, "Send less at a time.")

@@ -30,6 +30,9 @@ _LINK: Final = "sockets"  # in the runtime folder: where the sockets are when it
 
 ENVIRONMENT: Final = {
     "GOMEMLIMIT": "128MiB",  # soft: Go collects harder above it; p2pd idles at 50 MiB
+    # Dialling from the port that one listens at, two peers that call each other at once meet in one TCP connection in which
+    # nobody is the server: both fail, and do not try again for seconds.
+    "LIBP2P_TCP_REUSEPORT": "false",
     "GOLOG_LOG_LEVEL": "error",  # unreachable peers are everyday life, and are reported by us
 }
 
@@ -60,7 +63,7 @@ def tied(arguments: Sequence[str]) -> list[str]:
 
 
 def check_free(listen: Sequence[str]) -> None:
-    """Refuse a TCP port that is taken: libp2p sets SO_REUSEPORT, and would share it without a word."""
+    """Refuse a TCP port that is taken."""
     for address in listen:
         match address.split("/"):
             case ["", "ip4" | "ip6" as family, host, "tcp", port] if port != "0":

@@ -25,6 +25,7 @@ from protocol.sandbox import Sandbox
 
 HEADER_BYTES_MAX = 16 << 20  # a control frame is small; the bound only stops a runaway
 PAYLOAD_BYTES_MAX = 1 << 34  # an encoded vector of 10^10 parameters fits
+MALFORMED = (LookupError, TypeError, ValueError)  # what looking for something in a frame that lacks it ends as
 _FRAME = struct.Struct("<IQ")  # bytes of JSON, bytes of payload
 _PR_SET_PDEATHSIG = 1
 _CHANNEL = "BARNRAISE_CHANNEL_FD"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol import canonical, identity
+from protocol.contribution import check_shape
 from protocol.errors import Code, Refused
 from protocol.limits import MEMBERS_MAX
 from protocol.log import PROPOSAL, VOTE, check_brought, record_hash, vote_bytes
@@ -66,6 +67,11 @@ def prove(evidence: Evidence, run: RunId) -> Proof:
         raise Refused(Code.UNPROVED, "evidence of neither two words nor one with its record")
     if (record.run, record.round) != (run, said.body.round) or len(record.contributions) > MEMBERS_MAX:
         raise Refused(Code.UNPROVED, "a record of another run or round, or one that nobody could read")
+    try:
+        for brought in record.contributions:
+            check_shape(brought)  # before each of its grants costs us a signature
+    except Refused as refused:
+        raise Refused(Code.UNPROVED, f"a record that nobody could read: {refused.what}") from refused
     try:
         check_brought(record)
     except Refused as refused:

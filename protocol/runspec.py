@@ -581,7 +581,7 @@ evaluations = 3            # so many in a row are a jump
 most = 3                   # so often back to the same round; then it only warns
 
 [audit]
-share = 0.2                # about so much of what nodes bring, and of their means, is asked for again; 0: nothing is
+share = 0.2                # about so much of what nodes bring, and of their means, is asked for again; 0: only the unreadable
 
 [leases]
 sequences = 2048           # most data handed to a node at a time

@@ -26,6 +26,7 @@ from node.progress import Progress
 from node.standing import Standing
 from protocol import canonical, identity, messages
 from protocol import types as values
+from protocol.contribution import Complaint
 from protocol.evidence import Basis
 from protocol.identity import Key, SignedTicket
 from protocol.limits import CHUNK_VALUES
@@ -53,6 +54,7 @@ CANONICAL = {  # every type whose canonical bytes are read from a wire, a file o
             SignedTicket,
             SignedEndorsement,
             Basis,
+            Complaint,
             Evidence,
             Promise,
             Progress,

@@ -7,6 +7,8 @@ scores, arXiv 2505.21684):
 
 - `gain`: by how much the loss falls on the data that the contribution names. What was trained on it makes it fall.
 - `trace`: by how much more it falls there than on text that nobody trained on. Nobody else's work knows this data.
+- `share`: what it gains of what a step along the way that the model went gains there. Noise has next to none of it, and
+  the work of wrong labels little, though chance may lend them a gain that is clear.
 - `length`: of the contribution, in lengths of the way that the model went in its round: the run's rule has cut down what
   was too long, so this shows it (under `robust = "mean"` it does not).
 
@@ -14,8 +16,12 @@ It is not trained again to the same bits: a node trains on while a round is deci
 machine measures everybody, so that hardware plays no part. What counts against a member is measured against the others:
 where those gain nothing either, as in a run that goes badly, nobody is judged.
 
-A member is audited as soon as it is known, once in every PERIOD rounds at a time that only luck knows, and in every round
-while the newest audits were bad. Of its newest KEPT audits, POINTS_MAX points are an accusation.
+Of what a member complains about (protocol/contribution.py) the bytes are only read, whatever the share of audits: where
+they are what their author signed, and no codec reads them, that is proof; where one does, nothing counts against anybody.
+
+A member whose newest audits were bad is audited in every round; then CONTROLS others are measured beside it, as traces fade
+and gains turn for all at once. What is bad beside measurements of other times is a suspicion, and no point. Of its newest
+KEPT audits, POINTS_MAX points are an accusation.
 """
 
 from __future__ import annotations
@@ -24,41 +30,44 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from statistics import median_low
-from typing import Final
+from statistics import fmean, median_low
+from typing import Final, Self
 
+from coordinator.core import inquiries
+from coordinator.core.inquiries import ANSWER_ROUNDS, UNANSWERED_MAX, Inquiries
+from protocol.contribution import Complaint
 from protocol.types import DataRange, Digest, NodeId, Record, RoundNumber
 
 STRIDE: Final = 0.25  # of a contribution: whole ones of late rounds overshoot alone, as only the mean of all is good
 HARM_ERRORS: Final = -4.0  # standard errors: chance makes so much of one in 30,000 audits
 GAIN_TYPICAL_MIN: Final = 2.0  # of the others: below it a gain says nothing
 LENGTH_MAX: Final = 32  # of 64 contributions at right angles each is 8 times as long as their mean
-CLEAR_MIN: Final = 4.0  # of the others, gain or trace: below it an honest one may be taken for none
+TRACES: Final = 4  # of a member's newest, in the others' usual one, ...
+TRACE_MIN: Final = 0.35  # ... that are more than this on average: honest work has 1, and what hides in the mean a third
+FAINT: Final = 0.5  # and none that is more is held against it for those before: one in twenty honest ones is less
+CLEAR_MIN: Final = 4.0  # of the others' gains: below it an honest one may be taken for none
+TRACE_CLEAR: Final = 3.0  # of two thirds of the others' traces
 CHANCE_MAX: Final = 1.0  # what has nothing to do with the data gains or shows less in five of six audits
+SHARE_MIN: Final = (
+    0.2  # of the others' share, and of its weight: honest ones of a fifth of the steps have a third or more
+)
 HARM_POINTS: Final = 2
 IDLE_POINTS: Final = 1
 POINTS_MAX: Final = 4  # two harmful audits, or four in which it did nothing
 KEPT: Final = 6  # audits of a member: one bad one in six rounds is forgotten
 OTHERS_MIN: Final = 2  # members that were measured before anybody is judged
+CONTROLS: Final = 3  # others that are measured with a suspect, if there are so many
+FRESH_ROUNDS: Final = 2  # between two measurements that are compared before a point is given
 REPLAY_ROUNDS: Final = 256  # whose digests are remembered: 2 MB for 64 members
 SEQUENCES_MIN: Final = 8  # of a contribution: the spread of fewer says little, and so light a work harms little
-ANSWER_ROUNDS: Final = 2  # members keep what they brought for so many rounds
-UNANSWERED_MAX: Final = 6  # in a row, each by a member that was heard of afterwards: a lost connection is not heard of
+COMPLAINTS_SHARE: Final = 0.5  # of a round's members are asked for what others could not read: liars are a minority
+VAIN_ROUNDS: Final = 64  # nobody is heard so long after a complaint that came to nothing: it made another show its work
 
 
 @dataclass(frozen=True)
-class Rules:
-    share: float  # of all contributions that are asked for; 0: none
+class Rules(inquiries.Rules):
     nothing: Digest  # what a contribution of zeros encodes to
-
-    @property
-    def period(self) -> int:
-        """A time drawn evenly from 1 to this many rounds is 1 / share rounds on average."""
-        return max(1, round(2 / self.share) - 1)
-
-    def most(self, members: int) -> int:
-        """Audits of one round: a crowd of newcomers is spread over several."""
-        return math.ceil(2 * self.share * members)
+    traced: bool = True  # not where contributions are sparse: they bring the work of many rounds bit by bit
 
 
 class Kind(Enum):
@@ -69,14 +78,15 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One contribution of a certified record, to be measured."""
+class Ask(inquiries.Ask):
+    """One contribution of a certified record, to be measured; or of any round, to be read."""
 
-    round: RoundNumber
-    node: NodeId
     update: Digest
     ranges: tuple[DataRange, ...]
     weight: float = 1.0  # its tokens, in those of the record's mean contribution
+    accuser: NodeId | None = (
+        None  # who could not read it: then it is read, and stands in no record, or not in all of one
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,8 @@ class Measured:
     more_error: float
     against: float  # the same, less what the round's mean gains on each sequence: what all sequences share drops out
     against_error: float
+    usual: float  # gained on the same data by a step of STRIDE along the way that the model went
+    usual_error: float
 
     @property
     def gain(self) -> float:
@@ -99,6 +111,11 @@ class Measured:
     def trace(self) -> float:
         """The clearer of the two: where the round's mean is spoilt, nothing can be seen against it."""
         return max(_in_errors(self.more, self.more_error), _in_errors(self.against, self.against_error))
+
+    @property
+    def share(self) -> float:
+        """Not a number where the way that the model went gained nothing clear: then there is nothing to have a share of."""
+        return self.own / self.usual if _in_errors(self.usual, self.usual_error) >= CLEAR_MIN else math.nan
 
 
 @dataclass(frozen=True)
@@ -123,20 +140,27 @@ class Accusation:
 
 
 @dataclass(frozen=True)
-class History:
-    """What is known of one member."""
-
-    due: RoundNumber = RoundNumber(0)
+class History(inquiries.History):
     points: tuple[int, ...] = ()  # of its newest audits, the newest last
+    traces: tuple[float, ...] = ()  # in those of the others, where theirs were clear
     newest: Measured | None = None
-    unanswered: int = 0
+    measured_in: RoundNumber = RoundNumber(0)  # that one's round
+    suspected: bool = False  # it was bad beside measurements of other times
 
 
 @dataclass(frozen=True)
-class Audits:
-    histories: Mapping[NodeId, History] = field(default_factory=dict)
-    open: tuple[Ask, ...] = ()  # asked for, or waiting to be measured
+class Audits(Inquiries[Ask, History]):
     seen: Mapping[Digest, tuple[RoundNumber, NodeId]] = field(default_factory=dict)
+    complaints: frozenset[tuple[RoundNumber, NodeId]] = frozenset()  # those heard, whom they are about
+    vain: Mapping[tuple[NodeId, NodeId], RoundNumber] = field(default_factory=dict)  # accuser and accused: the newest
+
+    def gone_back(self, to: RoundNumber) -> Self:
+        """What is undone is neither measured nor held against anybody: the same work may rightly be brought again."""
+        return replace(
+            super().gone_back(to),
+            seen={digest: known for digest, known in self.seen.items() if known[0] < to},
+            complaints=frozenset(each for each in self.complaints if each[0] < to),
+        )
 
 
 def certified(state: Audits, record: Record, rules: Rules) -> tuple[Audits, tuple[Accusation, ...]]:
@@ -168,17 +192,20 @@ def certified(state: Audits, record: Record, rules: Rules) -> tuple[Audits, tupl
 
 
 def _choose(state: Audits, record: Record, rules: Rules) -> Audits:
-    """Those who are due, the suspects first, then those who are so for longest."""
-    due = [
-        each
-        for each in record.contributions
-        if state.histories[each.node].due <= record.round and _sequences(each.ranges) >= SEQUENCES_MIN
-    ]
-    due.sort(key=lambda each: (not suspect(state.histories[each.node]), state.histories[each.node].due))
-    chosen = due[: rules.most(len(record.contributions))]
     usual = sum(each.tokens for each in record.contributions) / len(record.contributions)
-    asks = tuple(Ask(record.round, each.node, each.update, each.ranges, each.tokens / usual) for each in chosen)
-    return replace(state, open=state.open + asks)
+    asks = [
+        Ask(record.round, each.node, each.update, each.ranges, each.tokens / usual)
+        for each in record.contributions
+        if _sequences(each.ranges) >= SEQUENCES_MIN
+    ]
+    suspects = {ask.node for ask in asks if suspect(state.histories[ask.node])}
+    state = state.opened(asks, rules.most(len(record.contributions)), suspects)
+    chosen = {ask.node for ask in state.open if ask.round == record.round and ask.accuser is None}
+    if not chosen & suspects:
+        return state
+    free = [ask for ask in asks if ask.node not in chosen | suspects]
+    free.sort(key=lambda ask: state.histories[ask.node].due)  # those who would be audited next: it is no earlier for it
+    return replace(state, open=(*state.open, *free[: max(0, CONTROLS - len(chosen - suspects))]))
 
 
 def sample(ranges: Iterable[DataRange], most: int, luck: float) -> tuple[tuple[DataRange, tuple[int, ...]], ...]:
@@ -197,7 +224,7 @@ def sample(ranges: Iterable[DataRange], most: int, luck: float) -> tuple[tuple[D
 
 
 def suspect(history: History) -> bool:
-    return any(history.points[-2:])
+    return history.suspected or any(history.points[-2:])
 
 
 def measured(
@@ -206,20 +233,56 @@ def measured(
     """An audit has ended. `luck`, from 0 up to 1, chooses the member's next."""
     if ask not in state.open:
         return state, None  # undone meanwhile
-    state = dropped(state, ask)
-    history = replace(state.histories[ask.node], unanswered=0)
+    history = state.histories[ask.node]
     if isinstance(result, Broken):
-        reason = f"nobody can read its update: {result.what}"
-        state = _with(state, ask.node, replace(history, due=RoundNumber(ask.round + 1)))
-        return state, Accusation(ask.node, ask.round, Kind.BROKEN, reason, ask.update)
-    points, what = _judge(ask, result, [other for node, other in state.histories.items() if node != ask.node])
+        return state.shown(ask, replace(history, due=RoundNumber(ask.round + 1))), _unreadable(ask, result)
+    others = [other for node, other in state.histories.items() if node != ask.node and other.newest is not None]
+    turned = (
+        _in_errors(result.usual, result.usual_error) < GAIN_TYPICAL_MIN
+    )  # the model's own way harms: perhaps all do
+    fresh = [other for other in others if abs(ask.round - other.measured_in) <= (0 if turned else FRESH_ROUNDS)]
+    enough = len(fresh) >= min(CONTROLS, len(others))
+    known = fresh if enough else others
+    traces = _traces(history.traces, result, known, rules)
+    points, what = _judge(ask, result, traces, [other.newest for other in known if other.newest is not None])
     accusation = None
-    if points is not None:
-        history, accusation = _marked(ask.node, ask.round, history, points, what, ask.update)
-    soon = suspect(history) or history.newest is None  # a newcomer's first may say nothing: nobody else is known
-    wait = 1 if soon else 1 + int(luck * rules.period)
-    history = replace(history, newest=result, due=RoundNumber(ask.round + wait))
-    return _with(state, ask.node, history), accusation
+    soon = history.newest is None  # a newcomer's first may say nothing: nobody else is known
+    history = replace(history, newest=result, measured_in=ask.round, suspected=bool(points) and not enough)
+    if enough and points is not None:
+        history, accusation = _marked(ask.node, ask.round, replace(history, traces=traces), points, what, ask.update)
+    if suspect(history) or history.due <= ask.round:  # who was only measured beside a suspect is due when it was
+        history = replace(history, due=rules.due(ask.round, soon=soon or suspect(history), luck=luck))
+    return state.shown(ask, history), accusation
+
+
+def complained(state: Audits, complaint: Complaint, accuser: NodeId, members: int) -> Audits:
+    """A member could not read what another, of so many, has brought to a round: ask for it, if that is news.
+
+    Whoever calls this has checked that the contribution is genuine, and of a round of the line or the open one."""
+    accused, at = complaint.contribution.node, complaint.round
+    vain = state.vain.get((accuser, accused))
+    if (at, accused) in state.complaints or (vain is not None and at < vain + VAIN_ROUNDS):
+        return state
+    if sum(each == at for each, _ in state.complaints) >= math.ceil(COMPLAINTS_SHARE * members):
+        return state
+    ask = Ask(at, accused, complaint.contribution.update, (), accuser=accuser)
+    state = replace(state, open=(*state.open, ask), complaints=state.complaints | {(at, accused)})
+    return state.knowing(accused, state.histories.get(accused, History()))
+
+
+def read(state: Audits, ask: Ask, broken: Broken | None) -> tuple[Audits, Accusation | None]:
+    """What was complained about has been shown, and looked at."""
+    assert ask.accuser is not None, "this one is to be measured"
+    if ask not in state.open:
+        return state, None  # undone meanwhile
+    state = state.shown(ask, state.histories[ask.node])
+    if broken is not None:
+        return state, _unreadable(ask, broken)
+    return replace(state, vain={**state.vain, (ask.accuser, ask.node): ask.round}), None
+
+
+def _unreadable(ask: Ask, result: Broken) -> Accusation:
+    return Accusation(ask.node, ask.round, Kind.BROKEN, f"nobody can read its update: {result.what}", ask.update)
 
 
 def _marked(
@@ -233,14 +296,22 @@ def _marked(
     return history, Accusation(node, round_number, Kind.POINTS, reason, evidence)
 
 
-def dropped(state: Audits, ask: Ask) -> Audits:
-    """It was not measured, for no fault of its author, who stays due."""
-    return replace(state, open=tuple(other for other in state.open if other != ask))
+def _traces(
+    before: tuple[float, ...], result: Measured, others: Collection[History], rules: Rules
+) -> tuple[float, ...]:
+    """Its newest ones in the others' usual one, if it would show: two thirds of the others' are clear now.
+
+    One lucky audit does not outweigh the others, nor an unlucky one."""
+    traces = sorted(each.newest.trace for each in others if each.newest is not None and not suspect(each))
+    if not rules.traced or len(traces) < OTHERS_MIN or traces[len(traces) // 3] < TRACE_CLEAR:
+        return ()
+    return (*before, min(2.0, max(0.0, result.trace / median_low(traces))))[-TRACES:]
 
 
-def _judge(ask: Ask, result: Measured, others: Iterable[History]) -> tuple[int | None, str]:
+def _judge(
+    ask: Ask, result: Measured, traces: tuple[float, ...], known: Collection[Measured]
+) -> tuple[int | None, str]:
     """Points against it, and why; none where others' work would be no better."""
-    known = [other.newest for other in others if other.newest is not None]
     if len(known) < OTHERS_MIN or (gain := median_low(each.gain for each in known)) < GAIN_TYPICAL_MIN:
         return None, ""
     if result.gain < HARM_ERRORS:
@@ -249,50 +320,33 @@ def _judge(ask: Ask, result: Measured, others: Iterable[History]) -> tuple[int |
         return HARM_POINTS, f"its update was {result.length:.0f} times as long as the way that the model went"
     if result.gain <= 0 or (gain >= CLEAR_MIN and result.gain < CHANCE_MAX):
         return IDLE_POINTS, "its update did not lower the loss on its own data"
-    if median_low(each.trace for each in known) >= CLEAR_MIN and result.trace < CHANCE_MAX:
+    shares = [each.share for each in known if not math.isnan(each.share)]
+    if shares and result.share < SHARE_MIN * min(1.0, ask.weight) * median_low(shares):
+        return IDLE_POINTS, "its update lowered the loss on its own data much less than others' did on theirs"
+    faint = len(traces) > 1 and traces[-1] < FAINT and fmean(traces) < TRACE_MIN
+    if traces and (result.trace < CHANCE_MAX or faint):
         return IDLE_POINTS, "its update showed no trace of its own data"
     return 0, ""
 
 
 def expired(
-    state: Audits, newest: RoundNumber, heard: Collection[NodeId], answered: Collection[Digest]
+    state: Audits, newest: RoundNumber, heard: Collection[NodeId], answered: Collection[Ask]
 ) -> tuple[Audits, tuple[Accusation, ...]]:
-    """Close what is too old to be answered or measured when this round is certified. `heard`: members heard of since.
-
-    Whoever was not asked in time, or has answered and waits for a busy evaluator, stays due and nothing counts."""
-    accused: list[Accusation] = []
-    for ask in [ask for ask in state.open if ask.round + ANSWER_ROUNDS < newest]:
-        state = dropped(state, ask)
-        history = state.histories[ask.node]
-        if ask.update in answered or ask.node not in heard:
-            continue
-        history = replace(history, unanswered=history.unanswered + 1)
-        if history.unanswered >= UNANSWERED_MAX:
-            reason = f"{history.unanswered} times in a row it did not show the update that it had signed"
-            accused.append(Accusation(ask.node, ask.round, Kind.UNANSWERED, reason, ask.update))
-            history = replace(history, unanswered=0)
-        state = _with(state, ask.node, history)
-    return state, tuple(accused)
+    """Forget old complaints as well; who has withheld too much is accused."""
+    state, withheld = state.expired(newest, heard, answered)
+    state = replace(
+        state,
+        complaints=frozenset(each for each in state.complaints if each[0] + ANSWER_ROUNDS >= newest),
+        vain={pair: at for pair, at in state.vain.items() if at + VAIN_ROUNDS >= newest},
+    )
+    reason = f"{UNANSWERED_MAX} times in a row it did not show the update that it had signed"
+    return state, tuple(Accusation(ask.node, ask.round, Kind.UNANSWERED, reason, ask.update) for ask in withheld)
 
 
 def alarmed(state: Audits) -> Audits:
     """The held-out loss has jumped: everybody is due."""
     due = RoundNumber(0)
     return replace(state, histories={node: replace(each, due=due) for node, each in state.histories.items()})
-
-
-def gone_back(state: Audits, to: RoundNumber) -> Audits:
-    """What is undone is neither measured nor held against anybody: the same work may rightly be brought again."""
-    return replace(
-        state,
-        open=tuple(ask for ask in state.open if ask.round < to),
-        seen={digest: known for digest, known in state.seen.items() if known[0] < to},
-        histories={node: replace(each, due=min(each.due, to)) for node, each in state.histories.items()},
-    )
-
-
-def _with(state: Audits, node: NodeId, history: History) -> Audits:
-    return replace(state, histories={**state.histories, node: history})
 
 
 def _sequences(ranges: Iterable[DataRange]) -> int:

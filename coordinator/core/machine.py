@@ -12,10 +12,10 @@ from coordinator.core import leases as data
 from coordinator.core import reachability, strikes
 from coordinator.core.leases import Leases
 from coordinator.core.reachability import Reach
-from coordinator.core.rosters import next_members, quorum
+from coordinator.core.rosters import is_callable, next_members, quorum, seated
 from coordinator.core.strikes import By, Kind, Mark
 from protocol.errors import Refused
-from protocol.limits import ROLLBACKS_MAX
+from protocol.limits import MEMBERS_MAX, ROLLBACKS_MAX
 from protocol.log import check_ranges, check_record_shape, head_after, next_head, next_turn, ranges_of, record_hash
 from protocol.proof import double_voters
 from protocol.state import Consumed
@@ -41,7 +41,8 @@ from protocol.types import (
     SignedRoster,
 )
 
-TAKES_PART = frozenset({"training", "waiting", "finishing"})  # activities of a node that can be rostered
+HELPS = "averaging for others"  # the activity of a node that never trains
+TAKES_PART = frozenset({"training", "waiting", "finishing", HELPS})  # activities of a node that can be rostered
 BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it holds nobody up
 AHEAD_MAX = 64  # records kept that came before those between; their senders bring them again
 RESTART_PATIENCE = 1.5  # times what it takes to be thought gone
@@ -76,6 +77,7 @@ class Node:
     node: NodeId
     peer: PeerId
     name: str
+    invite: str = ""  # that it came with
     addresses: tuple[str, ...] = ()
     reach: Reach = field(default_factory=Reach)
     activity: str = "joining"
@@ -113,6 +115,7 @@ class State:
     waiting: Mapping[RoundNumber, LogEntry] = field(default_factory=dict)  # certified, but records before them lack
     have: frozenset[Digest] = frozenset()  # archived parts of unfolded records
     folding: bool = False
+    held: bool = False  # the next record cannot be folded, whoever certified it: only a rollback leads on
     seals: Mapping[NodeId, Seal] = field(default_factory=dict)  # of those who left; forgotten by a restart, at a cost
     silent: Mapping[NodeId, Epoch] = field(default_factory=dict)  # forgot what they signed under rosters up to this
     held_since: float | None = None  # since when forgotten promises keep the roster from changing
@@ -133,6 +136,13 @@ class State:
 
     def recent_entry(self, round_number: int) -> LogEntry | None:
         return next((entry for entry in self.recent if entry.record.round == round_number), None)
+
+    def head_before(self, round_number: RoundNumber) -> Digest | None:
+        """What a contribution to this round is signed for: to the open one, or to one of the newest of the line."""
+        if round_number == self.head.round:
+            return self.head.hash
+        entry = self.recent_entry(round_number)
+        return None if entry is None else entry.record.previous
 
     def astray(self, head: Head) -> bool:
         """Whether a log with this head is another than ours, as far as is known here."""
@@ -161,6 +171,7 @@ class NodeOpened:
     addresses: tuple[str, ...]
     forgot: bool = False  # its disk came back from a backup: it does not know what it has signed
     source: str = ""  # the IP address that it comes from; "" where nobody looks
+    invite: str = ""
 
 
 @dataclass(frozen=True)
@@ -282,6 +293,14 @@ class Rewound:
 
 
 @dataclass(frozen=True)
+class Unfoldable:
+    """The end of a Fold that cannot be: a majority has certified what no honest member signs."""
+
+    round: RoundNumber
+    why: str
+
+
+@dataclass(frozen=True)
 class Noticed:
     """Something that the researcher should read on the page."""
 
@@ -309,6 +328,7 @@ Event = (
     | Recalled
     | RolledBack
     | Rewound
+    | Unfoldable
     | Noticed
     | Ticked
 )
@@ -441,6 +461,12 @@ def run_is_over(state: State, rules: Rules) -> bool:
     return bool(rules.rounds_goal) and state.head.round >= rules.rounds_goal
 
 
+def nobody_is_callable(state: State, now: float, rules: Rules) -> bool:
+    """Whether there are nodes for a roster, and none of them can be called: then no round can end."""
+    here = () if run_is_over(state, rules) or _is_early(state, now, rules) else _desired(state, now, rules)
+    return bool(here) and not any(map(is_callable, here))
+
+
 def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
     """Take one event; return the new state and what must be done, in order."""
     state, effects = _apply(state, event, now, rules)
@@ -450,13 +476,14 @@ def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
 
 def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
     match event:
-        case NodeOpened(node, peer, name, addresses, forgot, source):
+        case NodeOpened(node, peer, name, addresses, forgot, source, invite):
             known = state.nodes.get(node) or Node(node, peer, name)
             goes_on = known.activity in TAKES_PART and known.present(now, rules)  # only its connection was lost
             activity = known.activity if goes_on else "joining"
             where = addresses or known.addresses  # a node says where it is once its engine runs
             reach = reachability.heard(reachability.returned(known.reach), where, source)
-            fresh = replace(known, peer=peer, name=name, addresses=where, reach=reach, seen=now, activity=activity)
+            fresh = replace(known, peer=peer, name=name, invite=invite, addresses=where, reach=reach)
+            fresh = replace(fresh, seen=now, activity=activity)
             state = replace(state, seals={other: seal for other, seal in state.seals.items() if other != node})
             if forgot:
                 fresh = replace(fresh, activity="joining")
@@ -500,7 +527,10 @@ def _apply(state: State, event: Event, now: float, rules: Rules) -> Outcome:
                 have=have,
                 rewinding=False,
                 folding=False,
+                held=False,
             ), (Announce(),)
+        case Unfoldable(round_number, why):
+            return (state, ()) if state.rewinding else (_hold(state, round_number, why, now), (Announce(),))
         case Noticed(text):
             return _say(state, now, text), (Announce(),)
         case Ticked():
@@ -521,6 +551,9 @@ def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -
         return state, ()
     if known.activity != beat.activity:
         state = _say(state, now, f"{known.name} is {beat.activity}")
+    reach = reachability.heard(known.reach, beat.addresses, beat.source)
+    if beat.activity in TAKES_PART and not beat.addresses:
+        reach = reachability.silent(reach)
     state = _with_node(
         state,
         replace(
@@ -529,7 +562,7 @@ def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -
             head_round=beat.head_round,
             epoch=beat.epoch,
             addresses=beat.addresses,
-            reach=reachability.heard(known.reach, beat.addresses, beat.source),
+            reach=reach,
             seen=now,
             tokens_per_second=beat.tokens_per_second,
             train_loss=beat.train_loss if beat.train_loss is not None else known.train_loss,
@@ -767,9 +800,14 @@ def _folded(state: State, round_number: RoundNumber, digest: Digest, now: float,
         effects.append(Evaluate(after))
     if after % rules.base_every == 0 or over:
         effects.append(ArchiveBase(after))
-    if rest and rest[0].record.state != digest:
-        state = _say(state, now, f"record {after} starts from another state than this replica's: the archive is held")
     return state, (*effects, Announce())
+
+
+def _hold(state: State, round_number: RoundNumber, why: str, now: float) -> State:
+    """Nothing more is folded; rounds are certified as before, and archived."""
+    what = f"record {round_number} is certified and cannot be folded: {why}. No node can follow it"
+    advice = f"go back with: barnraise-coordinator rollback --to {round_number}"
+    return _say(replace(state, folding=False, held=True), now, f"{what}; {advice}")
 
 
 def _roster_signed(state: State, signed: SignedRoster, now: float) -> Outcome:
@@ -874,10 +912,12 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
     if state.issuing is None and not run_is_over(state, rules):
         state, more = _roster(state, now, rules)
         effects += more
-    if state.unfolded and not state.folding and not state.rewinding:
+    if state.unfolded and not (state.folding or state.held or state.rewinding):
         entry = state.unfolded[0]
-        ready = all(part.digest in state.have for part in entry.record.parts)
-        if ready and entry.record.state == state.replica_digest:
+        if entry.record.state != state.replica_digest:
+            what = f"it starts from state {entry.record.state[:12]}, the log leads to {state.replica_digest[:12]}"
+            state = _hold(state, entry.record.round, what, now)
+        elif all(part.digest in state.have for part in entry.record.parts):
             state = replace(state, folding=True)
             effects += (Fold(entry),)
     return state, effects
@@ -885,29 +925,18 @@ def _settle(state: State, now: float, rules: Rules) -> Outcome:
 
 def _roster(state: State, now: float, rules: Rules) -> Outcome:
     """Issue a new roster when the active nodes are no longer those of the last one."""
-    if state.history and now - state.started < RESTART_PATIENCE * rules.absent_seconds:
-        return state, ()  # after a restart everyone gets the time to come back, and to bring what a lost disk forgot
+    if _is_early(state, now, rules):
+        return state, ()
     if state.rollbacks and state.rollbacks[-1].rollback.number != state.branch:
         return state, ()  # what nodes remember of this log is ahead of it
-    newest = state.roster or state.history.get(max(state.history, default=Epoch(-1)))
-    rostered = set(newest.roster.nodes) if newest else set()
-    wide = reachability.is_wide(n.reach for n in state.nodes.values() if n.present(now, rules))
-    able = [
-        n
-        for n in state.nodes.values()
-        if n.activity in TAKES_PART
-        and n.present(now, rules)
-        and state.shut(n.node, now) is None
-        and (n.node in rostered or (n.reach.known and n.head_round >= state.head.round - BEHIND_MAX))
-    ]
-    able = [n for n in able if not state.aside(n.node)] or able  # whoever is left out waits for the rounds of others
-    desired = tuple(_member(n, newest.roster.member(n.node) if newest else None, rules, wide=wide) for n in able)
-    if not state.history and len(desired) < rules.min_nodes:
-        return state, ()
+    desired = _desired(state, now, rules)
+    current = state.roster.roster.nodes if state.roster is not None else ()
+    if not any(map(is_callable, desired)) and all(state.shut(node, now) is None for node in current):
+        return _held(state, {n.node for n in _able(state, now, rules)}, now, rules)
     seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}
     members = next_members([signed.roster for signed in state.rosters], desired, seals, state.silent)
     if members is None:
-        return _held(state, {member.node for member in desired}, now, rules)
+        return _held(state, {n.node for n in _able(state, now, rules)}, now, rules)
     roster = Roster(
         rules.run,
         _fresh_epoch(state, now),
@@ -920,6 +949,46 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
     )
     state = replace(state, next_epoch=Epoch(roster.epoch + 1), issuing=roster.epoch, held_since=None)
     return state, (SignRoster(roster),)
+
+
+def _is_early(state: State, now: float, rules: Rules) -> bool:
+    """After a restart everyone gets the time to come back, and to bring what a lost disk forgot."""
+    return bool(state.history) and now - state.started < RESTART_PATIENCE * rules.absent_seconds
+
+
+def _newest(state: State) -> SignedRoster | None:
+    return state.roster or state.history.get(max(state.history, default=Epoch(-1)))
+
+
+def _able(state: State, now: float, rules: Rules) -> list[Node]:
+    """Who can be rostered."""
+    newest = _newest(state)
+    rostered = newest.roster.nodes if newest else ()
+    able = [
+        n
+        for n in state.nodes.values()
+        if n.activity in TAKES_PART
+        and n.present(now, rules)
+        and state.shut(n.node, now) is None
+        and (n.node in rostered or (n.reach.known and n.head_round >= state.head.round - BEHIND_MAX))
+    ]
+    return [n for n in able if not state.aside(n.node)] or able  # whoever is left out waits for the rounds of others
+
+
+def _desired(state: State, now: float, rules: Rules) -> tuple[Member, ...]:
+    """Who would be rostered if every step were safe."""
+    able, newest = _able(state, now, rules), _newest(state)
+    rostered = newest.roster.nodes if newest else ()
+    wide = reachability.is_wide(n.reach for n in state.nodes.values() if n.present(now, rules))
+    if not state.history and sum(n.activity != HELPS for n in able) < rules.min_nodes:
+        return ()
+    members = [_member(n, newest.roster.member(n.node) if newest else None, rules, wide=wide) for n in able]
+    seats = seated(((n.node, n.invite or n.node) for n in able), rostered)
+    chosen = [member for member in members if member.node in seats]
+    spare = next(filter(is_callable, members), None)
+    if spare is not None and not any(map(is_callable, chosen)):  # it is worth more than the last of those who cannot be
+        chosen = [*chosen[: MEMBERS_MAX - 1], spare]
+    return tuple(chosen)
 
 
 def _fresh_epoch(state: State, now: float) -> Epoch:
@@ -938,19 +1007,23 @@ def _member(node: Node, before: Member | None, rules: Rules, *, wide: bool) -> M
     if before is not None and not node.reach.known:
         return before  # after a restart of ours, until it has been called
     where = reachability.addresses(node.reach, node.addresses, wide=wide)
-    role = Role.PEER if where or not node.reach.source else Role.CLIENT
+    role = Role.HELPER if node.activity == HELPS else Role.PEER
+    if not where and node.reach.source:
+        role = Role.CLIENT
     return Member(node.node, node.peer, where, rules.weight_cap, role)
 
 
 def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:
     """No other roster can be issued, and this one cannot go on: so many of its members have forgotten what they signed,
-    or are shut out.
+    or are shut out; or nobody on it can be called, and whoever could has no place beside those who are.
 
     On another branch no promise of theirs matters. It begins once everybody else is here and no log is ahead of ours."""
     roster = state.roster.roster if state.roster is not None else None
     forgetful = [node for node in roster.nodes if state.silent.get(node, -1) >= roster.epoch] if roster else []
     out = [node for node in roster.nodes if state.shut(node, now) is not None] if roster else []
-    stuck = roster is not None and (forgetful or len(roster.members) - len(out) < quorum(len(roster.members)))
+    few = roster is not None and len(roster.members) - len(out) < quorum(len(roster.members))
+    mute = roster is not None and not any(map(is_callable, roster.members))
+    stuck = forgetful or few or (mute and not nobody_is_callable(state, now, rules))
     awaited = {node for node in roster.nodes if node not in out and not state.aside(node)} if roster else set()
     if roster is None or not stuck or not here or not here.issuperset(awaited):
         return replace(state, held_since=None), ()
@@ -960,6 +1033,8 @@ def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:
         return replace(state, held_since=since), ()
     members = len(roster.members)
     reason = f"{len(forgetful)} of {members} nodes are back with older disks and forgot what they had signed"
-    if not forgetful:
+    if not forgetful and mute:
+        reason = f"of {members} nodes none can be called, and one that can has come"
+    elif not forgetful:
         reason = f"{len(out)} of {members} nodes are shut out, and the others are no majority"
     return replace(state, held_since=None), (BranchOff(state.head.round, reason),)

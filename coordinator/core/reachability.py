@@ -59,6 +59,11 @@ def heard(reach: Reach, named: Iterable[str], source: str) -> Reach:
     )
 
 
+def silent(reach: Reach) -> Reach:
+    """It takes part, and names no address that it ever had: it calls the others."""
+    return replace(reach, open=False) if reach.source and not reach.candidates and reach.open is None else reach
+
+
 def _plain(source: str) -> str:
     """A socket for both families writes IPv4 addresses as ::ffff:1.2.3.4."""
     return source.removeprefix("::ffff:") if "." in source else source

@@ -8,14 +8,20 @@ when q + q' exceeds the number of nodes in either of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from protocol.limits import MEMBERS_MAX
-from protocol.types import Epoch, Member, NodeId, Roster
+from protocol.types import Epoch, Member, NodeId, Role, Roster
 
 
 def quorum(members: int) -> int:
     return members // 2 + 1
+
+
+def is_callable(member: Member) -> bool:
+    """Whether the others can call it; a roster in which nobody can be called decides nothing."""
+    return member.role is not Role.CLIENT
 
 
 def may_follow(old: Iterable[NodeId], new: Iterable[NodeId], sealed: Iterable[NodeId] = ()) -> bool:
@@ -27,6 +33,17 @@ def may_follow(old: Iterable[NodeId], new: Iterable[NodeId], sealed: Iterable[No
     if len(voters) < quorum(len(before)):
         return bool(after)
     return bool(after) and quorum(len(before)) + quorum(len(after)) > len(voters | after)
+
+
+def seated(able: Iterable[tuple[NodeId, str]], rostered: Collection[NodeId]) -> set[NodeId]:
+    """Who is rostered where more want to be than can: one of each invite in turn, so that an invite for many gets the
+    places that nobody else wants. Members go first in each turn: nobody loses a place to an equal."""
+    turns: Counter[str] = Counter()
+    queue = []
+    for place, (node, invite) in enumerate(sorted(able, key=lambda each: each[0] not in rostered)):
+        queue.append((turns[invite], place, node))
+        turns[invite] += 1
+    return {node for _, _, node in sorted(queue)[:MEMBERS_MAX]}
 
 
 def next_members(
@@ -60,12 +77,17 @@ def next_members(
         )
 
     kept = [member.node for member in current if member.node not in forgetful]  # each of them makes a step less safe
+    able = [member.node for member in desired if is_callable(member)]
+    if able and not set(able) & set(kept):  # before anybody goes: afterwards it may be unsafe
+        kept += next(([node] for node in able if len(kept) < MEMBERS_MAX and safe([*kept, node])), [])
+        if not set(able) & set(kept):
+            return None  # no record would come of a roster without one, and so no later step either
     for node in [node for node in kept if node not in wished]:
         fewer = [other for other in kept if other != node]
         if safe(fewer):
             kept = fewer
     for member in desired:
-        if member.node not in kept and safe([*kept, member.node]):
+        if member.node not in kept and len(kept) < MEMBERS_MAX and safe([*kept, member.node]):
             kept.append(member.node)
     known = {member.node: member for member in current} | wished
     chosen = tuple(known[node] for node in kept)

@@ -156,6 +156,7 @@ class Rounds:
     log_asked_at: float = -1e9
     began_at: float = 0.0
     decide_seconds: float | None = None  # smoothed time from the leader's call to the fold
+    attempts_failed: int = 0  # given up here, since the node started; nothing was lost with them
     last_failure: str = ""
 
     @property
@@ -769,7 +770,8 @@ def _begin(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady]
         if now - (state.majority_since or now) >= _attempt_seconds(state, rules) + rules.gather_seconds:
             return _next_attempt(state, now, rules, "nobody had trained")
         return state, ()
-    begin = Begin(rules.run, state.head.round, state.ballot, rules.me, chosen)
+    group_of = _with_helpers(chosen, roster, promises, rules)
+    begin = Begin(rules.run, state.head.round, state.ballot, rules.me, group_of)
     deadline = now + _averaging_seconds(state, rules)
     state = replace(state, began_at=now, deadline=deadline, phase=Phase.DECIDING, begin=begin)
     return state, (Send(roster.nodes, begin),)
@@ -789,6 +791,20 @@ def _chosen(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady
         taken = taken.with_ranges(ranges)
         chosen.append(signed)
     return tuple(chosen)
+
+
+def _with_helpers(
+    chosen: tuple[SignedReady, ...], roster: Roster, promises: Mapping[NodeId, SignedReady], rules: Rules
+) -> tuple[SignedReady, ...]:
+    """And the helpers that bring nothing, in the roster's order: they reduce, where there is something to reduce."""
+    group_of = {signed.ready.sender: signed for signed in chosen}
+    if rules.exchange([member.role for member in roster.members if member.node in group_of]) is Exchange.ALL_GATHER:
+        return chosen
+    for member in roster.members:
+        signed = promises.get(member.node)
+        if member.role is Role.HELPER and signed is not None and not signed.ready.contribution.tokens:
+            group_of[member.node] = signed
+    return tuple(group_of[node] for node in roster.nodes if node in group_of)
 
 
 def _proposal(state: Rounds, record: Record, accepted: Accepted | None, rules: Rules) -> Propose:
@@ -812,7 +828,7 @@ def _next_attempt(
 ) -> Outcome:
     """Give up this attempt; nothing is lost, because the contribution and the residual are still there."""
     following = Ballot(state.ballot.epoch, state.ballot.attempt + 1)
-    state = replace(state, last_failure=why, doubted=doubted)
+    state = replace(state, attempts_failed=state.attempts_failed + 1, last_failure=why, doubted=doubted)
     return _move_to(state, max(_highest(state), following), now, rules)
 
 
@@ -1265,6 +1281,7 @@ def _anew(state: Rounds, head: Head, now: float) -> Rounds:
         finishing=state.finishing,
         round_started=now,
         decide_seconds=state.decide_seconds,
+        attempts_failed=state.attempts_failed,
         last_failure=state.last_failure,
     )
 

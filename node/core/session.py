@@ -14,7 +14,7 @@ RESTART_WINDOW_SECONDS = 600.0
 
 
 class Activity(Enum):
-    """One word for the status line, the heartbeat and the researcher's page."""
+    """For the status line, the heartbeat and the researcher's page."""
 
     JOINING = "joining"
     SYNCING = "syncing"
@@ -22,6 +22,7 @@ class Activity(Enum):
     WAITING = "waiting"
     PAUSED = "paused"
     FINISHING = "finishing"
+    HELPING = "averaging for others"
 
 
 class Part(Enum):
@@ -33,6 +34,7 @@ class Part(Enum):
 
 @dataclass(frozen=True)
 class Session:
+    helper: bool = False  # never trains: it votes, and averages for those who do
     linked: bool = False
     synced: bool = False
     trainer_ready: bool = False
@@ -67,7 +69,18 @@ class Session:
     @property
     def allowed(self) -> bool:
         """Whether the owner lets it train."""
-        return not self.paused and not self.obstacle
+        return not self.helper and not self.rests
+
+    @property
+    def rests(self) -> bool:
+        """Whether training rests; a helper has none that could."""
+        return not self.helper and (self.paused or bool(self.obstacle))
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What is not ready yet, for people."""
+        needed = (("the model", self.synced), ("the trainer", self.trainer_ready or self.helper))
+        return tuple(word for word, ready in (*needed, ("the swarm", self.engine_ready)) if not ready)
 
 
 # events
@@ -315,14 +328,16 @@ def _rest(state: Session, now: float) -> Outcome:
 
 
 def activity(state: Session) -> Activity:
-    if not state.allowed and not state.finishing:
+    if state.rests and not state.finishing:
         return Activity.PAUSED
     if state.finishing:
         return Activity.FINISHING
     if not state.linked and not state.synced:
         return Activity.JOINING
-    if not (state.synced and state.trainer_ready and state.engine_ready):
+    if state.lacks:
         return Activity.SYNCING
+    if state.helper:
+        return Activity.HELPING
     if state.sequences_left == 0:
         return Activity.WAITING
     return Activity.TRAINING
@@ -342,16 +357,10 @@ def reason(state: Session, now: float) -> str:
         case Activity.JOINING:
             return state.trouble or "talking to the coordinator"
         case Activity.SYNCING:
-            late = [
-                word
-                for word, ready in (
-                    ("the model", state.synced),
-                    ("the trainer", state.trainer_ready),
-                    ("the swarm", state.engine_ready),
-                )
-                if not ready
-            ]
-            return f"preparing {' and '.join(late)}{f' ({state.trouble})' if state.trouble else ''}"
+            return f"preparing {' and '.join(state.lacks)}{f' ({state.trouble})' if state.trouble else ''}"
+        case Activity.HELPING:
+            told = "averages for others, and trains nothing"
+            return told if state.linked else f"{told}; the coordinator is away ({state.trouble})"
         case Activity.WAITING:
             if not state.linked:
                 return f"no data left and the coordinator is away ({state.trouble})"

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotocol/v1/barnraise.proto\x12\x0c\x62\x61rnraise.v1\"2\n\x10\x43hallengeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\"7\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x16\n\x0e\x63oordinator_ms\x18\x02 \x01(\x04\"\xf4\x01\n\x0bOpenRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x0e\n\x06invite\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12\x17\n\x0fpeer_public_key\x18\x06 \x01(\x0c\x12\x16\n\x0epeer_signature\x18\x07 \x01(\x0c\x12\x11\n\taddresses\x18\x08 \x03(\t\x12\x0c\n\x04name\x18\t \x01(\t\x12\x10\n\x08protocol\x18\n \x01(\r\x12\x10\n\x08software\x18\x0b \x01(\t\x12\x0c\n\x04life\x18\x0c \x01(\x04\x12\x13\n\x0bincarnation\x18\r \x01(\x0c\"\xcd\x01\n\tOpenReply\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04pass\x18\x02 \x01(\x0c\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\x12\x0e\n\x06roster\x18\x04 \x01(\x0c\x12\x0c\n\x04\x62\x61se\x18\x05 \x01(\x0c\x12\x12\n\nrendezvous\x18\x06 \x03(\t\x12\x16\n\x0e\x63oordinator_ms\x18\x07 \x01(\x04\x12\x0e\n\x06shards\x18\x08 \x03(\x0c\x12\x11\n\trollbacks\x18\t \x03(\x0c\x12\x14\n\x0csilent_epoch\x18\n \x01(\x04\x12\x0c\n\x04life\x18\x0b \x01(\x04\"\xb8\x02\n\x10HeartbeatRequest\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x12\n\nhead_round\x18\x02 \x01(\x04\x12\x11\n\thead_hash\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\taddresses\x18\x05 \x03(\t\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12\x12\n\ntrain_loss\x18\x07 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x08 \x01(\x01\x12\x12\n\nbytes_sent\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x11\n\tlease_ids\x18\x0b \x03(\t\x12\x12\n\nbusy_share\x18\x0c \x01(\x01\x12\x13\n\x0bknown_round\x18\r \x01(\x04\x12\x0e\n\x06\x62ranch\x18\x0e \x01(\x04\x12\x0c\n\x04life\x18\x0f \x01(\x04\"\xe5\x01\n\x0eHeartbeatReply\x12\x0e\n\x06roster\x18\x01 \x01(\x0c\x12\x12\n\nhead_round\x18\x02 \x01(\x04\x12\x0e\n\x06wanted\x18\x03 \x03(\t\x12\x0f\n\x07renewed\x18\x04 \x03(\t\x12\x0e\n\x06notice\x18\x05 \x01(\t\x12\x16\n\x0e\x63oordinator_ms\x18\x06 \x01(\x04\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12\x11\n\trollbacks\x18\x08 \x03(\x0c\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12\x0e\n\x06\x62ranch\x18\n \x01(\x04\x12\x13\n\x0b\x61stray_from\x18\x0b \x01(\x04\x12\r\n\x05\x61sked\x18\x0c \x03(\t\"!\n\x0cLeaseRequest\x12\x11\n\tsequences\x18\x01 \x01(\x04\"\x1c\n\nLeaseReply\x12\x0e\n\x06leases\x18\x01 \x03(\x0c\"$\n\x0eReadLogRequest\x12\x12\n\nfrom_round\x18\x01 \x01(\x04\"Q\n\x0cReadLogReply\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12\x0f\n\x07rosters\x18\x02 \x03(\x0c\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\x0c\x12\x11\n\trollbacks\x18\x04 \x03(\x0c\"E\n\x10PushEntryRequest\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\x12\x0f\n\x07rosters\x18\x02 \x03(\x0c\x12\x11\n\trollbacks\x18\x03 \x03(\x0c\"5\n\x0ePushEntryReply\x12\x0f\n\x07missing\x18\x01 \x03(\t\x12\x12\n\nhead_round\x18\x02 \x01(\x04\"1\n\x0fReadBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"G\n\tBlobChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x04\" \n\x0eWriteBlobReply\x12\x0e\n\x06stored\x18\x01 \x01(\x08\"#\n\x11ReadLeavesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"!\n\x0fReadLeavesReply\x12\x0e\n\x06leaves\x18\x01 \x01(\x0c\"!\n\rReportRequest\x12\x10\n\x08\x65vidence\x18\x01 \x01(\x0c\"\x1c\n\x0bReportReply\x12\r\n\x05\x66\x61ult\x18\x01 \x01(\t\"S\n\x0cLeaveRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\x12\x0e\n\x06sealed\x18\x02 \x01(\x08\x12\x12\n\nseal_round\x18\x03 \x01(\x04\x12\x12\n\nseal_epoch\x18\x04 \x01(\x04\"\x0c\n\nLeaveReply\"Y\n\x0cPeerEnvelope\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\n\n\x02to\x18\x05 \x01(\t\"\t\n\x07PeerAck\"+\n\x0bPartRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\x19\n\tPartChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x91\x06\n\x0b\x43oordinator\x12I\n\tChallenge\x12\x1e.barnraise.v1.ChallengeRequest\x1a\x1c.barnraise.v1.ChallengeReply\x12:\n\x04Open\x12\x19.barnraise.v1.OpenRequest\x1a\x17.barnraise.v1.OpenReply\x12I\n\tHeartbeat\x12\x1e.barnraise.v1.HeartbeatRequest\x1a\x1c.barnraise.v1.HeartbeatReply\x12\x45\n\rAcquireLeases\x12\x1a.barnraise.v1.LeaseRequest\x1a\x18.barnraise.v1.LeaseReply\x12\x43\n\x07ReadLog\x12\x1c.barnraise.v1.ReadLogRequest\x1a\x1a.barnraise.v1.ReadLogReply\x12I\n\tPushEntry\x12\x1e.barnraise.v1.PushEntryRequest\x1a\x1c.barnraise.v1.PushEntryReply\x12\x44\n\x08ReadBlob\x12\x1d.barnraise.v1.ReadBlobRequest\x1a\x17.barnraise.v1.BlobChunk0\x01\x12\x44\n\tWriteBlob\x12\x17.barnraise.v1.BlobChunk\x1a\x1c.barnraise.v1.WriteBlobReply(\x01\x12L\n\nReadLeaves\x12\x1f.barnraise.v1.ReadLeavesRequest\x1a\x1d.barnraise.v1.ReadLeavesReply\x12@\n\x06Report\x12\x1b.barnraise.v1.ReportRequest\x1a\x19.barnraise.v1.ReportReply\x12=\n\x05Leave\x12\x1a.barnraise.v1.LeaveRequest\x1a\x18.barnraise.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotocol/v1/barnraise.proto\x12\x0c\x62\x61rnraise.v1\"2\n\x10\x43hallengeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\"7\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x16\n\x0e\x63oordinator_ms\x18\x02 \x01(\x04\"\xf4\x01\n\x0bOpenRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x0e\n\x06invite\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12\x17\n\x0fpeer_public_key\x18\x06 \x01(\x0c\x12\x16\n\x0epeer_signature\x18\x07 \x01(\x0c\x12\x11\n\taddresses\x18\x08 \x03(\t\x12\x0c\n\x04name\x18\t \x01(\t\x12\x10\n\x08protocol\x18\n \x01(\r\x12\x10\n\x08software\x18\x0b \x01(\t\x12\x0c\n\x04life\x18\x0c \x01(\x04\x12\x13\n\x0bincarnation\x18\r \x01(\x0c\"\xcd\x01\n\tOpenReply\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04pass\x18\x02 \x01(\x0c\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\x12\x0e\n\x06roster\x18\x04 \x01(\x0c\x12\x0c\n\x04\x62\x61se\x18\x05 \x01(\x0c\x12\x12\n\nrendezvous\x18\x06 \x03(\t\x12\x16\n\x0e\x63oordinator_ms\x18\x07 \x01(\x04\x12\x0e\n\x06shards\x18\x08 \x03(\x0c\x12\x11\n\trollbacks\x18\t \x03(\x0c\x12\x14\n\x0csilent_epoch\x18\n \x01(\x04\x12\x0c\n\x04life\x18\x0b \x01(\x04\"\xb8\x02\n\x10HeartbeatRequest\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x12\n\nhead_round\x18\x02 \x01(\x04\x12\x11\n\thead_hash\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x11\n\taddresses\x18\x05 \x03(\t\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12\x12\n\ntrain_loss\x18\x07 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x08 \x01(\x01\x12\x12\n\nbytes_sent\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x11\n\tlease_ids\x18\x0b \x03(\t\x12\x12\n\nbusy_share\x18\x0c \x01(\x01\x12\x13\n\x0bknown_round\x18\r \x01(\x04\x12\x0e\n\x06\x62ranch\x18\x0e \x01(\x04\x12\x0c\n\x04life\x18\x0f \x01(\x04\"\xfe\x01\n\x0eHeartbeatReply\x12\x0e\n\x06roster\x18\x01 \x01(\x0c\x12\x12\n\nhead_round\x18\x02 \x01(\x04\x12\x0e\n\x06wanted\x18\x03 \x03(\t\x12\x0f\n\x07renewed\x18\x04 \x03(\t\x12\x0e\n\x06notice\x18\x05 \x01(\t\x12\x16\n\x0e\x63oordinator_ms\x18\x06 \x01(\x04\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12\x11\n\trollbacks\x18\x08 \x03(\x0c\x12\r\n\x05\x65poch\x18\t \x01(\x04\x12\x0e\n\x06\x62ranch\x18\n \x01(\x04\x12\x13\n\x0b\x61stray_from\x18\x0b \x01(\x04\x12\r\n\x05\x61sked\x18\x0c \x03(\t\x12\x17\n\x0fnobody_callable\x18\r \x01(\x08\"!\n\x0cLeaseRequest\x12\x11\n\tsequences\x18\x01 \x01(\x04\"\x1c\n\nLeaseReply\x12\x0e\n\x06leases\x18\x01 \x03(\x0c\"$\n\x0eReadLogRequest\x12\x12\n\nfrom_round\x18\x01 \x01(\x04\"Q\n\x0cReadLogReply\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12\x0f\n\x07rosters\x18\x02 \x03(\x0c\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\x0c\x12\x11\n\trollbacks\x18\x04 \x03(\x0c\"E\n\x10PushEntryRequest\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\x12\x0f\n\x07rosters\x18\x02 \x03(\x0c\x12\x11\n\trollbacks\x18\x03 \x03(\x0c\"5\n\x0ePushEntryReply\x12\x0f\n\x07missing\x18\x01 \x03(\t\x12\x12\n\nhead_round\x18\x02 \x01(\x04\"1\n\x0fReadBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"G\n\tBlobChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x04\" \n\x0eWriteBlobReply\x12\x0e\n\x06stored\x18\x01 \x01(\x08\"#\n\x11ReadLeavesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"!\n\x0fReadLeavesReply\x12\x0e\n\x06leaves\x18\x01 \x01(\x0c\"4\n\rReportRequest\x12\x10\n\x08\x65vidence\x18\x01 \x01(\x0c\x12\x11\n\tcomplaint\x18\x02 \x01(\x0c\"\x1c\n\x0bReportReply\x12\r\n\x05\x66\x61ult\x18\x01 \x01(\t\"S\n\x0cLeaveRequest\x12\x0b\n\x03why\x18\x01 \x01(\t\x12\x0e\n\x06sealed\x18\x02 \x01(\x08\x12\x12\n\nseal_round\x18\x03 \x01(\x04\x12\x12\n\nseal_epoch\x18\x04 \x01(\x04\"\x0c\n\nLeaveReply\"Y\n\x0cPeerEnvelope\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\n\n\x02to\x18\x05 \x01(\t\"\t\n\x07PeerAck\"+\n\x0bPartRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\x19\n\tPartChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x91\x06\n\x0b\x43oordinator\x12I\n\tChallenge\x12\x1e.barnraise.v1.ChallengeRequest\x1a\x1c.barnraise.v1.ChallengeReply\x12:\n\x04Open\x12\x19.barnraise.v1.OpenRequest\x1a\x17.barnraise.v1.OpenReply\x12I\n\tHeartbeat\x12\x1e.barnraise.v1.HeartbeatRequest\x1a\x1c.barnraise.v1.HeartbeatReply\x12\x45\n\rAcquireLeases\x12\x1a.barnraise.v1.LeaseRequest\x1a\x18.barnraise.v1.LeaseReply\x12\x43\n\x07ReadLog\x12\x1c.barnraise.v1.ReadLogRequest\x1a\x1a.barnraise.v1.ReadLogReply\x12I\n\tPushEntry\x12\x1e.barnraise.v1.PushEntryRequest\x1a\x1c.barnraise.v1.PushEntryReply\x12\x44\n\x08ReadBlob\x12\x1d.barnraise.v1.ReadBlobRequest\x1a\x17.barnraise.v1.BlobChunk0\x01\x12\x44\n\tWriteBlob\x12\x17.barnraise.v1.BlobChunk\x1a\x1c.barnraise.v1.WriteBlobReply(\x01\x12L\n\nReadLeaves\x12\x1f.barnraise.v1.ReadLeavesRequest\x1a\x1d.barnraise.v1.ReadLeavesReply\x12@\n\x06Report\x12\x1b.barnraise.v1.ReportRequest\x1a\x19.barnraise.v1.ReportReply\x12=\n\x05Leave\x12\x1a.barnraise.v1.LeaveRequest\x1a\x18.barnraise.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,45 +42,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_start=610
   _globals['_HEARTBEATREQUEST']._serialized_end=922
   _globals['_HEARTBEATREPLY']._serialized_start=925
-  _globals['_HEARTBEATREPLY']._serialized_end=1154
-  _globals['_LEASEREQUEST']._serialized_start=1156
-  _globals['_LEASEREQUEST']._serialized_end=1189
-  _globals['_LEASEREPLY']._serialized_start=1191
-  _globals['_LEASEREPLY']._serialized_end=1219
-  _globals['_READLOGREQUEST']._serialized_start=1221
-  _globals['_READLOGREQUEST']._serialized_end=1257
-  _globals['_READLOGREPLY']._serialized_start=1259
-  _globals['_READLOGREPLY']._serialized_end=1340
-  _globals['_PUSHENTRYREQUEST']._serialized_start=1342
-  _globals['_PUSHENTRYREQUEST']._serialized_end=1411
-  _globals['_PUSHENTRYREPLY']._serialized_start=1413
-  _globals['_PUSHENTRYREPLY']._serialized_end=1466
-  _globals['_READBLOBREQUEST']._serialized_start=1468
-  _globals['_READBLOBREQUEST']._serialized_end=1517
-  _globals['_BLOBCHUNK']._serialized_start=1519
-  _globals['_BLOBCHUNK']._serialized_end=1590
-  _globals['_WRITEBLOBREPLY']._serialized_start=1592
-  _globals['_WRITEBLOBREPLY']._serialized_end=1624
-  _globals['_READLEAVESREQUEST']._serialized_start=1626
-  _globals['_READLEAVESREQUEST']._serialized_end=1661
-  _globals['_READLEAVESREPLY']._serialized_start=1663
-  _globals['_READLEAVESREPLY']._serialized_end=1696
-  _globals['_REPORTREQUEST']._serialized_start=1698
-  _globals['_REPORTREQUEST']._serialized_end=1731
-  _globals['_REPORTREPLY']._serialized_start=1733
-  _globals['_REPORTREPLY']._serialized_end=1761
-  _globals['_LEAVEREQUEST']._serialized_start=1763
-  _globals['_LEAVEREQUEST']._serialized_end=1846
-  _globals['_LEAVEREPLY']._serialized_start=1848
-  _globals['_LEAVEREPLY']._serialized_end=1860
-  _globals['_PEERENVELOPE']._serialized_start=1862
-  _globals['_PEERENVELOPE']._serialized_end=1951
-  _globals['_PEERACK']._serialized_start=1953
-  _globals['_PEERACK']._serialized_end=1962
-  _globals['_PARTREQUEST']._serialized_start=1964
-  _globals['_PARTREQUEST']._serialized_end=2007
-  _globals['_PARTCHUNK']._serialized_start=2009
-  _globals['_PARTCHUNK']._serialized_end=2034
-  _globals['_COORDINATOR']._serialized_start=2037
-  _globals['_COORDINATOR']._serialized_end=2822
+  _globals['_HEARTBEATREPLY']._serialized_end=1179
+  _globals['_LEASEREQUEST']._serialized_start=1181
+  _globals['_LEASEREQUEST']._serialized_end=1214
+  _globals['_LEASEREPLY']._serialized_start=1216
+  _globals['_LEASEREPLY']._serialized_end=1244
+  _globals['_READLOGREQUEST']._serialized_start=1246
+  _globals['_READLOGREQUEST']._serialized_end=1282
+  _globals['_READLOGREPLY']._serialized_start=1284
+  _globals['_READLOGREPLY']._serialized_end=1365
+  _globals['_PUSHENTRYREQUEST']._serialized_start=1367
+  _globals['_PUSHENTRYREQUEST']._serialized_end=1436
+  _globals['_PUSHENTRYREPLY']._serialized_start=1438
+  _globals['_PUSHENTRYREPLY']._serialized_end=1491
+  _globals['_READBLOBREQUEST']._serialized_start=1493
+  _globals['_READBLOBREQUEST']._serialized_end=1542
+  _globals['_BLOBCHUNK']._serialized_start=1544
+  _globals['_BLOBCHUNK']._serialized_end=1615
+  _globals['_WRITEBLOBREPLY']._serialized_start=1617
+  _globals['_WRITEBLOBREPLY']._serialized_end=1649
+  _globals['_READLEAVESREQUEST']._serialized_start=1651
+  _globals['_READLEAVESREQUEST']._serialized_end=1686
+  _globals['_READLEAVESREPLY']._serialized_start=1688
+  _globals['_READLEAVESREPLY']._serialized_end=1721
+  _globals['_REPORTREQUEST']._serialized_start=1723
+  _globals['_REPORTREQUEST']._serialized_end=1775
+  _globals['_REPORTREPLY']._serialized_start=1777
+  _globals['_REPORTREPLY']._serialized_end=1805
+  _globals['_LEAVEREQUEST']._serialized_start=1807
+  _globals['_LEAVEREQUEST']._serialized_end=1890
+  _globals['_LEAVEREPLY']._serialized_start=1892
+  _globals['_LEAVEREPLY']._serialized_end=1904
+  _globals['_PEERENVELOPE']._serialized_start=1906
+  _globals['_PEERENVELOPE']._serialized_end=1995
+  _globals['_PEERACK']._serialized_start=1997
+  _globals['_PEERACK']._serialized_end=2006
+  _globals['_PARTREQUEST']._serialized_start=2008
+  _globals['_PARTREQUEST']._serialized_end=2051
+  _globals['_PARTCHUNK']._serialized_start=2053
+  _globals['_PARTCHUNK']._serialized_end=2078
+  _globals['_COORDINATOR']._serialized_start=2081
+  _globals['_COORDINATOR']._serialized_end=2866
 # @@protoc_insertion_point(module_scope)

@@ -213,7 +213,7 @@ class HeartbeatRequest(_message.Message):
     BRANCH_FIELD_NUMBER: _builtins.int
     LIFE_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
-    """joining, syncing, training, paused, finishing"""
+    """joining, syncing, training, waiting, paused, finishing, averaging for others"""
     head_round: _builtins.int
     head_hash: _builtins.str
     epoch: _builtins.int
@@ -281,6 +281,7 @@ class HeartbeatReply(_message.Message):
     BRANCH_FIELD_NUMBER: _builtins.int
     ASTRAY_FROM_FIELD_NUMBER: _builtins.int
     ASKED_FIELD_NUMBER: _builtins.int
+    NOBODY_CALLABLE_FIELD_NUMBER: _builtins.int
     roster: _builtins.bytes
     """when newer than the node's"""
     head_round: _builtins.int
@@ -295,6 +296,8 @@ class HeartbeatReply(_message.Message):
     """how many rollbacks it knows of: fewer than the node when its database came from a backup"""
     astray_from: _builtins.int
     """the node's head is not on the log: it brings its records from this round, plus one, on; 0: it is"""
+    nobody_callable: _builtins.bool
+    """no round can end until a node comes that the others can call"""
     @_builtins.property
     def wanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """part digests that the coordinator lacks"""
@@ -326,10 +329,11 @@ class HeartbeatReply(_message.Message):
         branch: _builtins.int = ...,
         astray_from: _builtins.int = ...,
         asked: _abc.Iterable[_builtins.str] | None = ...,
+        nobody_callable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "astray_from", b"astray_from", "branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "astray_from", b"astray_from", "branch", b"branch", "coordinator_ms", b"coordinator_ms", "epoch", b"epoch", "finished", b"finished", "head_round", b"head_round", "nobody_callable", b"nobody_callable", "notice", b"notice", "renewed", b"renewed", "rollbacks", b"rollbacks", "roster", b"roster", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -590,15 +594,20 @@ class ReportRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    COMPLAINT_FIELD_NUMBER: _builtins.int
     evidence: _builtins.bytes
+    """canonical Evidence of protocol/proof.py; or"""
+    complaint: _builtins.bytes
+    """canonical Complaint of protocol/contribution.py: its contribution is asked for, and read"""
     def __init__(
         self,
         *,
         evidence: _builtins.bytes = ...,
+        complaint: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complaint", b"complaint", "evidence", b"evidence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

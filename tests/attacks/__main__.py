@@ -1,8 +1,7 @@
 """The attack bench: `python -m tests.attacks`, or `make attacks`. Eight nodes, some of them attackers, in one process.
 
 For each attack and each robust rule: the final held-out loss against a run in which nobody attacks, and in which round of
-its own each attacker was put out, by an audit or because no honest member takes what it sends. Nothing fails because an
-attack succeeded; the table says so.
+its own each attacker was put out. Nothing fails because an attack succeeded; the table says so.
 
     make attacks                                              # two attackers of each kind, no rule and the default
     make attacks ARGS="--rules mean clip trimmed centered --attackers 1 2 3"
@@ -21,6 +20,7 @@ from statistics import fmean
 
 import torch
 
+from protocol.fold import Outer, OuterKind
 from protocol.runspec import RoundsSection
 from tests.attacks import refused
 from tests.attacks.attackers import ATTACKS
@@ -35,6 +35,7 @@ ODD = (
     ("half of one's text is noise", Setting(), {3: Habit(noise=0.5)}),
     ("sparse2", Setting(codec="sparse2", residual_decay=0.95), {}),
     ("AdamW", Setting(optimizer="adamw"), {}),
+    ("a run that diverges", Setting(outer=Outer(OuterKind.AVERAGE, 8.0)), {}),
     ("long rounds, learning rates that fall to 1 %", Setting(inner_steps=((1, 25),), steps=250, decay_to=0.01), {}),
 )
 
@@ -105,9 +106,7 @@ def _row(
     stayed = sum(node not in outcome.out for outcome in outcomes for node in nodes)
     falsely = sum(node < 8 - attackers for outcome in outcomes for node in outcome.out)
     words = [", ".join(map(str, sorted(rounds)))] if rounds else []
-    if all(outcome.refused for outcome in outcomes) and attackers:
-        words = ["never in a record"]
-    elif stayed:
+    if stayed:
         words.append(f"{stayed} stayed")
     if falsely:
         words.append(f"{falsely} HONEST OUT")

@@ -93,6 +93,7 @@ ATTACKS: Final = (
     Attack("IPM", inner_product),
     Attack("label flip", honestly, trains=True, spoil=lambda targets: VOCABULARY - 1 - targets),
     Attack("NaN", not_a_number),
+    Attack("NaN, not shown", not_a_number, shows=False),
     Attack("zeros", zeros),
     Attack("copies", copy),
     Attack("stale", stale, trains=True),

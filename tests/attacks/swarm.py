@@ -23,13 +23,27 @@ from node.training import TrainerSpec, Vectors
 from protocol import model, robust
 from protocol.blobs import digest_of
 from protocol.codec import Floats, codec
+from protocol.contribution import Complaint
 from protocol.errors import Refused
 from protocol.exchange import Packing
 from protocol.fold import Outer, fold
+from protocol.order import sequence_at
 from protocol.robust import Rule
 from protocol.runspec import RoundsSection, cosine_share
 from protocol.state import State, initial_state
-from protocol.types import Contribution, DataRange, Digest, Epoch, Exchange, NodeId, Part, Record, Role, RunId
+from protocol.types import (
+    Contribution,
+    DataRange,
+    Digest,
+    Epoch,
+    Exchange,
+    NodeId,
+    Part,
+    Record,
+    Role,
+    RoundNumber,
+    RunId,
+)
 from tests.bench import llama
 
 VOCABULARY, TOKEN_BYTES = 256, 2
@@ -100,6 +114,7 @@ class Attack:
     act: Callable[[Scene], bytes | None]
     trains: bool = False
     spoil: Callable[[np.ndarray], np.ndarray] | None = None  # its targets
+    shows: bool = True  # what it brought, to whoever asks
 
 
 @dataclass(frozen=True)
@@ -109,19 +124,18 @@ class Habit:
     steps_most: int = 1 << 30  # of a round: a slow machine
     first_round: int = 0
     misses: int = 0  # every so many rounds it has no luck, and brings it in the next
-    noise: float = 0.0  # share of its tokens that are random: bad text, and honest all the same
+    noise: float = 0.0  # share of the tokens that are random in its data: bad text, and honest work all the same
 
 
 @dataclass
 class Outcome:
     loss: float = 0.0
     out: dict[int, tuple[int, audits.Accusation]] = field(default_factory=dict)  # node: (round, why)
-    refused: int = 0  # contributions that no codec reads
     audited: int = 0
     contributed: int = 0
     bad: int = 0  # audits of honest nodes with points
     unclear: int = 0
-    gains: list[tuple[int, int, float, float]] = field(default_factory=list)  # round, node, gain, trace
+    measured: list[tuple[int, int, float, Measured]] = field(default_factory=list)  # round, node, its weight
 
 
 class Text:
@@ -130,6 +144,7 @@ class Text:
     def __init__(self, setting: Setting, folder: Path) -> None:
         files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
         random.Random(setting.seed).shuffle(files)  # only an order
+        self._context = setting.context
         self.sequences = setting.nodes * setting.batch * (setting.steps + 8)
         wanted = [HELDOUT * setting.context + 1, self.sequences * setting.context + 1]
         self.heldout, self.shard = folder / "heldout", folder / "shard"
@@ -143,6 +158,15 @@ class Text:
     def lease(self, sequences: int) -> DataRange:
         start, self._next = self._next, self._next + sequences
         return DataRange(0, SHARD, start, self._next)
+
+    def spoil(self, lease: DataRange, share: float, luck: np.random.Generator) -> None:
+        """Random tokens in place of so many of this data's, for whoever reads it."""
+        shard = np.memmap(self.shard, "<u2", "r+")
+        for position in range(lease.start, lease.stop):
+            at = self._context * sequence_at(position, sequences=self.sequences, pass_number=lease.pass_number)
+            tokens = shard[at : at + self._context]
+            bad = luck.random(tokens.size) < share
+            tokens[bad] = luck.integers(VOCABULARY, size=int(bad.sum()))
 
 
 class Worker:
@@ -190,15 +214,14 @@ class Worker:
         steps = min(steps, self.habit.steps_most)
         lease = text.lease(steps * self._setting.batch)
         self.ranges.append(lease)
+        if self.habit.noise:
+            text.spoil(lease, self.habit.noise, self._luck)
         if not self.trains:
             return
         self.learner.rate_share = share
         self.feed.add([(lease, text.shard)])
         for _ in range(steps):
             inputs, targets = self.feed.read(self.feed.take(self._setting.batch))
-            if self.habit.noise:
-                spoilt = self._luck.random(targets.shape) < self.habit.noise
-                targets = np.where(spoilt, self._luck.integers(VOCABULARY, size=targets.shape), targets)
             if self.attack is not None and self.attack.spoil is not None:
                 targets = self.attack.spoil(targets)
             assert self.learner.step(inputs, targets, lambda: False) is not None
@@ -254,7 +277,7 @@ class Swarm:
         }
         self._evaluation = Evaluation(order)
         nothing = digest_of(setting.packing.up.encode(np.zeros(size, np.float32)))
-        self._rules = audits.Rules(setting.share, nothing)
+        self._rules = audits.Rules(setting.share, nothing, traced=not setting.packing.up.sparse)
         self._audits = Audits()
         self._luck = random.Random(setting.seed)  # must be repeated
         self._folder = folder
@@ -289,9 +312,9 @@ class Swarm:
         for worker in [each for each in here if each in payloads]:
             try:
                 up.check(payloads[worker], size)
-            except Refused:
-                self.outcome.refused += 1
-                del payloads[worker]
+            except Refused as refused:
+                self._complain(number, worker, payloads.pop(worker), Broken(refused.what), len(here))
+        self._expire(number)
         if payloads:
             self._commit(number, payloads, here)
 
@@ -325,7 +348,7 @@ class Swarm:
         fold(self.state, record, parts, self.setting.packing, self.setting.outer)
         for worker in here:
             mine = worker in payloads
-            worker.take(self.state, record.parts if mine else ())
+            worker.take(self.state, [part for part in record.parts if worker.node in part.included])
             if mine:
                 worker.ranges = []
         self.outcome.contributed += len(members)
@@ -362,20 +385,37 @@ class Swarm:
 
     # audits
 
+    def _complain(self, number: int, worker: Worker, payload: bytes, broken: Broken, members: int) -> None:
+        """A member has not been able to read it, and tells the coordinator, which asks for it."""
+        brought = Contribution(worker.node, self.setting.context, tuple(worker.ranges), update=digest_of(payload))
+        complaint = Complaint(RoundNumber(number), NOBODY, brought)
+        self._audits = audits.complained(self._audits, complaint, self.workers[0].node, members)
+        assert worker.attack is not None, "what honest members bring is read"
+        for ask in [ask for ask in self._audits.open if ask.update == brought.update and worker.attack.shows]:
+            self._audits, accusation = audits.read(self._audits, ask, broken)
+            if accusation is not None:
+                self._put_out(number, accusation)
+
+    def _expire(self, number: int) -> None:
+        everybody = [worker.node for worker in self.workers]
+        self._audits, accused = audits.expired(self._audits, RoundNumber(number), everybody, ())
+        for accusation in accused:
+            self._put_out(number, accusation)
+
     def _audit(self, number: int, record: Record, before: Floats, payloads: Mapping[Digest, bytes]) -> None:
         self._audits, accused = audits.certified(self._audits, record, self._rules)
         for accusation in accused:
             self._put_out(number, accusation)
-        for ask in self._audits.open:
+        for ask in [ask for ask in self._audits.open if ask.accuser is None]:
             result = self._measure(ask, before, payloads[ask.update])
             if result is None:
-                self._audits = audits.dropped(self._audits, ask)
+                self._audits = self._audits.dropped(ask)
                 continue
             self.outcome.audited += 1
             self._audits, accusation = audits.measured(self._audits, ask, result, self._rules, self._luck.random())
             history = self._audits.histories[ask.node]
             if isinstance(result, Measured):
-                self.outcome.gains.append((number, int(ask.node, 16), result.gain, result.trace))
+                self.outcome.measured.append((number, int(ask.node, 16), ask.weight, result))
             worker = self.workers[int(ask.node, 16)]
             self.outcome.unclear += not history.points
             self.outcome.bad += worker.attack is None and bool(history.points and history.points[-1])

@@ -98,7 +98,7 @@ def everything(swarm, members):
             return None
 
     for member in members:
-        holds(f"{member.name} pauses", lambda member=member: member.tell("pause"))
+        holds(f"{member.name} pauses", lambda member=member: member.status()["trains"] and member.tell("pause"))
     heads = holds("every replica is the same", lambda: until(swarm.agreed, "every replica is at the same head"))
     facts["heads"] = swarm.heads() if heads is None else {"all": heads}
     facts["sequences lost"], facts["sequences doubled"] = holds("ranges", lambda: ranges(swarm.coordinator)) or (-1, -1)

@@ -1,9 +1,13 @@
-"""Nodes behind routers that masquerade, as at home: two of four have no address that anybody else could call.
+"""Nodes behind routers that masquerade, as at home: they have no address that anybody else could call.
 
 make chaos PART=nat [ARGS="--rounds 5"]       # root and nft (Debian: nftables); without them it says so and is left out
 
-Both homes have the same private addresses, and neither router forwards a port. Then one router gets another address, as
-lines at home do every night: all connections through it are dead, and nobody is told.
+All homes have the same private addresses, and no router forwards a port.
+
+some: two of four are at home. Then one router gets another address, as lines at home do every night: all connections
+through it are dead, and nobody is told.
+all: everybody is at home. The coordinator says so, and a node beside it that trains nothing averages for them; then that
+one is killed, stays away for a while, and is started again.
 """
 
 import argparse
@@ -15,13 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from protocol.errors import Code
 from tests.chaos import audit, network, report
-from tests.chaos.swarm import SETTINGS, Swarm, ends_when_told, until
+from tests.chaos.swarm import Member, Swarm, ends_when_told, until
+from tests.e2e.processes import words_of
 
 HUB, PUBLIC, ROUTERS = "9.9.1.1", "9.9.1.{}", "9.9.2.{}"  # addresses of the internet, which is not here
 HOME, GATEWAY = "192.168.1.2", "192.168.1.1"  # in every home the same
-HOMES = (2, 3)  # of the members, those behind routers
+AWAY_SECONDS = 45.0  # of the only node that can be called: it is missed, and said to be
+TOLD_SECONDS = 240.0  # from the start of nodes on a machine that other work shares; after 30 s of training at most
 BACK_SECONDS = 120.0  # from another address of a router to the next round with what the node behind it has trained
+IDLE = {"activity": "averaging for others", "trains": False, "sequences_left": 0, "credit_tokens": 0, "device": None}
 MASQUERADE = """
 table ip nat {
     chain out { type nat hook postrouting priority srcnat; oifname "wan" masquerade; }
@@ -102,55 +110,127 @@ def possible():
     return network.possible() and shutil.which("nft") is not None
 
 
+class Helper(Member):
+    """A node beside the coordinator that trains nothing."""
+
+    def __init__(self, arena, lan):
+        super().__init__(arena, "helper", lan, None)
+
+    def _run(self, *words):
+        super()._run(*words, "--no-training")
+
+
 def main():
     ends_when_told()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="with something by everybody, before a router moves")
+    parser.add_argument("--rounds", type=int, default=5, help="with something by everybody, before anything happens")
+    parser.add_argument("--homes", choices=("some", "all"), nargs="+", default=("some", "all"), help="which nodes' are")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the run")
     given = parser.parse_args()
     if not possible():
         print("left out: it takes root, ip and nft")
         return 0
+    return max([played(given, {"some": some, "all": everybody}[homes]) for homes in given.homes])
+
+
+def played(given, play):
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="barnraise-chaos-")) / "w"
-    swarm = Swarm(folder, nodes=4, settings=SETTINGS, lan=Internet(4, HOMES))
-    wrong = []
+    homes = (2, 3) if play is some else (0, 1, 2)
+    nodes = max(homes) + 1
+    swarm = Swarm(folder, nodes=nodes, lan=Internet(nodes, homes))
     try:
-        swarm.start()
-        behind = [swarm.members[index] for index in HOMES]
-        calm = swarm.settle(time.time())
-        print(
-            f"everybody has brought something after {max(each.round for each in calm.values()) + 1} rounds", flush=True
-        )
-        keys = {member.key: member.name for member in swarm.members}
-        start = time.time()
-        swarm.certified_after(start, given.rounds)
-        rounds = swarm.watch.after(start)[: given.rounds]
-        shares = {name: sum(any(n.startswith(key) for n in r.tokens) for r in rounds) for key, name in keys.items()}
-        print(
-            f"of {len(rounds)} rounds, those with something by each: {shares}; attempts {[r.attempt for r in rounds]}"
-        )
-        reach = {member.name: member.status()["reach"] for member in swarm.members}
-        print(f"status says: {reach}")
-        wrong += [f"{m.name} is {reach[m.name]}" for m in behind if reach[m.name] != "outbound-only"]
-        wrong += [f"{m.name} is {reach[m.name]}" for m in swarm.others(*behind) if reach[m.name] != "direct"]
-        wrong += _roles(swarm, {member.key for member in behind})
-
-        moved, at = behind[0], time.time()
-        swarm.lan.moves(swarm.members.index(moved))
-        back = until(
-            lambda: swarm.watch.contributed(moved.key, at + 5.0),  # what was on its way had been sent before
-            f"{moved.name} brings something through its router's new address",
-            seconds=BACK_SECONDS,
-        )
-        print(f"its router has another address: {moved.name} is in a round again after {back.at - at:.0f} s")
-        found, facts = audit.everything(swarm, swarm.members)
-        wrong += found
+        print(f"{len(homes)} of {nodes} nodes are at home")
+        wrong, facts = play(swarm, [swarm.members[index] for index in homes], given.rounds)
     finally:
         swarm.close(keep=given.keep)
     print(f"{time.monotonic() - began:.0f} s")
     report.ending(wrong + swarm.unplanned, facts)
     return 1 if wrong or swarm.unplanned else 0
+
+
+def some(swarm, behind, count):
+    swarm.start()
+    wrong = _everybody_brings(swarm, behind, count)
+    moved, at = behind[0], time.time()
+    swarm.lan.moves(swarm.members.index(moved))
+    back = until(
+        lambda: swarm.watch.contributed(moved.key, at + 5.0),  # what was on its way had been sent before
+        f"{moved.name} brings something through its router's new address",
+        seconds=BACK_SECONDS,
+    )
+    print(f"its router has another address: {moved.name} is in a round again after {back.at - at:.0f} s")
+    found, facts = audit.everything(swarm, swarm.members)
+    return wrong + found, facts
+
+
+def everybody(swarm, behind, count):
+    swarm.start()
+    at = time.time()
+    _nobody_can_be_called(swarm, behind)
+    print(f"nobody can be called: all are told after {time.time() - at:.0f} s; rounds: {len(swarm.watch.after(0))}")
+    wrong = [f"round {each.round} was certified though nobody could be called" for each in swarm.watch.after(0)]
+    helper = Helper(swarm.arena, swarm.lan)
+    swarm.homes.append(helper.home)
+    at = time.time()
+    helper.join(swarm.invite)
+    first = swarm.certified_after(at)
+    print(f"the first round ends {first.at - at:.0f} s after a node that trains nothing was started")
+    wrong += _everybody_brings(swarm, behind, count, helper=helper)
+    helper.kill()
+    time.sleep(AWAY_SECONDS)
+    _nobody_can_be_called(swarm, behind)
+    at = time.time()
+    helper.start()
+    again = swarm.certified_after(at)
+    print(f"killed and away for {AWAY_SECONDS:.0f} s, back: a round ends {again.at - at:.0f} s later")
+    swarm.settle(at)
+    swarm.members.append(helper)
+    said = helper.status()
+    wrong += [f"the helper says {key} {said[key]}" for key, value in IDLE.items() if said[key] != value]
+    wrong += [f"the helper runs {words}" for words in map(words_of, helper.tree()) if "node.trainer" in words]
+    wrong += [
+        f"the helper holds {path.name}" for path in _shards(swarm) & {p.name for p in helper.home.glob("blobs/*/*")}
+    ]
+    found, facts = audit.everything(swarm, swarm.members)
+    return wrong + found, facts
+
+
+def _nobody_can_be_called(swarm, behind):
+    """The page, the coordinator's output and each node say so."""
+    code = Code.NOBODY_CALLABLE.code
+    until(
+        lambda: code in swarm.coordinator.page("status")["run"]["state"], f"the page says {code}", seconds=TOLD_SECONDS
+    )
+    log = swarm.arena.log(swarm.coordinator.name).read_text()
+    assert f"warning: {code}" in log and "--no-training --listen 0.0.0.0:49303" in log, log[-2000:]
+    for member in behind:
+        until(
+            lambda member=member: member.status()["reach"] == "nobody", f"{member.name} says that nobody can be called"
+        )
+
+
+def _everybody_brings(swarm, behind, count, helper=None):
+    """Rounds in which all take part; what the status, the roster and the records say of who is where."""
+    calm = swarm.settle(time.time())
+    print(f"everybody has brought something after {max(each.round for each in calm.values()) + 1} rounds", flush=True)
+    keys = {member.key: member.name for member in swarm.members}
+    start = time.time()
+    swarm.certified_after(start, count)
+    rounds = swarm.watch.after(start)[:count]
+    shares = {name: sum(any(n.startswith(key) for n in r.tokens) for r in rounds) for key, name in keys.items()}
+    print(f"of {len(rounds)} rounds, those with something by each: {shares}; attempts {[r.attempt for r in rounds]}")
+    open_ones = [member for member in (*swarm.others(*behind), helper) if member is not None]
+    reach = {member.name: member.status()["reach"] for member in (*behind, *open_ones)}
+    print(f"status says: {reach}")
+    wrong = [f"{m.name} is {reach[m.name]}" for m in behind if reach[m.name] != "outbound-only"]
+    wrong += [f"{m.name} is {reach[m.name]}" for m in open_ones if reach[m.name] != "direct"]
+    return [*wrong, *_roles(swarm, {member.key for member in behind})]
+
+
+def _shards(swarm):
+    with audit.opened(swarm.coordinator) as store:
+        return {shard.digest for shard in store.shards()}
 
 
 def _roles(swarm, behind):

@@ -32,6 +32,7 @@ from coordinator.core.machine import (
     Ticked,
 )
 from coordinator.core.strikes import Kind
+from protocol.limits import MEMBERS_MAX
 from protocol.log import head_after, next_head, record_hash
 from protocol.state import Consumed
 from protocol.types import (
@@ -125,6 +126,19 @@ def of(kind, effects):
 
 
 # rosters
+
+
+def test_an_invite_for_many_gets_the_places_that_nobody_else_wants():
+    coordinator = Coordinator(replace(RULES, min_nodes=MEMBERS_MAX))
+    many, few = ([NodeId(f"{kind}{n}") for n in range(count)] for kind, count in (("many", MEMBERS_MAX), ("few", 6)))
+    for node in (*many, *few):
+        coordinator.see(NodeOpened(node, node, node, (), invite="one" if node in many else node), beat(node))
+    for number in range(8):
+        assert len(coordinator.rostered) <= MEMBERS_MAX
+        signed = {"signers": coordinator.rostered, "epoch": coordinator.state.roster.roster.epoch}
+        coordinator.see(EntryArrived(coordinator.entry(brings(many[0], 4 * number, 4 * number + 4), **signed)))
+        coordinator.see(*(beat(node, head_round=number + 1) for node in (*many, *few)))
+    assert set(coordinator.rostered) == {*many[: MEMBERS_MAX - len(few)], *few}
 
 
 def test_the_first_roster_waits_for_enough_nodes():
@@ -321,6 +335,7 @@ def test_a_record_from_another_state_is_held_back():
     entry = coordinator.entry(brings(A, 0, 5), state=ONE)
     coordinator.see(EntryArrived(entry))
     assert not of(Fold, coordinator.see(PartStored(entry.record.parts[0].digest)))
+    assert sum("rollback --to 0" in text for _, text in coordinator.state.events) == 1
 
 
 def test_rounds_are_measured_and_archived_at_their_turn():

@@ -9,6 +9,7 @@ from node.core.witness import ROUNDS_KEPT, WORDS_MAX, Witness
 from protocol import canonical, contribution, identity
 from protocol.errors import Code, Refused
 from protocol.identity import Key
+from protocol.limits import RANGES_MAX
 from protocol.log import PROPOSAL, VOTE, is_brought, record_hash, vote_bytes
 from protocol.messages import Accepted, Begin, Claim, Commit, Propose, Ready, SignedReady, Vote
 from protocol.proof import Evidence, Said, check_said, double_voters, prove, votes_of
@@ -49,7 +50,17 @@ def record(size=9, **options):
     return Record(RUN, ROUND, "1" * 64, 2, C.public, (brought(**options),), (part,), "4" * 64)
 
 
+def heavy(**fields):
+    """A forged record whose contribution costs more to check than anybody brings."""
+    return replace(FORGED, contributions=(replace(brought(forged=True), **fields),))
+
+
 ONE, TWO, FORGED = record(), record(size=10), record(forged=True)
+HEAVY = (
+    heavy(grants=brought().grants * (RANGES_MAX + 1)),
+    heavy(ranges=(DATA,) * (RANGES_MAX + 1)),
+    heavy(ranges=(replace(DATA, stop=0),)),
+)
 
 
 def said(key, which, purpose=VOTE, *, ballot=BALLOT, round_number=ROUND, run=RUN):
@@ -113,11 +124,12 @@ def test_a_word_for_a_record_with_a_forged_contribution_proves_a_forgery(purpose
         Evidence(replace(said(C, FORGED), signature="0" * 128), record=FORGED),
         Evidence(said(C, ONE, run="0" * 64 + ".x"), said(C, TWO, run="0" * 64 + ".x")),
         Evidence(said(C, FORGED, round_number=8), record=FORGED),
+        *(Evidence(said(C, which), record=which) for which in HEAVY),
     ],
     ids=[
         "one word", "twice the same", "of two nodes", "in two attempts", "a vote and a proposal", "in two rounds",
         "a forged signature", "in another's name", "no vote at all", "a good record", "another record", "all at once",
-        "a forged word", "another run", "a record of another round",
+        "a forged word", "another run", "a record of another round", "more grants than are read", "more ranges", "a range that is none",
     ],
 )  # fmt: skip
 def test_anything_else_proves_nothing(evidence):

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from coordinator.core import machine, reachability
-from coordinator.core.machine import Call, Called, HeartbeatArrived, NodeOpened
+from coordinator.core.machine import BranchOff, Call, Called, HeartbeatArrived, Judged, NodeLeft, NodeOpened
 from coordinator.core.reachability import AGAIN_SECONDS, CANDIDATES_MAX, MISSES_MAX, SOON_SECONDS, candidates
+from coordinator.core.strikes import Kind
 from protocol.types import Role
-from tests.core.test_machine import A, B, C, Coordinator, of
+from tests.core.test_machine import A, B, C, Coordinator, D, of
 
 HOME, CAFE, WORLD, OTHER = "81.2.69.142", "91.198.174.192", "142.250.80.46", "151.101.1.69"
 INSIDE = "/ip4/192.168.1.7/tcp/4001"
@@ -50,16 +51,17 @@ class Callers(Coordinator):
 
     def __init__(self):
         super().__init__()
-        self.sources, self.named, self.calls = {}, {}, []
+        self.sources, self.named, self.calls, self.activities = {}, {}, [], {}
 
-    def comes(self, node, *, source=HOME, named=(INSIDE,)):
-        self.sources[node], self.named[node] = source, named
+    def comes(self, node, *, source=HOME, named=(INSIDE,), activity="training"):
+        self.sources[node], self.named[node], self.activities[node] = source, named, activity
         self.calls += of(Call, self.see(NodeOpened(node, node, f"node {node}", named, source=source)))
         return self
 
     def beats(self, *nodes, seconds=0.0):
         for node in nodes or tuple(self.sources):
-            beat = HeartbeatArrived(node, "training", 0, -1, self.named[node], source=self.sources[node])
+            where, source = self.named[node], self.sources[node]
+            beat = HeartbeatArrived(node, self.activities[node], 0, -1, where, source=source)
             self.calls += of(Call, self.see(beat, at=self.now + seconds))
         return self
 
@@ -120,6 +122,17 @@ def test_one_that_answered_is_closed_only_after_calls_in_a_row_that_failed():
         coordinator.beats()
         assert coordinator.roles[A] is (Role.PEER if miss < MISSES_MAX else Role.CLIENT)
         coordinator.waits(SOON_SECONDS + 10)
+
+
+def test_one_that_names_no_address_takes_part_as_one_that_calls_the_others():
+    coordinator = open_run().comes(D, source=CAFE, named=())
+    coordinator.see(HeartbeatArrived(D, "syncing", 0, -1, (), source=CAFE))
+    assert not coordinator.state.nodes[D].reach.known, "its engine may not run yet"
+    assert coordinator.beats().roles[D] is Role.CLIENT and not coordinator.calls
+    coordinator.comes(D, source=CAFE, named=(at(CAFE),)).answers(d=at(CAFE))
+    assert coordinator.beats().roles[D] is Role.PEER
+    coordinator.named[D] = ()  # its engine is being started again
+    assert coordinator.beats().member(D).addresses == (at(CAFE),)
 
 
 def test_nobody_is_called_more_often_than_stated():
@@ -185,3 +198,75 @@ def test_after_a_restart_members_stay_what_they_were_until_they_have_been_called
 def test_an_ipv4_address_inside_an_ipv6_one_is_that_address():
     reach = reachability.heard(reachability.Reach(), (INSIDE,), f"::ffff:{HOME}")
     assert reach.candidates == (at(HOME),)
+
+
+def at_home():
+    """A and B train, and nobody can call them."""
+    return Callers().comes(A).comes(B).beats()
+
+
+def uncallable(coordinator):
+    return machine.nobody_is_callable(coordinator.state, coordinator.now, coordinator.rules)
+
+
+def test_no_roster_is_made_of_nodes_that_nobody_can_call_and_it_is_known_that_none_can_be():
+    coordinator = at_home()
+    assert not uncallable(coordinator), "nobody knows yet"
+    coordinator.answers(a="", b="")
+    coordinator.beats()
+    assert coordinator.rostered == () and uncallable(coordinator)
+
+
+def helped():
+    coordinator = at_home()
+    coordinator.answers(a="", b="")
+    coordinator.comes(C, source=WORLD, named=(at(WORLD),), activity=machine.HELPS).beats()
+    assert coordinator.answers(c=at(WORLD)) == [C]
+    return coordinator.beats()
+
+
+def test_a_node_that_trains_nothing_is_rostered_as_a_helper_and_then_rounds_can_end():
+    coordinator = helped()
+    assert coordinator.roles == {A: Role.CLIENT, B: Role.CLIENT, C: Role.HELPER} and not uncallable(coordinator)
+
+
+def test_a_helper_that_nobody_can_call_helps_nobody():
+    coordinator = at_home().comes(C, activity=machine.HELPS).beats()
+    coordinator.answers(a="", b="", c="")
+    assert coordinator.beats().rostered == () and uncallable(coordinator)
+
+
+def test_helpers_are_not_those_that_a_run_waits_for():
+    coordinator = Callers().comes(A, source=WORLD, named=(at(WORLD),))
+    coordinator.comes(C, source=OTHER, named=(at(OTHER),), activity=machine.HELPS).beats()
+    coordinator.answers(a=at(WORLD), c=at(OTHER))
+    assert coordinator.beats().rostered == () and not uncallable(coordinator)
+
+
+def test_the_last_that_could_be_called_keeps_its_place_while_it_is_away():
+    """Seed 82 of the simulation: rosters of those who could not be called followed each other, and it never got back."""
+    coordinator = helped()
+    before = coordinator.state.roster
+    coordinator.see(NodeLeft(C, "restarted"))
+    del coordinator.sources[C]
+    coordinator.comes(D).beats()
+    coordinator.answers(d="")
+    assert coordinator.beats().state.roster == before and uncallable(coordinator)
+    coordinator.comes(C, source=WORLD, named=(at(WORLD),), activity=machine.HELPS).beats()
+    assert not uncallable(coordinator) and coordinator.roles[C] is Role.HELPER and D in coordinator.roles
+
+
+def test_without_the_only_one_that_could_be_called_and_is_banned_the_run_goes_on_with_the_next_on_a_new_branch():
+    coordinator = helped()
+    coordinator.see(Judged(C, Kind.BAN, "lied"))
+    del coordinator.sources[C]
+    assert set(coordinator.beats().roles) == {A, B}, "it is out at once"
+    coordinator.comes(D, source=OTHER, named=(at(OTHER),), activity=machine.HELPS).beats()
+    coordinator.answers(d=at(OTHER))
+    assert D not in coordinator.beats().roles, "a roster of A, B and D need not meet the one of A, B and C"
+    found = []
+    while not found and coordinator.now < 300:
+        coordinator.now += 5
+        found = of(BranchOff, coordinator.see(HeartbeatArrived(A, "training", 0, 1, (INSIDE,), source=HOME)))
+        coordinator.beats()
+    assert "one that can has come" in found[0].reason

@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 
 from coordinator.core import recounts
-from coordinator.core.audits import ANSWER_ROUNDS, UNANSWERED_MAX, Rules
+from coordinator.core.inquiries import ANSWER_ROUNDS, UNANSWERED_MAX, Rules
 from coordinator.core.recounts import Recounts
-from protocol.types import BlobRef, Digest, Part, Record
+from protocol.types import BlobRef, Part, Record
 
 NODES = ("ash", "birch", "cedar", "oak")
-RULES = Rules(0.2, nothing=Digest(""))
+RULES = Rules(0.2)
 
 
 def record(number, nodes=NODES, evidence=True):
@@ -51,7 +51,7 @@ def silent(state, *, heard, answered=False, rounds=40):
     told = []
     for number in range(rounds):
         state = recounts.certified(state, record(number, NODES[:1]), RULES)
-        state, withheld = recounts.expired(state, number, NODES if heard else (), state.open if answered else ())
+        state, withheld = state.expired(number, NODES if heard else (), state.open if answered else ())
         told += withheld
     return told
 
@@ -63,8 +63,14 @@ def test_silence_counts_only_of_a_reducer_that_was_heard_of_and_only_time_after_
     assert not silent(Recounts(), heard=True, answered=True)
 
 
+def test_who_was_last_heard_of_before_it_was_asked_may_not_know_and_asking_again_changes_nothing():
+    state = recounts.certified(Recounts(), record(0, NODES[:1]), RULES).told(10.0)
+    assert state.heard(lambda node: 10.0) == set()
+    assert state.told(20.0).heard(lambda node: 15.0) == {NODES[0]}
+
+
 def test_what_a_rollback_undoes_is_not_asked_for():
     state = recounts.certified(Recounts(), record(5), RULES)
-    assert recounts.gone_back(state, 6).open == state.open
-    assert recounts.gone_back(state, 5).open == ()
-    assert recounts.recounted(recounts.gone_back(state, 5), state.open[0], RULES, lied=True, luck=0.5).open == ()
+    assert state.gone_back(6).open == state.open
+    assert state.gone_back(5).open == ()
+    assert recounts.recounted(state.gone_back(5), state.open[0], RULES, lied=True, luck=0.5).open == ()

@@ -25,6 +25,7 @@ from protocol.types import (
     Part,
     PeerId,
     Record,
+    Role,
     Rollback,
     Roster,
     Seal,
@@ -231,6 +232,46 @@ def test_members_that_bring_nothing_reduce_nothing():
     assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, C]
 
 
+def helped(me=A, exchange=Exchange.ALL_REDUCE):
+    """A and C are clients, B averages for them."""
+    roles = {A: Role.CLIENT, B: Role.HELPER, C: Role.CLIENT}
+    members = tuple(Member(node, PeerId(node), (), 10**6, role) for node, role in roles.items())
+    node = Node(me=me, trains=me != B, rosters={0: SignedRoster(Roster(RUN, 0, members, 0), "s")})
+    node.rules = replace(node.rules, exchange=lambda roles: exchange)
+    return node
+
+
+def test_a_helper_that_brings_nothing_leads_and_reduces_for_those_who_do():
+    node = helped(me=B).see(ready(A, brings(A, data(0, 4))), ready(C, brings(C, data(4, 8))))
+    (begin,) = node.sent(Begin)
+    assert [signed.ready.sender for signed in begin.readies] == [A, B, C]
+    assert rounds.group(begin, node.state.roster) == ((A, 4 * CONTEXT), (B, 0), (C, 4 * CONTEXT))
+    assert node.did(rounds.Average)
+    part = replace(part_of(1, (A, B, C), (A, C)), start=0, stop=PARAMETERS)
+    claims = [Received(Claim(RUN, 0, Ballot(0, 0), each, None), "s") for each in (A, C)]
+    node.see(rounds.Averaged(Ballot(0, 0), part, {1: part.digest}), *claims)
+    (proposal,) = node.sent(Propose)
+    assert [each.node for each in proposal.record.contributions] == [A, C] and proposal.record.parts == (part,)
+    assert node.sent(Vote), "and it signs what it has proposed"
+
+
+def test_a_member_takes_part_in_a_group_with_a_helper():
+    node = helped().trained(data(0, 4))
+    readies = tuple(
+        SignedReady(ready(each, brought).message, "s")
+        for each, brought in ((A, brings(A, data(0, 4))), (B, brings(B)), (C, brings(C, data(4, 8))))
+    )
+    (average,) = node.see(Received(Begin(RUN, 0, Ballot(0, 0), B, readies), "s")).did(rounds.Average)
+    assert [signed.ready.sender for signed in average.begin.readies] == [A, B, C]
+
+
+def test_where_everybody_averages_by_itself_a_helper_has_nothing_to_do():
+    node = helped(me=B, exchange=Exchange.ALL_GATHER)
+    node.see(ready(A, brings(A, data(0, 4))), ready(C, brings(C, data(4, 8))))
+    assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, C]
+    assert not node.did(rounds.Average)
+
+
 def test_a_promise_is_said_again_to_whoever_says_its_own_again():
     """It may lack ours; with one promise lost to each of four, all would wait for ever (seed 641)."""
     node = Node(A, B, C, D, E).trained(data(0, 4)).see(ready(B, brings(B, data(4, 8))))
@@ -387,6 +428,17 @@ def test_a_member_whose_data_another_brings_too_is_left_out_and_still_counts_for
 def test_a_member_above_its_weight_cap_does_not_spoil_the_round():
     node = Node(A, B).trained(data(0, 4)).see(ready(B, brings(B, data(100, 10**6))))
     assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A]
+
+
+def test_failed_attempts_are_counted_whatever_became_of_the_round():
+    node = Node(B, C, A).trained(data(0, 4))
+    for attempt in range(2):  # led by B and by C, who are silent both
+        node.see(ready(C, ballot=Ballot(0, attempt)))
+        node.see(rounds.Ticked(), at=node.now + 60.0)
+    assert (node.state.ballot, node.state.attempts_failed) == (Ballot(0, 2), 2)
+    folding(node, brings(B, data(0, 4)))
+    node.see(rounds.Folded(0, Digest("2" * 64)))
+    assert (node.state.head.round, node.state.attempts_failed) == (1, 2)
 
 
 def test_a_round_in_which_nobody_trained_is_tried_again():

@@ -206,3 +206,25 @@ def test_a_short_pause_keeps_the_trainer():
     state = after(ResumeAsked(), state=state, at=100.0)[0]
     state, effects = after(PauseAsked(None), TimePassed(), state=state, at=session.RELEASE_SECONDS + 50)
     assert Release() not in effects
+
+
+def helping(*events, at=0.0):
+    up = (LinkOpened(), CaughtUp(), PartReady(Part.ENGINE))
+    return after(*up, *events, state=Session(helper=True, sequences_wanted=4), at=at)
+
+
+def test_a_helper_votes_without_a_trainer_and_asks_for_no_data():
+    state, effects = helping(DataUsed(0, 4), TimePassed(), at=10 * session.RELEASE_SECONDS)
+    assert effects == [] and state.votes and not state.trains
+    assert activity(state) is Activity.HELPING and reason(state, 0.0).startswith("averages for others")
+
+
+@pytest.mark.parametrize("event", [ResumeAsked(), PauseAsked(None), ObstacleChanged("outside of your hours")])
+def test_nothing_that_speaks_for_or_against_training_concerns_a_helper(event):
+    state, effects = helping(event, TimePassed(), at=10 * session.RELEASE_SECONDS)
+    assert (effects, activity(state), state.trains) == ([], Activity.HELPING, False)
+
+
+def test_a_helper_waits_for_its_model_and_the_swarm_only():
+    state = after(LinkOpened(), state=Session(helper=True))[0]
+    assert activity(state) is Activity.SYNCING and reason(state, 0.0) == "preparing the model and the swarm"

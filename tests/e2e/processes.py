@@ -246,6 +246,14 @@ class Run:
         finally:
             store.close()
 
+    def marks(self):
+        """All that is held against anybody."""
+        store = self.store()
+        try:
+            return store.marks()
+        finally:
+            store.close()
+
     def members(self):
         """The newest roster's nodes, in its order."""
         store = self.store()

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from protocol import invite as invites
 from protocol import sandbox
 from protocol.errors import Code
 from tests.e2e.processes import TEXT, TINY, Node, Run, World, free_ports, gone, until, words_of
+
+pytestmark = pytest.mark.xdist_group("swarms")  # one at a time: each wants both cores
 
 ROUNDS_OF_A_FRACTION_OF_A_SECOND = {"rounds": {**TINY["rounds"], "inner_steps": [[1, 12]]}}
 
@@ -87,7 +90,7 @@ def test_a_coordinator_whose_port_is_taken_ends_and_leaves_nothing_running(share
     assert Code.PORT_IN_USE.code in complaint and str(ports[door]) in complaint and not out
     new = [process for process in shared.family() if process.pid not in before]
     assert not [process for process in new if str(idle.folder) in " ".join(words_of(process))]
-    assert not [path for path in (idle.folder / ".barnraise" / "runtime").rglob("*") if not path.is_dir()]
+    assert not list((idle.folder / ".barnraise" / "runtime").iterdir())
 
 
 def test_a_node_whose_port_is_taken_says_so_and_ends(shared, run, stranger):
@@ -244,6 +247,36 @@ def test_a_banned_node_ends_with_the_reason_and_comes_back_only_once_it_may(shar
     cedar.start()
     until(cedar.status, "it is up again")
     cedar.stop()
+
+
+LIAR = """
+from node.pseudograd import PseudoGradient
+
+encode = PseudoGradient.encode
+
+def encode_with_nan(self):
+    encode(self)
+    self.payload = b"\\x00\\x7e" + self.payload[2:]
+
+PseudoGradient.encode = encode_with_nan
+
+from node.cli import main
+
+main()
+"""
+
+
+def test_a_node_that_sends_what_no_codec_reads_is_struck_told_and_left_out(shared, run, pair, monkeypatch):
+    liar, invite = Node(shared, "dogwood"), run.invite("--uses", "1")
+    monkeypatch.setattr(shared, "program", lambda name, log: [sys.executable, "-c", LIAR])
+    liar.join(invite)
+    monkeypatch.undo()
+    (node,) = until(lambda: {mark.node for mark in run.marks() if mark.fault}, "it is struck")
+    until(liar.ended, "it is sent away")
+    assert "nobody can read its update" in liar.said(), "it is told why"
+    until(lambda: node not in run.members(), "it is left out")
+    pair[0].reaches(pair[0].status()["round"] + 2)
+    assert {mark.node for mark in run.marks() if mark.fault} == {node}, "nobody else is struck"
 
 
 # people

@@ -1,6 +1,7 @@
 """The main job end to end: real processes by the public commands train a model, through a death and a late arrival."""
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -9,6 +10,8 @@ from protocol.identity import check_roster
 from protocol.log import check_certificate, check_members, check_ranges, genesis_head, next_head, ranges_of
 from protocol.state import Consumed
 from tests.e2e.processes import TEXT, TINY, Node, Run, gone, is_free, until
+
+pytestmark = pytest.mark.xdist_group("swarms")  # one at a time: each wants both cores
 
 SETTINGS = {
     "model": {"config": {**TINY["model"]["config"], "intermediate_size": 576}},  # a part for each of four nodes
@@ -51,7 +54,7 @@ def test_a_swarm_survives_a_killed_node_takes_in_a_late_one_and_agrees_to_the_la
     exported = world.folder / "model"
     world.call("barnraise-coordinator", "export", exported, "--run", run.folder)
     audit(run, heads)
-    assert "audited" in world.log(run.name).read_text() and not marks(run), (
+    assert "audited" in world.log(run.name).read_text() and not run.marks(), (
         "real training is measured again, and nobody is struck for it"
     )
     assert heads["round"] >= ROUNDS_MIN
@@ -95,14 +98,6 @@ def newest_evaluation(run, round_number):
     finally:
         store.close()
     return newest.heldout if newest.round == round_number else None
-
-
-def marks(run):
-    store = run.store()
-    try:
-        return store.marks()
-    finally:
-        store.close()
 
 
 def audit(run, heads):

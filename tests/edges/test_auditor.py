@@ -1,6 +1,7 @@
 """The auditor with a real evaluator process, and what real training brings: who is accused, and what stays behind."""
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from coordinator.core.audits import Kind
 from coordinator.evaluation import Evaluator
 from protocol import model, robust
 from protocol.blobs import BlobStore, digest_of
+from protocol.contribution import Complaint
 from protocol.state import initial_state
 from protocol.types import Contribution, Digest, Epoch, Record, RoundNumber, RunId
 from tests.attacks.swarm import HELDOUT, TOKEN_BYTES, Habit, Setting, Text, Worker
@@ -113,6 +115,11 @@ class Stand:
         self.auditor.stir()
         return payloads
 
+    def complain(self, number, worker, payload, accuser=0):
+        told = Contribution(worker.node, 64, (), update=digest_of(payload))
+        complaint = Complaint(RoundNumber(number), Digest(""), told)
+        self.auditor.complained(complaint, self.workers[accuser].node, len(self.workers))
+
     def close(self):
         for worker in self.workers:
             worker.close()
@@ -200,3 +207,82 @@ async def test_a_rollback_leaves_nothing_to_be_measured_of_what_is_undone(stand,
     assert {ask.round for ask in stand.auditor._audits.open} == {0}
     assert sorted(path.name for path in (tmp_path / "audits").glob("state-*")) == [f"state-{0:012d}", f"state-{1:012d}"]
     assert len(stand.auditor.blobs.digests()) <= 5
+
+
+@contextlib.asynccontextmanager
+async def reading(stand):
+    """The auditor reads; tells how to wait until it has read what has come."""
+    task = asyncio.create_task(stand.auditor.read())
+
+    async def until_read():
+        async with asyncio.timeout(20):
+            while stand.auditor._to_read() is not None:
+                await asyncio.sleep(0.01)
+                assert not task.done(), task
+
+    try:
+        yield until_read
+    finally:
+        task.cancel()
+
+
+async def test_what_others_could_not_read_is_read_without_an_evaluator_and_whoever_signed_it_is_accused(stand):
+    up, size = SETTING.packing.up, stand.manifest.parameters
+    good = up.encode(np.ones(size, np.float32))
+    bad, liar, honest = b"\xff\xff" + good[2:], stand.workers[BROKEN], stand.workers[0]
+    async with reading(stand) as until_read:
+        stand.complain(0, liar, bad)
+        stand.complain(0, honest, good, accuser=BROKEN)
+        assert (stand.auditor.asked(liar.node), stand.auditor.asked(honest.node)) == (
+            (digest_of(bad),),
+            (digest_of(good),),
+        )
+        for payload in (bad, good):
+            stand.auditor.blobs.put_bytes(payload)
+        stand.auditor.stir()
+        await until_read()
+        assert [(each.node, each.kind, each.proved) for each in stand.accused] == [(liar.node, Kind.BROKEN, True)]
+        assert "nobody can read its update" in stand.accused[0].reason
+        assert stand.auditor.blobs.digests() == () and stand.auditor._audits.open == ()
+        stand.complain(1, honest, good, accuser=BROKEN)
+        assert stand.auditor.asked(honest.node) == (), "it has complained in vain"
+
+
+async def test_what_lies_in_the_archive_is_not_asked_for_and_is_read_only_if_it_is_as_long_as_a_contribution(stand):
+    bad, liar = bytes(17), stand.workers[BROKEN]
+    stand.archive.put_bytes(bad)
+    async with reading(stand) as until_read:
+        stand.complain(0, liar, bad)
+        assert stand.auditor.asked(liar.node) == ()
+        await until_read()
+    (accusation,) = stand.accused
+    assert accusation.kind is Kind.BROKEN and "17 bytes" in accusation.reason
+    assert stand.archive.has(digest_of(bad))
+
+
+async def test_bytes_that_have_rotted_here_are_held_against_nobody(stand):
+    bad, liar = bytes(stand.auditor.size), stand.workers[BROKEN]
+    stand.complain(0, liar, bad)
+    stand.auditor.blobs.put_bytes(bad)
+    stand.auditor.blobs.path(digest_of(bad)).write_bytes(b"\1" + bad[1:])
+    async with reading(stand) as until_read:
+        await until_read()
+    assert stand.accused == [] and stand.auditor._audits.open == () and stand.auditor.blobs.digests() == ()
+
+
+async def test_what_is_to_be_read_needs_no_states_is_never_measured_and_ends_with_its_time(stand, tmp_path):
+    stand.auditor._rules = replace(stand.auditor._rules, share=0.0)
+    liar, payload = stand.workers[BROKEN], b"never shown"
+    for number in range(9):
+        stand.complain(number, liar, payload + bytes([number]))
+        brought = {worker: each for worker, each in stand.bring(number, 1).items() if worker is not liar}
+        stand.auditor.certified(stand.record(number, brought))
+        stand.auditor.keep(RoundNumber(number), stand.state.params)
+        assert not list((tmp_path / "audits").glob("state-*"))
+        assert len(stand.auditor.asked(liar.node)) <= 3
+    assert [(each.node, each.kind) for each in stand.accused] == [(liar.node, Kind.UNANSWERED)]
+    stand.evaluator = object()
+    stand.auditor.blobs.put_bytes(payload + bytes([8]))
+    assert stand.auditor._to_read() is not None and stand.auditor._ready() is None
+    stand.auditor.gone_back(RoundNumber(8))
+    assert stand.auditor._to_read() is None and stand.auditor.blobs.digests() == ()

@@ -13,12 +13,13 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import AsyncIterator as Stream  # noqa: UP035  # hivemind tells streams by this one's name
 
 import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PContext, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import as_aiter
 
@@ -105,6 +106,11 @@ class Swarm:
         p2p.may_dial = lambda address: True
         return p2p
 
+    def sweep(self) -> None:
+        """What was started here has ended; an outsider's sockets are nobody else's, nor a killed engine's."""
+        for runtime in self.folder.glob("**/run"):
+            p2pd.sweep(runtime)
+
 
 @contextlib.asynccontextmanager
 async def engines_of(swarm, count, **options):
@@ -155,7 +161,9 @@ def within_bound(how, got, wanted):
 
 @pytest.fixture
 def swarm(tmp_path):
-    return Swarm(tmp_path)
+    swarm = Swarm(tmp_path)
+    yield swarm
+    swarm.sweep()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -247,7 +255,7 @@ async def test_a_peer_without_weight_sends_nothing_and_still_reduces_and_gets_ev
     job = job_of(*(engine.peer for engine in trio), weights=(5, 0, 7))
     payloads = [encoded[0], b"", encoded[2]]
     outcomes = await asyncio.gather(*(engine.average(job, data) for engine, data in zip(trio, payloads, strict=True)))
-    assert [outcome.included for outcome in outcomes] == [(0, 2)] * 3
+    assert [outcome.included for outcome in outcomes] == [(0, 2)] * 3, [outcome.failed for outcome in outcomes]
     assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts and len(outcomes[0].parts) == 3
 
 
@@ -264,6 +272,25 @@ async def test_a_client_that_nobody_can_dial_takes_part_and_reduces_nothing(swar
         await client.stop()
     assert client.addresses == () and outcomes[0].included == () and outcomes[1].included == (0, 1, 2)
     assert all(b"".join(outcome.parts[index] for index in (1, 2)) == encoded for outcome in outcomes)
+
+
+async def test_where_nobody_who_trained_can_be_called_one_that_brings_nothing_makes_the_mean(swarm, trio):
+    how = codec("int4")
+    encoded = [how.encode(vector) for vector in vectors(2)]
+    clients, helper = [await swarm.engine(f"client {index}", listen=()) for index in range(2)], trio[0]
+    try:
+        await introduce(*clients, helper)
+        roster = {helper.peer: helper.addresses} | {client.peer: () for client in clients}
+        await asyncio.gather(*(client.set_roster(roster, calls_only=True) for client in clients))
+        spans = ((0, 0), (0, VALUES), (0, 0))
+        job = job_of(clients[0].peer, helper.peer, clients[1].peer, spans=spans, weights=(5, 0, 7))
+        sides = zip((clients[0], helper, clients[1]), (encoded[0], b"", encoded[1]), strict=True)
+        outcomes = await asyncio.gather(*(engine.average(job, data) for engine, data in sides))
+    finally:
+        await asyncio.gather(*(client.stop() for client in clients))
+    assert outcomes[1].included == (0, 2) and [outcome.failed for outcome in outcomes] == [{}] * 3
+    assert outcomes[0].parts == outcomes[1].parts == outcomes[2].parts
+    assert within_bound(how, how.decode(outcomes[0].parts[1], VALUES), mean_of(how, encoded, (5, 7)))
 
 
 async def gather(engines, payloads, **changes):
@@ -329,6 +356,61 @@ async def test_a_chunk_where_an_all_gather_wants_none_is_a_violation(swarm, spar
         await hostile.shutdown()
     assert [answer.code for answer in answers] == [averaging_pb2.PROTOCOL_VIOLATION]
     assert all(outcome.parts == dict(enumerate(encoded)) for outcome in outcomes)
+
+
+class Shower(ServicerBase):
+    """A member that answers everybody with what it likes."""
+
+    said: list
+
+    async def rpc_aggregate_part(
+        self, stream: Stream[averaging_pb2.AveragingData], context: P2PContext
+    ) -> Stream[averaging_pb2.AveragingData]:
+        for message in self.said:
+            yield message
+
+
+Shower.__name__ = BarnraisePeer.__name__  # a part of the wire
+
+
+async def test_in_an_all_gather_bytes_that_no_codec_reads_are_told_of_whoever_has_weight_and_nothing_else(
+    swarm, sparse_trio
+):
+    how = codec("sparse2")
+    encoded = [how.encode(vector) for vector in vectors(3)]
+    hostile, shower = await swarm.outsider("shower"), Shower()
+    size = how.encoded_bytes(12 * CHUNK_VALUES)
+    assert len(encoded[2]) < size, "one message holds all of it"
+    bad, part = b"\xff\x7e" + encoded[2][2:], averaging_pb2.AVERAGED_PART
+    cases = {
+        "a NaN magnitude": (chunk(bad, code=part, codec_code=CODES["sparse2"]), WEIGHTS, (2,)),
+        "another codec": (chunk(encoded[2], code=part, codec_code=CODES["int4"]), WEIGHTS, (2,)),
+        "it brings nothing": (chunk(bad, code=part, codec_code=CODES["sparse2"]), (*WEIGHTS[:2], 0), ()),
+        "it cannot": (averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR), WEIGHTS, ()),
+        "nothing": (chunk(encoded[2], code=part, codec_code=CODES["sparse2"]), WEIGHTS, ()),
+    }
+    try:
+        await shower.add_p2p_handlers(hostile, namespace=RUN)
+        engines = sparse_trio[:2]
+        await introduce(*engines, others=[hostile])
+        hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
+        for what, (said, weights, unread) in cases.items():
+            shower.said = [said]
+            job = job_of(
+                *(engine.peer for engine in engines),
+                str(hostile.peer_id),
+                weights=weights,
+                exchange=Exchange.ALL_GATHER,
+                spans=((0, VALUES),) * 3,
+                sender_seconds=PATIENCE_SECONDS,
+            )
+            outcomes = await asyncio.gather(
+                *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=False))
+            )
+            assert [outcome.unread for outcome in outcomes] == [unread] * 2, what
+            assert all((2 in outcome.parts) == (what == "nothing") for outcome in outcomes), what
+    finally:
+        await hostile.shutdown()
 
 
 async def test_sparse_contributions_reduced_to_dense_means_agree_to_the_bit(sparse_trio):
@@ -436,6 +518,9 @@ ATTACKS = [
 ]
 
 
+UNREADABLE = {"a NaN scale", "a wrong shape", "a chunk too large", "another codec", "hivemind's own codec"}
+
+
 async def replies(p2p, engine, messages):
     """What an engine answers to a stream of the test's making."""
 
@@ -478,6 +563,7 @@ async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm, trio):
             assert time.monotonic() - began < 2 * PATIENCE_SECONDS, attack  # the other engine waits once for it
             means = [answer for answer in answers if answer.code == averaging_pb2.AVERAGED_PART]
             assert bool(means) == (attack == "only half"), attack  # slow is not hostile
+            assert outcomes[0].unread == ((2,) if attack in UNREADABLE else ()) and outcomes[1].unread == (), attack
     finally:
         await hostile.shutdown()
 
@@ -510,7 +596,7 @@ async def test_a_slice_that_its_sender_did_not_sign_for_this_group_counts_nowher
             assert outcome.included == ((0, 1) if attack == "well signed" else (0,)), attack
             refused = [answer.code for answer in answers] == [averaging_pb2.PROTOCOL_VIOLATION]
             assert refused == (attack != "well signed"), attack
-            assert outcome.parts == {0: encoded} and outcome.failed == {}
+            assert outcome.parts == {0: encoded} and outcome.failed == {} and outcome.unread == ()
             outcome.evidence.unlink()
     finally:
         await hostile.shutdown()
@@ -594,6 +680,7 @@ async def test_a_hostile_sparse_contribution_is_left_out_whatever_is_wrong_with_
             assert outcomes[0].included == ((0, 1, 2) if good else (0, 1)), what
             assert outcomes[0].parts == outcomes[1].parts and outcomes[0].failed == {}, what
             assert any(each.code == averaging_pb2.AVERAGED_PART for each in answers) == good, what
+            assert outcomes[0].unread == (() if good else (2,)), what
     finally:
         await member.shutdown()
 
@@ -660,6 +747,23 @@ async def test_a_stranger_gets_nothing(swarm):
     finally:
         await stranger.shutdown()
     assert swarm.heard["engine-0"] == []
+
+
+async def test_two_that_call_each_other_at_once_reach_each_other_every_time(swarm):
+    """Members of a round all do so when it begins."""
+    first, second = await swarm.outsider("first"), await swarm.outsider("second")
+    first.roster, second.roster = ({each.peer_id: each.addresses()} for each in (second, first))
+    try:
+        for _ in range(
+            150
+        ):  # one in thirty failed, and all in the seconds after it, where both dialled from their own ports
+            await asyncio.gather(first.reach(second.peer_id), second.reach(first.peer_id))
+            for one, other in ((first, second), (second, first)):
+                await one._client.disconnect(other.peer_id)
+            while await first._is_here(second.peer_id) or await second._is_here(first.peer_id):
+                await asyncio.sleep(0.01)
+    finally:
+        await asyncio.gather(first.shutdown(), second.shutdown())
 
 
 async def test_a_member_of_the_roster_outside_the_group_is_refused(swarm, trio):

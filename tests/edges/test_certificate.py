@@ -19,7 +19,8 @@ async def serve_again(world, key, cert):
     port = world.server.port
     await world.server.stop(None)
     service = CoordinatorService(world.desk)
-    world.server = await serve(service, listen=f"127.0.0.1:{port}", key=key, certificate=cert)
+    files = {"key": key, "certificate": cert, "sockets": world.desk.folder / "door"}
+    world.server = await serve(service, listen=f"127.0.0.1:{port}", **files)
 
 
 def pair_of(world):

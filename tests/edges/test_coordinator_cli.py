@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from coordinator import archive, cli, reach
@@ -29,19 +30,21 @@ from coordinator.folder import RunFolder
 from coordinator.orders import JudgeOrder, RollbackOrder
 from coordinator.plan import plan
 from coordinator.store import Evaluation, StoredNode
+from node import trainer, workbench
 from protocol import address, console, contribution, identity, invite, runspec, tls
 from protocol.codec import codec
 from protocol.contribution import sign_grant
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.fold import fold
-from protocol.identity import Key, peer_id_of
+from protocol.identity import Key, peer_id_of, sign_roster
 from protocol.log import VOTE, genesis_head, head_after, next_head, ranges_of, vote_bytes
 from protocol.types import (
     Ballot,
     Certificate,
     Contribution,
     DataRange,
+    Epoch,
     Fault,
     Grant,
     LogEntry,
@@ -49,6 +52,7 @@ from protocol.types import (
     Part,
     Pass,
     Record,
+    Role,
     Rollback,
     Roster,
     Signature,
@@ -306,6 +310,22 @@ def test_check_says_what_the_run_will_take(ready, capsys):
     assert f"{parameters:,} parameters" in said and "Ready" in said
 
 
+@pytest.mark.parametrize("outer", ['"average"', '"nesterov"\nouter_momentum = 0.9'])
+def test_check_says_how_much_memory_a_node_will_be_refused_without(ready, capsys, outer):
+    ready.run_file.write_text(RUN + f"[update]\nouter = {outer}\n")
+    assert call("check", "--json", "--run", ready.path) == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    state, logits = found["parameters"] * trainer.STATE_BYTES, 12 * 257 * 16
+    assert found["memory_trainer_bytes"] == state + logits
+    held = workbench.HELD_BYTES + workbench.MOMENTUM_BYTES * ("momentum" in outer)
+    processes = found["memory_helpers_bytes"] - found["parameters"] * held
+    assert 512 << 20 < processes < 1 << 30, "what they take without a model"
+    assert call("check", "--run", ready.path) == 0
+    trains, helps = (console.size_text(found[f"memory_{which}_bytes"]) for which in ("trainer", "helpers"))
+    says = f"memory     a node's trainer takes {trains} and its activations, its other processes {helps}"
+    assert says in capsys.readouterr().out
+
+
 def test_check_names_every_problem(folder, capsys):
     folder.run_file.write_text(RUN.replace("hidden_size = 16", "hidden_sizes = 16"))
     assert call("check", "--json", "--run", folder.path) == 3
@@ -543,6 +563,33 @@ def test_peers_are_listed_with_their_credit(published, store, capsys):
     assert found[0]["node"][:8] in said and found[0]["node"] not in said and "\x1b" not in said
 
 
+def roster_of(store, published, *roles):
+    """A roster of so many admitted nodes, signed by the run's key."""
+    run = published.manifest(store).manifest.run
+    nodes = store.nodes()
+    members = tuple(Member(each.node, each.peer, (), 1, role) for each, role in zip(nodes, roles, strict=True))
+    store.save_roster(sign_roster(published.key(), Roster(run, Epoch(7), members, 0)))
+
+
+def test_peers_say_who_averages_for_others_and_that_nobody_can_be_called(published, store, capsys):
+    admit(store, published, "server", 0), admit(store, published, "home", 1)
+    roster_of(store, published, Role.HELPER, Role.CLIENT)
+    assert call("peers", "--run", published.path) == 0
+    said, warned = capsys.readouterr()
+    assert re.search(r"server .* averages for others", said) and re.search(r"home .* outbound-only", said)
+    assert "E-NET-003" not in warned
+    assert call("peers", "--json", "--run", published.path) == 0
+    assert [each["role"] for each in json.loads(capsys.readouterr().out)] == ["helper", "client"]
+
+
+def test_the_command_that_helps_names_the_run_as_a_shell_needs_it(tmp_path):
+    told = reach.helper_command(tmp_path / "a run")
+    assert told == (
+        f"barnraise join \"$(barnraise-coordinator invite create --run '{tmp_path}/a run')\" --no-training "
+        "--listen 0.0.0.0:49303"
+    )
+
+
 def mark(node, kind, reason="because", **more):
     return Mark(node, kind, reason, By.COORDINATOR, 1000, 3, **more)
 
@@ -655,14 +702,15 @@ def test_the_archive_stops_before_a_part_that_is_missing_or_has_rotted(published
     assert caught.value.reason is Code.BLOB_MISSING
 
 
-def test_a_log_that_starts_from_another_state_is_refused(published, store):
-    grow(published, store, 1)
+def test_the_archive_stops_before_a_record_that_starts_from_another_state(published, store):
+    digests = grow(published, store, 1)
     (entry,) = store.entries()
     manifest, blobs = published.manifest(store).manifest, published.open_blobs()
     forged = replace(entry.record, round=1, previous=next_head(entry.record).hash, state=manifest.genesis)
     store.append_entry(LogEntry(forged, entry.certificate), {})
+    assert archive.rebuild(store, blobs, manifest).digest() == digests[1]
     with pytest.raises(Refused) as caught:
-        archive.rebuild(store, blobs, manifest)
+        archive.rebuild(store, blobs, manifest, 2)
     assert caught.value.reason is Code.STATE_MISMATCH and "record 1" in caught.value.what
 
 
@@ -698,15 +746,45 @@ def test_a_run_that_never_started_has_no_export(ready, tmp_path, capsys):
 # the real process
 
 
+PLAIN = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}  # no home folder, no terminal
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ODD = PLAIN | ASCII | {"TERM": "dumb", "COLUMNS": "20", "TZ": "Asia/Kathmandu"}
+
+
+def test_any_terminal_and_any_clock_will_do(kept_once, tmp_path, capsys):
+    folder = RunFolder(tmp_path / "läuft 日本")
+    shutil.copytree(kept_once.path, folder.path)
+    run = ("--run", str(folder.path))
+    assert call("invite", "create", "--address", "h:1", "--note", "für 日本 🙂", *run) == 0
+    capsys.readouterr()
+    assert call("invite", "list", *run) == 0
+    when = re.search(r"[0-9-]+ [0-9:]+ UTC", capsys.readouterr().out)[0]
+    other = PLAIN | {"PYTHONIOENCODING": "ascii", "COLUMNS": "1", "TZ": "Nonsense/Where"}
+    for words, environment, says in (
+        (["--help"], ODD, "invite"),
+        (["runs", str(tmp_path)], ODD, "tiny"),
+        (["ledger", *run], ODD, "ann"),
+        (["invite", "list", *run], ODD, when),
+        (["invite", "list", *run], other, when),
+    ):
+        command = [sys.executable, "-m", "coordinator.cli", *words]
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        assert done.returncode == 0 and says in done.stdout.decode("ascii") and not done.stderr, (words, done)
+
+
 def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_it(published, capsys):
     with closing(published.open_store()) as store:
         ann, bob = (admit(store, published, name, at) for at, name in enumerate(("ann", "bob")))
     assert call("peers", "ban", "ann", "--reason", "before the start", "--run", published.path) == 0
     assert "at the next barnraise-coordinator start" in capsys.readouterr().out
     command = [sys.executable, "-m", "coordinator.cli", "start", "--run", str(published.path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=ODD | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             lines = [process.stdout.readline() for _ in range(4)]
@@ -733,13 +811,44 @@ def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_
     assert process.returncode == 130 and "Traceback" not in errors, errors
     with pytest.raises(OSError):
         socket.create_connection((where.host, where.port), timeout=5)
-    assert not published.busy
+    assert not published.busy and not list(published.runtime.iterdir())
     capsys.readouterr()
     assert call("peers", "ls", "--json", "--run", published.path) == 0
     found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
     assert (found["ann"]["standing"], found["bob"]["standing"]) == ("welcome", "sent away")
     trail = [(mark["kind"], mark["by"], mark["reason"]) for mark in found["ann"]["trail"]]
     assert trail == [("ban", "researcher", "before the start"), ("unban", "researcher", "")]
+
+
+@pytest.mark.parametrize("victim", ["coordinator.rendezvous", "p2pd"])
+def test_a_rendezvous_that_ends_is_started_again_where_it_was(published, victim):
+    command = [sys.executable, "-m", "coordinator.cli", "start", "--run", str(published.path)]
+
+    def found(process):
+        tree = psutil.Process(process.pid).children(recursive=True)
+        alive = [each for each in tree if each.status() != psutil.STATUS_ZOMBIE]
+        return [each for each in alive if victim in " ".join(each.cmdline())]
+
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            with closing(published.open_store()) as store:
+                port = json.loads(store.get("ports"))["p2p"]
+            (first,) = found(process)
+            first.kill()
+            deadline = time.monotonic() + 60
+            while not (found(process) and first not in found(process) and is_open(port)):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+    assert process.returncode == 130 and not is_open(port) and not list(published.runtime.iterdir())
+
+
+def is_open(port):
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 # the ledger

@@ -201,7 +201,7 @@ async def test_nobody_passes_on_what_its_author_did_not_bring(tmp_path):
 
 async def test_an_averaging_ends_in_its_time_even_if_the_engine_is_stopped(stand):
     began = time.monotonic()
-    assert await stand.courier.average(begin(), ROSTER, b"", seconds=0.3) == (None, {})
+    assert await stand.courier.average(begin(), ROSTER, b"", seconds=0.3) == (None, {}, frozenset())
     assert time.monotonic() - began < 30
     assert stand.engine.job.deadline_seconds < 0.3, "so that what is complete by then still comes"
 
@@ -209,11 +209,13 @@ async def test_an_averaging_ends_in_its_time_even_if_the_engine_is_stopped(stand
 async def test_what_an_averaging_completed_is_kept(stand):
     async def average(job, payload):
         start, stop = job.spans[1]
-        return AveragingOutcome({1: bytes(codec("int4").encoded_bytes(stop - start))}, (), {0: "x"}, 0.1, 0, 0)
+        data = bytes(codec("int4").encoded_bytes(stop - start))
+        return AveragingOutcome({1: data}, (), {0: "x"}, 0.1, 0, 0, unread=(2,))
 
     stand.engine.average = average
-    part, held = await stand.courier.average(begin(), ROSTER, b"", seconds=5.0)
+    part, held, unread = await stand.courier.average(begin(), ROSTER, b"", seconds=5.0)
     assert part is None and set(held) == {1} and stand.blobs.has(held[1])
+    assert unread == {OTHERS[1]}
 
 
 @pytest.mark.parametrize("down", ["sparse2", "int4"])
@@ -232,7 +234,7 @@ async def test_what_our_means_left_out_is_asked_for_when_the_last_record_took_th
 
     async def attempt(number, round_number=0):
         given = replace(begin(), round=round_number, ballot=Ballot(0, number))
-        part, _ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
+        part, *_ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
         return part, stand.engine.job
 
     def fold(part):
@@ -268,7 +270,7 @@ async def test_a_part_of_ours_is_signed_with_what_it_was_made_of_and_so_is_each_
     given = begin()
     mine = replace(given.readies[0].ready, sender=KEY.public, contribution=Contribution(KEY.public, 16, ()))
     given = replace(given, readies=(SignedReady(mine, ""), *given.readies[1:]))
-    part, _ = await stand.courier.average(given, roster, payload, seconds=5.0)
+    part, *_ = await stand.courier.average(given, roster, payload, seconds=5.0)
     brought = tuple(signed.ready.contribution for signed in given.readies)
     record = Record("run", 0, HEAD.hash, 0, OTHERS[0], brought, (part,), "00" * 32)
     assert (
@@ -294,7 +296,7 @@ async def test_what_our_newest_means_were_made_of_is_kept_where_no_peer_can_ask_
     stand.engine.average = average
     for attempt in range(EVIDENCE_KEPT + 2):
         given = replace(begin(), ballot=Ballot(0, attempt))
-        part, _ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
+        part, *_ = await stand.courier.average(given, ROSTER, b"x", seconds=5.0)
         made.append(part.evidence.digest)
         assert not (tmp_path / "evidence").exists()
     shown = [stand.courier.evidence.read(digest) for digest in made]

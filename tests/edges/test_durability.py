@@ -98,15 +98,16 @@ class Nodes:
     def part(self, entry):
         return (self.folder / entry.record.parts[0].digest).read_bytes()
 
-    def certify(self, coordinator, after=None):
-        """The next record: each node uses half of a lease. `after` is one that the coordinator does not know yet."""
+    def certify(self, coordinator, after=None, packed=None):
+        """The next record: each node uses half of a lease. `after` is one that the coordinator does not know yet,
+        `packed` what its part is."""
         state, spec = coordinator.state, coordinator._spec
         head, replica = state.head, deepcopy(coordinator._replica)
         if after is not None:
             head = next_head(after.record)
             fold(replica, after.record, {0: self.part(after)}, coordinator._packing, coordinator._outer)
         values = np.random.default_rng(int(head.hash[:8], 16)).standard_normal(PARAMETERS).astype(np.float32)
-        packed = codec(spec.update.codec).encode(values)
+        packed = packed or codec(spec.update.codec).encode(values)
         nodes = state.roster.roster.nodes
         held = [state.leases.of(node)[0 if after is None else -1].range for node in nodes]
         used = [replace(each, stop=(each.start + each.stop + 1) // 2) for each in held]
@@ -441,6 +442,29 @@ async def test_what_a_rollback_undoes_leaves_no_checkpoint_behind(begun, tmp_pat
         await desk.roll_back(2)
         assert beyond and not any(desk.blobs.has(base.blob.digest) for base in beyond)
         assert all(desk.blobs.has(base.blob.digest) for base in desk.store.bases())
+
+
+async def test_a_record_that_nobody_can_fold_holds_the_archive_until_a_rollback(begun, tmp_path):
+    """A majority has certified it. Started again, the coordinator says the same, and the researcher can go back."""
+    path, nodes = shutil.copytree(begun, tmp_path / "run"), Nodes(tmp_path / "nodes")
+
+    def told(desk):
+        return [text for _, text in desk.state.events if "record 1 is certified and cannot be folded" in text]
+
+    async with Desk(path, nodes) as desk:
+        await desk.join()
+        await desk.round()
+        followed = desk.coordinator._replica.digest()
+        await desk.lease()
+        await desk.bring(nodes.certify(desk.coordinator, packed=b"\xff" * len(nodes.part(nodes.entries()[0]))))
+        assert len(told(desk)) == 1 and "barnraise-coordinator rollback --to 1" in told(desk)[0]
+    async with Desk(path, nodes) as desk:
+        assert desk.coordinator._replica.digest() == followed
+        await desk.join()
+        assert desk.state.head.round == 2 and len(told(desk)) == 2
+        await desk.roll_back(1)
+        await desk.round()
+        assert (desk.state.head.round, desk.coordinator._replica.round) == (2, 2)
 
 
 async def test_a_running_coordinator_obeys_its_watch(begun, tmp_path):

@@ -16,11 +16,10 @@ from protocol import canonical
 from protocol.messages import Begin, Message, SignedReady
 from protocol.types import Contribution
 from tests import strategies
-from tests.fuzz import targets
 from tests.fuzz.edits import edited
+from tests.fuzz.target import FOUND
 from tests.fuzz.targets import TARGETS
 
-FOUND = Path(targets.__file__).with_name("found")
 OURS = strategies.KEY.public
 BROUGHT = Contribution(OURS, 64, ())
 CASES = sorted(str(path.relative_to(FOUND)) for path in FOUND.glob("*/*"))

@@ -3,11 +3,14 @@
 import asyncio
 import random
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import test_service
 from test_service import refused
@@ -95,15 +98,32 @@ server.stop(None)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.parametrize("name", ["a ? and %41", "x" * 100])
+async def test_nobody_but_us_gets_to_the_door_past_the_gate(name):
+    """Whatever the folder is called: gRPC reads addresses, and those of sockets are short."""
+    with tempfile.TemporaryDirectory() as short:
+        folder = Path(short).resolve() / name
+        folder.mkdir()
+        async with test_service.a_world(folder) as world:
+            await world.member()
+            sockets = world.server.gate.folder
+            assert stat.S_IMODE(sockets.stat().st_mode) == 0o700
+            assert [path.name for path in sockets.iterdir()] == ["door"]
+            assert sockets.is_relative_to(folder) is (len(name) < 100)
+            ports = {each.laddr.port for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"}
+            assert ports == {world.server.port}
+        assert not sockets.exists() and not (folder / "door").exists()
+
+
 async def test_strangers_without_a_session_have_their_time_and_members_stay(world, monkeypatch):
     monkeypatch.setattr(gates, "STRANGER_SECONDS", 0.4)
     link = await world.member()
-    connection = world.service._session_of[link._key.public].caller.connection
+    connection = world.service._session_of[link._key.public].passage.name
     reader, writer = await knock(world, tls=True, first=PREFACE)
     assert await hung_up_on(reader, seconds=3)
     writer.close()
     await link.heartbeat(Beat("training"))
-    assert world.service._session_of[link._key.public].caller.connection == connection
+    assert world.service._session_of[link._key.public].passage.name == connection
 
 
 async def test_so_many_strangers_may_be_there_and_then_no_more_until_one_has_gone(world, monkeypatch):

@@ -5,6 +5,8 @@ import io
 import json
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -359,10 +361,52 @@ def test_a_damaged_archive_is_refused_even_when_skipping(tmp_path, packed, damag
 
 
 def test_a_zstd_window_beyond_the_cap_is_refused(tmp_path):
-    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27)
-    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    refused = refusal(put(tmp_path / "a.jsonl.zst", stream.compress(lines(texts(9))) + stream.flush()), tmp_path)
+    refused = refusal(put(tmp_path / "a.jsonl.zst", window(27, lines(texts(9)))), tmp_path)
     assert refused.reason is Code.DATA_BAD and "a window of 134217728 bytes" in refused.what
+
+
+def window(log, plain):
+    """A frame that asks for a window of so many bits, without saying how much is in it."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=log)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return stream.compress(plain) + stream.flush()
+
+
+READ = r"""
+import re, sys
+from pathlib import Path
+from coordinator.documents import Reader
+
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+before, reader, count = peak(), Reader(skip_bad=True), 0
+try:
+    for _ in reader.documents(reader.find([Path(sys.argv[1])])):
+        count += 1
+except Exception as error:
+    print(error)
+print(count + reader.skipped.bad, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+@pytest.mark.parametrize(
+    ("data", "lines_read", "says"),
+    [
+        (lambda: zstandard.compress(lines(["one"])) + window(27, lines(["two"])), 1, "too much memory"),
+        (lambda: zstandard.compress(lines(["one"])) + window(31, lines(["two"])), 1, "too much memory"),
+        (lambda: zstandard.compress(bytes(1 << 30)), 0, "a line of more than"),
+        (lambda: zstandard.compress((b"0" * 9999 + b"\n") * 12800), 12800, ""),
+    ],
+    ids=["a later window of 128 MiB", "one of 2 GiB", "a bomb of one line", "a bomb of many lines"],
+)
+def test_no_zstd_file_takes_more_memory_than_a_few_documents(tmp_path, data, lines_read, says):
+    path = put(tmp_path / "a.jsonl.zst", data())
+    done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, timeout=120)
+    assert says in done.stdout and done.returncode == 0, done.stdout + done.stderr
+    count, grown = map(int, done.stdout.split()[-2:])
+    assert count == lines_read and grown < 64 << 20, done.stdout
 
 
 SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0notes"
@@ -422,11 +466,11 @@ def archive(kind):
         ("a.py", archive("tar"), "a tar archive"),
         ("model.pt", b"\x80\x02}q\0.", "a Python pickle"),
         ("model.txt", b"\x80\x04\x95", "a Python pickle"),
-        ("a.txt.gz", gzip.compress(b"text"), "gzip"),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0), "gzip"),
         ("a.npy", b"\x93NUMPY\1\0", "a numpy array"),
         ("a.csv", b"a,b\n", "an unknown kind"),
         ("a.parquet", b"PK\x03\x04", "called parquet and is a zip archive"),
-        ("a.jsonl", gzip.compress(b"{}"), "it is gzip"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "it is gzip"),
     ],
 )
 def test_what_is_no_text_is_refused_by_its_first_bytes(tmp_path, name, data, says):

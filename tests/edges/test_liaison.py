@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from node.brought import KEPT, Brought
-from node.core.rounds import Rounds
+from node.core import rounds
+from node.core.rounds import ROSTERS_KEPT, Rounds
 from node.daemon import Daemon
 from node.decider import Decider
 from node.journal import Journal
@@ -17,15 +18,17 @@ from node.link import News, Page
 from node.status import Tally
 from protocol import canonical
 from protocol.blobs import digest_of
+from protocol.contribution import Complaint
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
-from protocol.messages import LogReply
+from protocol.messages import Begin, LogReply, Ready, SignedReady
 from protocol.proof import Evidence, Said
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
     Certificate,
+    Contribution,
     Digest,
     Head,
     LogEntry,
@@ -90,6 +93,9 @@ class Coordinator:
         self.calls.append(evidence)
         if self.report_refused is not None:
             raise Refused(self.report_refused, "because")
+
+    async def complain(self, complaint):
+        await self.report(complaint)
 
     async def upload_part(self, digest, data):
         self.calls.append(digest)
@@ -242,6 +248,20 @@ def test_a_second_roster_of_one_epoch_stops_the_node_and_both_are_named(tmp_path
     assert stand.journal.rosters() == {3: first}
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+def test_old_rosters_take_no_room_and_a_second_one_is_noticed_all_the_same(tmp_path, restarted):
+    stand = Stand(tmp_path)
+    for epoch in range(300):
+        stand.liaison.learn_roster(roster(epoch))
+    assert ROSTERS_KEPT <= len(stand.journal.rosters()) < 2 * ROSTERS_KEPT and 299 in stand.journal.rosters()
+    if restarted:
+        stand = Stand(tmp_path)
+    stand.liaison.learn_roster(roster(3))  # again: it is one that an old record names
+    with pytest.raises(Refused) as caught:
+        stand.liaison.learn_roster(roster(4, issued_ms=1))
+    assert caught.value.reason is Code.TWO_STORIES and 4 not in stand.journal.rosters()
+
+
 async def test_whoever_is_shown_another_manifest_than_others_finds_it_in_the_next_roster(tmp_path):
     stand = Stand(tmp_path)
     other = replace(MANIFEST, context=32)
@@ -324,6 +344,33 @@ async def test_reports_on_their_way_are_bounded(tmp_path):
     for number in range(REPORTS_MAX + 5):
         stand.liaison.report(Evidence(replace(SAID, signature=f"{number:0128x}"), SAID))
     assert len(begun) == REPORTS_MAX
+
+
+BROUGHT = Contribution("birch", 64, (), update=Digest("77" * 32), signature="s")
+
+
+async def test_who_sends_what_no_codec_reads_is_complained_about_with_what_it_signed(tmp_path):
+    stand, done = Stand(tmp_path), []
+    ready = Ready("run", 5, HEAD.hash, Ballot(0, 0), "birch", BROUGHT, None)
+    ash = replace(ready, sender="ash", contribution=replace(BROUGHT, node="ash"))
+    begin = Begin("run", 5, ready.ballot, "ash", (SignedReady(ash, ""), SignedReady(ready, "")))
+
+    async def average(begin, roster, payload, *, seconds):
+        return None, {}, frozenset({"birch"})
+
+    daemon = SimpleNamespace(
+        _courier=SimpleNamespace(average=average),
+        _decider=SimpleNamespace(post=done.append),
+        _liaison=stand.liaison,
+        _spawn=stand._spawn,
+        _workbench=SimpleNamespace(payload=b""),
+    )
+    for refusal in (None, Code.UNREACHABLE, Code.UNPROVED):
+        stand.coordinator.report_refused = refusal
+        await Daemon._average(daemon, begin, roster(0).roster, 1.0)
+    await asyncio.gather(*stand.tasks)
+    assert done == [rounds.Averaged(ready.ballot, None, {})] * 3
+    assert stand.coordinator.calls == [Complaint(5, HEAD.hash, BROUGHT)] * 3, "once each, heard or not"
 
 
 async def test_what_was_brought_to_the_newest_rounds_is_shown_when_it_is_asked_for_and_no_more(tmp_path):

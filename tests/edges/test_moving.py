@@ -28,17 +28,17 @@ def can_have_a_network():
     return bool(found) and subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
 
 
+def in_a_network_of_its_own(part, folder):
+    words = [*NAMESPACE, sys.executable, "-m", "tests.edges.test_moving", part, folder]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.skipif(not can_have_a_network(), reason="this machine lets nobody make a network namespace")
 def test_a_node_says_where_it_is_after_its_address_has_changed(tmp_path):
-    done = subprocess.run(
-        [*NAMESPACE, sys.executable, "-m", "tests.edges.test_moving", "engine", tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    before, after = done.stdout.splitlines()
+    said = in_a_network_of_its_own("engine", tmp_path)
+    before, after = said.splitlines()
     assert HOME in before and AWAY not in before
     assert AWAY in after and HOME not in after
 
@@ -46,15 +46,8 @@ def test_a_node_says_where_it_is_after_its_address_has_changed(tmp_path):
 @pytest.mark.skipif(not can_have_a_network(), reason="this machine lets nobody make a network namespace")
 def test_the_link_is_back_soon_after_its_address_has_changed(tmp_path):
     """In the middle of a heartbeat. The connection is dead, and says nothing: it is asked, and then given up."""
-    done = subprocess.run(
-        [*NAMESPACE, sys.executable, "-m", "tests.edges.test_moving", "link", tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 10
+    said = in_a_network_of_its_own("link", tmp_path)
+    assert float(said) < 10
 
 
 def test_a_silent_connection_is_given_up_in_time_to_be_back_within_30_seconds():

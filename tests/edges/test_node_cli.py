@@ -7,17 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from node import cli, screen
 from node.config import MARKER, Home, home_of, settings
 from node.control import Control
-from node.status import _reach
+from node.core.rounds import Rounds
+from node.core.session import Session
+from node.status import Tally, _reach, view
 from protocol import console, identity, invite, sandbox
 from protocol.errors import Code, Refused
-from protocol.types import Member, Role, Roster
+from protocol.state import Consumed
+from protocol.types import Digest, Head, Member, Role, Roster, RoundNumber, SignedRoster
+from tests.core.test_rounds import rules
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "hivemind", "grpc", "transformers", "numpy", "sqlalchemy", "aiohttp", "cryptography")
@@ -417,7 +423,7 @@ def test_what_is_announced_may_be_a_port_below_1024_as_a_router_forwards_it(tmp_
     [
         ([Role.PEER, Role.CLIENT], "direct: the other nodes can call this one"),
         ([Role.CLIENT, Role.PEER], "outbound-only: this node calls the others, and that is enough"),
-        ([Role.CLIENT, Role.CLIENT], "no round can end until one of them has an open port"),
+        ([Role.CLIENT, Role.CLIENT], "E-NET-003 · outbound-only, like every node of this run: no round can end"),
     ],
 )
 def test_status_says_how_the_node_and_the_others_come_together(roles, said):
@@ -425,6 +431,48 @@ def test_status_says_how_the_node_and_the_others_come_together(roles, said):
     reach = _reach(Roster("run", 0, tuple(members), 0), "node 0")
     assert said in "\n".join(screen.status_lines({**STATUS, "reach": reach}))
     assert _reach(Roster("run", 0, tuple(members), 0), "another") is None
+
+
+@pytest.mark.parametrize(("failed", "said"), [(0, ""), (1, "1 attempt at a round failed, the last one because why")])
+def test_status_counts_attempts_that_failed(failed, said):
+    state = Rounds(Head(3, "0" * 64), "1" * 64, Consumed(), attempts_failed=failed, last_failure="why" * failed)
+    shown = {"run": "r", "name": "n", "trainer": None, "confinement": "", "tally": Tally()}
+    status = view(Session(), state, rules(), **shown)
+    assert status["attempts_failed"] == failed
+    told = "\n".join(screen.status_lines(status))
+    assert said in told and ("failed" in told) is bool(failed)
+
+
+def test_a_node_that_trains_nothing_says_so_and_what_keeps_it_from_helping(tmp_path):
+    (tmp_path / "config.toml").write_text("training = false")
+    assert not settings(Home(tmp_path), {}, {}).training and settings(Home(tmp_path / "x"), {}, {}).training
+    assert not settings(Home(tmp_path / "x"), {}, {"BARNRAISE_TRAINING": "no"}).training
+    state, tally = Session(helper=True, linked=True, synced=True, engine_ready=True), Tally()
+    tally.settled(3, tokens=0, accepted=False, reduced=True)
+    members = tuple(Member(f"node {index}", "p", (), 1, role) for index, role in enumerate([Role.HELPER, Role.CLIENT]))
+    head = {"head": Head(RoundNumber(4), Digest("")), "digest": Digest(""), "consumed": Consumed()}
+
+    def said(*members):
+        rosters = {0: SignedRoster(Roster("run", 0, members, 0), "s")}
+        rules = SimpleNamespace(me="node 0", inner_steps=lambda number: 9)
+        shown = {"run": "r", "name": "server", "trainer": None, "confinement": "", "tally": tally}
+        return screen.status_lines(view(state, Rounds(**head, rosters=rosters), rules, **shown))
+
+    lines = said(*members)
+    assert lines[0].startswith("● averaging for others · server") and not any("steps" in line for line in lines)
+    assert "  averages for others, and trains nothing" in lines
+    assert "  direct: the other nodes can call this one" in lines
+    closed = "\n".join(said(*(replace(member, role=Role.CLIENT) for member in members)))
+    assert "none of them can call it" in closed and "open the port that --listen names" in closed
+    assert screen.changes({}, {"recent": list(tally.recent)}) == ["round 3: averaged for others"]
+
+
+def test_a_node_waits_where_the_coordinator_says_that_nobody_can_be_called():
+    state, tally = Session(linked=True), Tally(nobody_callable=True)
+    rules = SimpleNamespace(me="node 0", inner_steps=lambda number: 9)
+    rounds = Rounds(Head(RoundNumber(0), Digest("")), Digest(""), Consumed())
+    shown = view(state, rounds, rules, run="r", name="n", trainer=None, confinement="", tally=tally)
+    assert shown["reach"] == "nobody" and "E-NET-003" in "\n".join(screen.status_lines(shown))
 
 
 def test_without_a_home_folder_one_has_to_be_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import stat
 import time
@@ -9,6 +10,8 @@ import time
 import psutil
 import pytest
 import pytest_asyncio
+from hivemind.averaging import DecentralizedAverager
+from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
@@ -35,7 +38,9 @@ PROMPT_SECONDS = 5.0  # for an honest letter in a flood, on a machine that does 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def swarm(tmp_path_factory):
-    return Swarm(tmp_path_factory.mktemp("door"))
+    swarm = Swarm(tmp_path_factory.mktemp("door"))
+    yield swarm
+    swarm.sweep()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -120,6 +125,20 @@ async def test_a_member_has_so_many_calls_at_once_and_others_are_answered_meanwh
     async with asyncio.timeout(10):
         while not await send(caller, engine.peer):
             await asyncio.sleep(0.1)
+
+
+async def test_nobody_is_asked_for_its_state_nor_to_join_a_group_as_hivemind_would(engine, caller):
+    for method in ("rpc_download_state", "rpc_join_group", "rpc_aggregate_part"):
+        for namespace in (RUN, None):
+            name = DecentralizedAverager._get_handle_name(namespace, method)
+            with pytest.raises(P2PDaemonError, match="not supported"):
+                await caller.call_binary_stream_handler(PeerID.from_base58(engine.peer), name)
+    offered = {name for name in vars(BarnraisePeer) if name.startswith("rpc_")}
+    assert offered == {"rpc_message", "rpc_part", "rpc_aggregate_part"}
+    for method in (*offered, "rpc_download_state"):
+        with contextlib.nullcontext() if method in offered else pytest.raises(P2PDaemonError, match="not supported"):
+            _, writer = await stream_to(caller, engine, method)
+            writer.close()
 
 
 async def test_a_flood_of_streams_and_connections_by_strangers_costs_nobody_an_answer(swarm, engine, honest, caller):
@@ -360,6 +379,46 @@ async def test_no_record_of_a_peer_keeps_a_node_from_an_answer(swarm, meeting):
             await victim.reach(liar.peer_id)
         finally:
             await victim.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def lying_rendezvous():
+    """hivemind's own DHT node, that takes in and says whatever it is told to."""
+    p2p = await P2P.create(host_maddrs=[LOCAL], dht_mode="client", **p2pd.OPTIONS)
+    try:
+        node, times = await DHTNode.create(p2p), itertools.count(60)
+
+        def says(peer, record, subkey=None):
+            key = DHTID.generate(f"{RUN}/{peer}")
+            node.protocol.storage.data.pop(key, None)
+            assert node.protocol.storage.store(key, record, time.time() + next(times), subkey)
+
+        yield [str(address) for address in await p2p.get_visible_maddrs()], says
+        await node.shutdown()
+    finally:
+        await p2p.shutdown()
+
+
+async def test_a_rendezvous_that_lies_leads_nobody_to_another_and_keeps_nobody_from_the_truth(swarm, engine, honest):
+    victim = await swarm.outsider("misled")
+    try:
+        async with lying_rendezvous() as (addresses, says):
+            wanted = PeerID.from_base58(engine.peer)
+            victim.roster = {wanted: ("/ip4/127.0.0.1/tcp/1",)}
+            victim.look_up = Directory(victim, run=RUN, rendezvous=addresses).look_up
+            other, large = (
+                json.dumps(honest.addresses()).encode(),
+                json.dumps(["/ip4/127.0.0.1/tcp/1"] * 60000).encode(),
+            )
+            for record, subkey in ((other, None), (RECORDS[0], None), (other, "forged"), (large, None)):
+                says(engine.peer, record, subkey)
+                with pytest.raises(Refused, match="answers at none"):
+                    await victim.reach(wanted)
+            assert wanted not in {info.peer_id for info in await victim.list_peers()}
+            says(engine.peer, json.dumps([*honest.addresses(), *engine.addresses]).encode())
+            await victim.reach(wanted)
+    finally:
+        await victim.shutdown()
 
 
 async def test_addresses_in_a_record_are_read():

@@ -110,7 +110,8 @@ def test_a_record_that_cannot_be_folded_is_not_kept_whoever_certified_it(stand):
     broken = bytearray(codec("int4").encode(VALUES))
     broken[:2] = b"\xff\xff"  # a scale that is no number
     before = stand.replica.digest
-    assert refused(stand.replica.fold, stand.entry(bytes(broken))).reason is Code.UPDATE_BAD
+    refusal = refused(stand.replica.fold, stand.entry(bytes(broken)))
+    assert refusal.reason is Code.UPDATE_BAD and "record 0 is certified" in refusal.what
     assert stand.journal.entry(0) is None and stand.replica.state.digest() == before
     good = stand.entry(codec("int4").encode(VALUES))
     stand.replica.fold(good)

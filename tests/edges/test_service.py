@@ -18,10 +18,11 @@ from structlog.testing import capture_logs
 
 from coordinator import service as door
 from coordinator.auditor import Auditor
-from coordinator.core import machine, quotas
+from coordinator.core import audits, machine, quotas
+from coordinator.core.names import distinct_name, generated_name, visible
 from coordinator.core.strikes import Kind
 from coordinator.recounter import Recounter
-from coordinator.service import ALIVE_SECONDS, CoordinatorService, distinct_name, generated_name, serve, visible
+from coordinator.service import ALIVE_SECONDS, CoordinatorService, serve
 from coordinator.store import Store
 from node.core.session import LinkLost
 from node.liaison import Liaison
@@ -30,7 +31,7 @@ from node.membership import STANDING, Membership
 from protocol import canonical, contribution, identity, invite, tls
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import codec
-from protocol.contribution import grant_of
+from protocol.contribution import Complaint, grant_of
 from protocol.errors import Code, Exit, Refused
 from protocol.exchange import Packing
 from protocol.identity import Key, peer_id_of
@@ -136,8 +137,10 @@ class RealDesk:
         )
         self.events, self.effects = [], []
         self.news = asyncio.Event()
+        self.accused = []
         self.auditor = self.audits(share=0.0)
         self.recounter = self.recounts(share=0.0)
+        self.nobody_callable = False
 
     def audits(self, share):
         """An auditor without an evaluator: it asks, and measures nothing."""
@@ -151,7 +154,7 @@ class RealDesk:
             evaluator=lambda: None,
             heard_ms=lambda node: 0.0,
             now_ms=self.now_ms,
-            accuse=lambda accusation: None,
+            accuse=self.accused.append,
         )
 
     def recounts(self, share):
@@ -299,14 +302,19 @@ class World:
         return LogEntry(record, Certificate(digest, ballot, (Signature(node, vote),)))
 
 
+def files(folder):
+    """What a door is served with."""
+    return {"key": folder / "tls.key", "certificate": folder / "tls.pem", "sockets": folder / "door"}
+
+
 @asynccontextmanager
 async def a_world(tmp_path, host="127.0.0.1"):
     desk = RealDesk(tmp_path)
-    key, cert = tmp_path / "tls.key", tmp_path / "tls.pem"
-    tls.make_certificate(key, cert, [], tls.Owner(desk.key, desk.run, 1000))
+    served = files(tmp_path)
+    tls.make_certificate(served["key"], served["certificate"], [], tls.Owner(desk.key, desk.run, 1000))
     service = CoordinatorService(desk)
-    server = await serve(service, listen=f"{host}:0", key=key, certificate=cert)
-    world = World(desk, service, server, cert.read_bytes())
+    server = await serve(service, listen=f"{host}:0", **served)
+    world = World(desk, service, server, served["certificate"].read_bytes())
     world.address = f"{host}:{server.port}"
     yield world
     for link in world.links:
@@ -506,6 +514,70 @@ async def test_reports_are_counted(world):
     assert codes[0] is grpc.StatusCode.PERMISSION_DENIED and codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def two_in_a_roster(world):
+    """Another, and one that has brought work to the open round: no codec reads it."""
+    link, roster = await world.training()
+    other = await world.member()
+    await other.heartbeat(Beat("training"))
+    world.desk.submit(machine.Called(other._key.public, (), None))
+    (lease,) = await link.acquire_leases(8)
+    await link.push_entry(world.decide(link, roster, [b"x" * 9], lease))
+    world.desk.part_stored(digest_of(b"x" * 9))
+    world.desk.submit(machine.Folded(0, GENESIS))
+    await other.heartbeat(Beat("training", known_round=1))
+    assert {link._key.public, other._key.public} == set(world.desk.state.roster.roster.nodes)
+    (lease,) = await link.acquire_leases(8)
+    bad = bytearray(codec("int4").encode(np.ones(PARAMETERS, np.float32)))
+    bad[:2] = b"\x00\x7e"
+    plain = Contribution(link._key.public, 16, (lease.range,), (grant_of(lease),), digest_of(bytes(bad)))
+    return link, other, plain, bytes(bad)
+
+
+async def test_who_signed_what_no_codec_reads_is_asked_for_it_and_accused_though_nothing_is_audited(world):
+    link, other, plain, bad = await two_in_a_roster(world)
+    auditor, head = world.desk.auditor, world.desk.state.head
+    brought = contribution.sign(link._key, world.desk.run, head.round, head.hash, plain)
+    assert (await refused(link.upload_part(plain.update, bad))).reason is Code.BLOB_MISSING  # nobody has asked
+    complaint = Complaint(head.round, head.hash, brought)
+    for _ in range(2):
+        await other.complain(complaint)
+    asked = Beat("training", known_round=head.round)
+    assert (await link.heartbeat(asked)).asked == (plain.update,) and (await other.heartbeat(asked)).asked == ()
+    assert (await refused(other.upload_part(plain.update, bad))).reason is Code.BLOB_MISSING
+    reading = asyncio.create_task(auditor.read())
+    assert await link.upload_part(plain.update, bad)
+    async with asyncio.timeout(10):
+        while not world.desk.accused:
+            await asyncio.sleep(0.01)
+    reading.cancel()
+    (accusation,) = world.desk.accused
+    assert (accusation.node, accusation.round, accusation.kind) == (link._key.public, head.round, audits.Kind.BROKEN)
+    assert auditor.blobs.digests() == () and auditor.asked(link._key.public) == ()
+
+
+async def test_a_complaint_about_what_nobody_signed_or_about_no_round_of_now_has_nobody_asked(world):
+    link, other, plain, _ = await two_in_a_roster(world)
+    head, run, key = world.desk.state.head, world.desk.run, link._key
+    stranger = await world.member()
+    for said, by, code in (
+        (Complaint(head.round, head.hash, plain), other, Code.SIGNATURE),
+        (Complaint(head.round, head.hash, replace(plain, tokens=-1)), other, Code.RECORD_BAD),
+        (Complaint(head.round, head.hash, contribution.sign(other._key, run, head.round, head.hash, plain)), other, 0),
+        (Complaint(head.round, head.hash, contribution.sign(key, run, head.round, NOTHING, plain)), other, 0),
+        (Complaint(head.round, NOTHING, contribution.sign(key, run, head.round, NOTHING, plain)), other, Code.UNPROVED),
+        (Complaint(9, head.hash, contribution.sign(key, run, 9, head.hash, plain)), other, Code.UNPROVED),
+        (Complaint(head.round, head.hash, contribution.sign(key, run, head.round, head.hash, plain)), stranger, 0),
+    ):
+        refusal = await refused(by.complain(said))
+        assert refusal.reason in ((code,) if code else (Code.SIGNATURE, Code.UNPROVED)), said
+    assert world.desk.auditor.asked(key.public) == ()
+    first = Complaint(
+        0, world.desk.state.head_before(0), contribution.sign(key, run, 0, world.desk.state.head_before(0), plain)
+    )
+    await other.complain(first)  # of the round before: it may show it still
+    assert world.desk.auditor.asked(key.public) == (plain.update,)
+
+
 async def test_a_second_record_for_a_round_is_told_and_who_signed_both_is_found(world):
     link, roster = await world.training()
     (lease,) = await link.acquire_leases(1)
@@ -600,7 +672,7 @@ async def test_a_coordinator_that_moves_to_another_of_its_addresses_is_found_aga
     calling = asyncio.create_task(Liaison.retrying(stand, read) if starts else Liaison.heartbeat(stand))
     while not heard:
         await asyncio.sleep(0.01)
-    moved = await serve(world.service, listen=at, key=tmp_path / "tls.key", certificate=tmp_path / "tls.pem")
+    moved = await serve(world.service, listen=at, **files(tmp_path))
     try:
         async with asyncio.timeout(20):
             while all(isinstance(each, LinkLost) for each in heard):
@@ -618,7 +690,8 @@ from coordinator.service import CoordinatorService, serve
 
 async def main():
     key, cert = (Path(text) for text in sys.argv[1:])
-    server = await serve(CoordinatorService(None), listen="127.0.0.1:0", key=key, certificate=cert)
+    door = key.with_name("door")
+    server = await serve(CoordinatorService(None), listen="127.0.0.1:0", key=key, certificate=cert, sockets=door)
     print(server.port, flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(None)
@@ -871,12 +944,7 @@ async def test_the_link_says_unreachable_when_the_coordinator_is_away_and_works_
     port = world.server.port
     await world.server.stop(None)
     assert (await refused(link.heartbeat(Beat("training")))).reason is Code.UNREACHABLE
-    world.server = again = await serve(
-        CoordinatorService(world.desk),
-        listen=f"127.0.0.1:{port}",
-        key=tmp_path / "tls.key",
-        certificate=tmp_path / "tls.pem",
-    )
+    world.server = again = await serve(CoordinatorService(world.desk), listen=f"127.0.0.1:{port}", **files(tmp_path))
     async with asyncio.timeout(20):
         while True:
             try:
@@ -898,8 +966,9 @@ async def test_closing_the_link_ends_a_waiting_heartbeat_as_unreachable(world):
 
 
 async def test_a_port_in_use_is_refused_by_name(world, tmp_path):
-    again = serve(world.service, listen=world.address, key=tmp_path / "tls.key", certificate=tmp_path / "tls.pem")
+    again = serve(world.service, listen=world.address, **files(tmp_path) | {"sockets": tmp_path / "again"})
     assert (await refused(again)).reason is Code.PORT_IN_USE
+    assert not (tmp_path / "again").exists()
 
 
 async def test_leaving_gives_the_leases_back_and_ends_the_session(world):

@@ -1,6 +1,7 @@
 """The workbench with real vectors, files and folds, and a trainer made of a few lines: in which order things happen."""
 
 import asyncio
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -125,7 +126,7 @@ def rules():
 class Stand:
     """A workbench, where its rounds machine is, and what that wanted done."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, training=True):
         self.folder = folder
         home = Home(folder)
         home.runtime.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ class Stand:
             manifest,
             self.spec,
             ME,
-            settings=Settings(folder),
+            settings=Settings(folder, training=training),
             journal=self.journal,
             blobs=self.blobs,
             decider=self.decider,
@@ -230,6 +231,21 @@ async def test_a_fold_that_waits_for_a_snapshot_finds_it_in_the_round_that_it_wa
     assert stand.rounds.missed == 1
     found, _ = stand.progress()
     assert replace(found, contribution=plain(found.contribution)) == Progress(GENESIS, 0, 0, brings(span(0, 4)), True)
+
+
+async def test_what_it_brought_can_be_shown_whether_the_record_took_it_or_not(stand):
+    shown = []
+    for taken, data in ((False, span(0, 4)), (True, span(4, 8))):
+        stand.with_trainer(data)
+        stand.decider.begin(replace(stand.rounds, snapshot_asked=True))
+        stand.save_soon()
+        await stand.bench.take_snapshot()
+        shown.append(stand.bench.payload)
+        brought = stand.rounds.contribution
+        await stand.fold(brought if taken else brings(span(8, 9), node=PEER))
+    await stand.fold(brings(span(9, 10), node=PEER))  # a round to which it brought nothing
+    assert [stand.bench.brought.read(digest_of(data)) for data in shown] == shown
+    assert len(list((stand.journal.folder / "brought").glob("??/*"))) == 2
 
 
 async def test_the_file_is_gone_before_a_round_hears_more_than_it_says(stand):
@@ -371,10 +387,12 @@ async def test_fresh_work_has_missed_no_round(stand):
 def test_a_model_whose_state_passes_the_owners_cap_is_refused_before_anything_is_allocated(tmp_path):
     held = SIZE * workbench.HELD_BYTES
     least = held + workbench.TRAINER_BYTES_MIN
-    assert workbench._check_room(SIZE, tmp_path, momentum=False, cap=least) == held
+    assert workbench._check_room(SIZE, tmp_path, momentum=False, cap=least, training=True) == held
     with pytest.raises(Refused, match=f"pass max_memory, {least - 1:,}") as caught:
-        workbench._check_room(SIZE, tmp_path, momentum=False, cap=least - 1)
+        workbench._check_room(SIZE, tmp_path, momentum=False, cap=least - 1, training=True)
     assert caught.value.reason is Code.MODEL_TOO_LARGE
+    needed = SIZE * workbench.HELPER_BYTES
+    assert workbench._check_room(SIZE, tmp_path, momentum=False, cap=needed, training=False) == needed < held
 
 
 # a long pause
@@ -499,3 +517,11 @@ def test_a_model_that_this_machine_cannot_hold_is_refused_before_anything_is_all
     with pytest.raises(Refused) as caught:
         Stand(stand.folder)
     assert caught.value.reason is Code.MODEL_TOO_LARGE
+
+
+async def test_a_node_that_trains_nothing_follows_the_log_and_touches_no_vector_of_training(tmp_path):
+    stand = await Stand(tmp_path, training=False).begin()
+    for number in range(12):  # far more than the rounds after which a trainer's leftovers are dropped
+        await stand.fold(brings(span(number, number + 1), node=PEER))
+    assert stand.rounds.head.round == 12 and stand.bench.trainer is None
+    assert os.fstat(stand.bench._vectors.files[1]).st_blocks == 0, "no page of the trainer's vector was ever needed"

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of everything that reads a stranger's bytes (tests/fuzz/targets.py), with atheris.
+"""Coverage-guided fuzzing of everything that reads a stranger's bytes (tests/fuzz/targets), with atheris.
 
     make fuzz MINUTES=60                 # in turns of a few minutes; what was reached is kept in .fuzz and goes on
     make fuzz MINUTES=5 ARGS="letter invitation"
@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fuzz.target import FOUND
 from tests.fuzz.targets import TARGETS
 
-FOUND = Path(__file__).with_name("found")
 CORPORA = Path(".fuzz")  # not in the repository: some thousand small files
 TURN_SECONDS = 60.0  # of one target, so that a run that is stopped early has seen all of them
 TURN_SECONDS_MIN = 5.0  # a process takes two until it has read everything in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from coordinator.core.leases import Leases
@@ -302,6 +302,7 @@ def brings(head: Head, contribution: Contribution) -> Contribution:
     return replace(contribution, signature=_brought(head, contribution))
 
 
+@lru_cache(maxsize=4096)  # each stands in dozens of messages, as in the product
 def is_brought(head: Head, contribution: Contribution) -> bool:
     """As protocol/contribution.py has it."""
     node, grants = contribution.node, contribution.grants
@@ -331,6 +332,7 @@ def everyone_brought(record: Record) -> bool:
     return all(is_brought(Head(record.round, record.previous), each) for each in record.contributions)
 
 
+@lru_cache(maxsize=4096)
 def _brought(head: Head, contribution: Contribution) -> str:
     return f"{contribution.node} brings {digest((head.round, head.hash, replace(contribution, signature='')))}"
 

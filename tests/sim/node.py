@@ -92,15 +92,18 @@ class Swarm:
     exchange: Exchange = Exchange.ALL_REDUCE
     pace_seconds: float = 0.0  # of a round for each member: what they upload is capped
     behind_routers: int = 0  # so many of the nodes can be called by nobody
+    helpers: int = 0  # the first so many average for the others, and train nothing
     liars: Mapping[int, Lie] = field(default_factory=dict)  # which of the nodes
 
     @classmethod
     def of(cls, luck: Random, *, seed: int) -> Swarm:
+        helped, nodes = seed % 7 == 5, luck.randint(2, 7)  # by one that all can call, and that is all of its kind
         return cls(
             exchange=Exchange.ALL_GATHER if seed % 3 == 2 else Exchange.ALL_REDUCE,
             pace_seconds=0.7 if seed % 5 == 4 else 0.0,
-            nodes=(nodes := luck.randint(2, 7)),
-            behind_routers=nodes // 2 if seed % 7 == 3 else 0,
+            nodes=nodes + helped,
+            behind_routers=nodes if helped else nodes // 2 if seed % 7 == 3 else 0,
+            helpers=int(helped),
             ahead_rounds=luck.choice((2, 4, 40)),
             stale_rounds=luck.choice((1, 3, 8)),
             save_seconds=luck.choice((None, 2.0, 10.0)),
@@ -145,6 +148,7 @@ class SimNode(Process):
         luck, swarm = world.luck, world.swarm
         self.disk = Disk()
         self.backup: Disk | None = None
+        self.helper = index < swarm.helpers
         self.behind_router = index >= swarm.nodes - swarm.behind_routers
         self.slow = SLOW if luck.random() < world.weather.slow_nodes else 1.0
         self.speed = luck.uniform(*swarm.speeds)
@@ -227,7 +231,7 @@ class SimNode(Process):
             ballot=promise[1] if promise else Ballot(Epoch(-1), 0),
             accepted=promise[2] if promise else None,
         )
-        self.session = session.Session(sequences_wanted=4)
+        self.session = session.Session(helper=self.helper, sequences_wanted=4)
         self.grants = [grant_of(lease) for lease in disk.leases.values()]
         self.queue: list[DataRange] = []
         self.since_snapshot: list[DataRange] = []
@@ -315,6 +319,8 @@ class SimNode(Process):
 
     def _start_trainer(self) -> None:
         """It gets what is leased and neither in a record nor on its way to one."""
+        if self.helper:
+            return
         state = self.rounds
         waiting = [c for c in (state.contribution, state.carried) if c is not None]
         used = state.consumed.with_ranges(each for contribution in waiting for each in contribution.ranges)
