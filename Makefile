@@ -20,13 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/barnraise demo $(ARGS)
 
-# Whole swarms (tests/e2e, one group) come last and one at a time, beside the simulator, which waits for nothing.
+# The longest files first, then the quick ones; whole swarms (tests/e2e) last and one at a time: each wants both cores.
 test: $(STAMP)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/core tests/edges
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/e2e tests/sim
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/sim tests/edges tests/core
+	$(BIN)/python -m pytest tests/e2e
 endif
 
 check: $(STAMP)

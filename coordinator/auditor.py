@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import structlog
@@ -24,9 +24,7 @@ from protocol.blobs import BlobStore, digest_of
 from protocol.codec import Codec, Floats
 from protocol.contribution import Complaint
 from protocol.errors import Code, Refused
-from protocol.types import Digest, Manifest, NodeId, Record, RoundNumber, Shard
-
-SEQUENCES: Final = 64  # of a contribution's data: the spread over more would say the same
+from protocol.types import DataRange, Digest, Manifest, NodeId, Record, RoundNumber, Shard
 
 log = structlog.get_logger()
 
@@ -180,7 +178,8 @@ class Auditor:
     async def _measure(self, ask: Ask, evaluator: Evaluator, update: Path) -> None:
         luck = self._luck.random
         with self._held(ask, update) as files:
-            result = await self._result(evaluator, {**files, "data": self._data(ask, luck())})
+            data = {"data": self._data(ask.ranges, luck()), "elsewhere": self._data(ask.elsewhere, luck())}
+            result = await self._result(evaluator, {**files, **data})
         if result is None:
             self._audits = self._audits.dropped(ask)
         else:
@@ -216,11 +215,11 @@ class Auditor:
             return Broken(refused.what)
         return None if found is None else Measured(**found)
 
-    def _data(self, ask: Ask, luck: float) -> list[Any]:
-        """Where the sequences lie that this contribution is measured on."""
+    def _data(self, ranges: tuple[DataRange, ...], luck: float) -> list[Any]:
+        """Where the sequences lie that a contribution is measured on."""
         return [
             [str(self._archive.path(span.shard)), self._shards[span.shard].sequences, span.pass_number, positions]
-            for span, positions in audits.sample(ask.ranges, SEQUENCES, luck)
+            for span, positions in audits.sample(ranges, luck)
         ]
 
     def _tell(self, accusations: tuple[Accusation, ...]) -> None:

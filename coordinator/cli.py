@@ -21,6 +21,7 @@ import typer
 
 from coordinator.accounts import SHORT_ID, ledger_facts, ledger_text, rollback_facts, rollback_text, verdict_text
 from coordinator.check import corpus_facts, corpus_rows, examine, plan_rows
+from coordinator.core.strikes import Kind
 from coordinator.output import loss_text, rows_text, table_text, to_json, when_text
 from coordinator.reach import helper_command, listening, reachable
 from coordinator.serving import configure_log, serve
@@ -378,7 +379,7 @@ def peers_ban(
 
     Example: barnraise-coordinator peers ban brave-otter --reason "sends noise"
     """
-    order = _Judgement(which, "ban", reason, revoke_invite=revoke_invite)
+    order = _Judgement(which, Kind.BAN, reason, revoke_invite=revoke_invite)
     return _judge(run or context.obj, order, yes=yes, as_json=as_json)
 
 
@@ -394,7 +395,7 @@ def peers_kick(
 ) -> int:
     """Send a node away for a while: its session and its leases end, and it may come back later."""
     seconds = math.ceil(console.parse_duration(lasts))
-    return _judge(run or context.obj, _Judgement(which, "kick", reason, seconds=seconds), yes=yes, as_json=as_json)
+    return _judge(run or context.obj, _Judgement(which, Kind.KICK, reason, seconds=seconds), yes=yes, as_json=as_json)
 
 
 @peers_app.command("unban")
@@ -406,7 +407,7 @@ def peers_unban(
     as_json: JsonOption = False,
 ) -> int:
     """Let a node in again that was banned, sent away or left out; its strikes count no more, and stay in the list."""
-    return _judge(run or context.obj, _Judgement(which, "unban", reason), yes=True, as_json=as_json)
+    return _judge(run or context.obj, _Judgement(which, Kind.UNBAN, reason), yes=True, as_json=as_json)
 
 
 @ledger_app.callback()
@@ -656,14 +657,13 @@ class _Judgement:
     """A ban, a kick or an unban, as it was typed."""
 
     which: str
-    kind: str
+    kind: Kind
     reason: str
     seconds: int = 0
     revoke_invite: bool = False
 
 
 def _judge(run: Path | None, asked: _Judgement, *, yes: bool, as_json: bool) -> int:
-    from coordinator.core.strikes import Kind
     from coordinator.orders import JUDGE, JudgeOrder
     from coordinator.peers import find, origin_text, peers_facts
 
@@ -673,12 +673,12 @@ def _judge(run: Path | None, asked: _Judgement, *, yes: bool, as_json: bool) -> 
         found = peers_facts(store, _now_ms())
         node = find(found, asked.which)
         console.complain(origin_text(found, node))
-        if not yes and not _agreed("Ban it?" if asked.kind == "ban" else "Send it away?"):
+        if not yes and not _agreed("Ban it?" if asked.kind is Kind.BAN else "Send it away?"):
             console.complain("Nothing was changed.")
             return Exit.INTERRUPTED.value
-        body = JudgeOrder(node["node"], Kind(asked.kind), asked.reason, asked.seconds, asked.revoke_invite).to_bytes()
+        body = JudgeOrder(node["node"], asked.kind, asked.reason, asked.seconds, asked.revoke_invite).to_bytes()
         order = _ordered(folder, store, JUDGE, body)
-    facts = {"node": node["node"], "name": node["name"], "kind": asked.kind, "reason": asked.reason}
+    facts = {"node": node["node"], "name": node["name"], "kind": asked.kind.value, "reason": asked.reason}
     facts |= {"order": order.order_id, "state": order.state, "answer": order.answer}
     waits = "No coordinator serves this run at the moment; this is done at the next barnraise-coordinator start."
     return _said(folder, order, facts, waits, as_json=as_json)

@@ -19,6 +19,7 @@ from coordinator import archive, orders, service, view, web
 from coordinator.auditor import Auditor
 from coordinator.core import audits, machine, strikes, watch
 from coordinator.core import leases as data
+from coordinator.core.reachability import Standstill
 from coordinator.core.rosters import quorum
 from coordinator.core.strikes import Kind
 from coordinator.evaluation import Evaluator
@@ -74,7 +75,6 @@ SAMPLE_SECONDS = 10.0  # between two samples of text for the page
 SAMPLE_TOKENS = 100
 EVENTS_SHOWN = 60
 ROLLBACKS_SHOWN = 10
-UNCALLABLE_SECONDS = 30.0  # so long nobody can be called before the researcher is told: a node may be starting again
 NOBODY_TEXT = (
     "no node of this run can be called: all are behind routers that let nothing in, so no round can end. What helps is "
     f"a node that can, such as one here that only averages for the others, with TCP port {HELPER_PORT} open (and, if this "
@@ -158,8 +158,7 @@ class Coordinator:
         )
         self._first = next((row for row in measured if row.heldout is not None), None)
         self._newest = measured[-1] if measured else None
-        self.nobody_callable = False  # and the researcher was told
-        self._uncallable_since = math.inf
+        self._standstill = Standstill()
         self._sample = ""
         self._sampled_at = -math.inf
 
@@ -462,17 +461,19 @@ class Coordinator:
 
     def _heed_reach(self) -> None:
         """Tell the researcher, once each time, that no round can end, and what to type; the page names no folder."""
-        if not machine.nobody_is_callable(self.state, self._now(), self._rules):
-            if self.nobody_callable:
-                self.submit(machine.Noticed("a node can be called again, or nobody is here"))
-            self._uncallable_since, self.nobody_callable = math.inf, False
-            return
-        self._uncallable_since = min(self._uncallable_since, self._now())
-        if not self.nobody_callable and self._now() - self._uncallable_since >= UNCALLABLE_SECONDS:
-            self.nobody_callable = True
+        before, now = self.nobody_callable, self._now()
+        self._standstill = self._standstill.at(now, machine.nobody_is_callable(self.state, now, self._rules))
+        if before and not self.nobody_callable:
+            self.submit(machine.Noticed("a node can be called again, or nobody is here"))
+        if self.nobody_callable and not before:
             code = Code.NOBODY_CALLABLE.code
             self.submit(machine.Noticed(f"{code} · no node of this run can be called, so no round can end"))
             log.warning(f"{code} · {NOBODY_TEXT}. On this machine, run: {helper_command(self._folder.path)}")
+
+    @property
+    def nobody_callable(self) -> bool:
+        """So that no round can end, and the researcher was told."""
+        return self._standstill.lasts
 
     # following the log
 
@@ -713,8 +714,7 @@ class Coordinator:
 
     def _accuse(self, accusation: audits.Accusation) -> None:
         """What an audit has found is held against its author."""
-        fault = Fault.WITHHELD if accusation.kind is audits.Kind.UNANSWERED else Fault.TRAINED_WRONG
-        self.submit(machine.Struck(accusation.node, fault, accusation.round, accusation.reason, accusation.evidence))
+        self._strike(accusation.node, accusation.fault, accusation.round, accusation.reason, accusation.evidence)
 
     def _strike(self, node: NodeId, fault: Fault, round_number: RoundNumber, reason: str, evidence: Digest) -> None:
         self.submit(machine.Struck(node, fault, round_number, reason, evidence))

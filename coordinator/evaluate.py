@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coordinator.core.audits import STRIDE, Measured
+from coordinator.core.audits import SAMPLED, STRIDE, Measured
 from coordinator.tokenizer import Tokenizer, byte_tokenizer
 from protocol import model
 from protocol.codec import Floats, codec
@@ -29,10 +29,9 @@ from protocol.process import Channel, ChannelClosed, parent_channel
 
 NICENESS: Final = 10  # training nodes on the same machine come first
 LOGITS_MAX: Final = 1 << 24  # computed at once: 64 MiB, and as much again for the loss
-AUDIT_SEQUENCES: Final = 64  # of a contribution's data, and of the held-out text: more would see the same
 
 
-Tokens = NDArray[np.int64]
+Text = tuple[torch.Tensor, torch.Tensor]  # inputs and targets
 
 
 class Evaluation:
@@ -53,23 +52,19 @@ class Evaluation:
         mean = float(self._losses(np.asarray(self._vector), self._heldout, self._targets).mean())
         return mean if math.isfinite(mean) else None
 
-    def gains(
-        self, before: Floats, following: Floats, update: Floats, inputs: Tokens, targets: Tokens
-    ) -> Measured | None:
+    def gains(self, before: Floats, following: Floats, update: Floats, own: Text, elsewhere: Text) -> Measured | None:
         """What a step of STRIDE times this decoded contribution gains, in nats per token (coordinator/core/audits.py).
 
-        `before` and `following`: the states that its round led from and to. `inputs` and `targets`: (sequences, context) of
-        its own data. Nothing if the state itself computes no numbers."""
+        `before` and `following`: the states that its round led from and to. `own` and `elsewhere`: inputs and targets,
+        (sequences, context) each, of its own data and of the others'. Nothing if the state itself computes no numbers."""
         stride = np.float32(STRIDE)
-        own = tuple(map(torch.from_numpy, (inputs, targets)))
-        others = self._heldout[:AUDIT_SEQUENCES], self._targets[:AUDIT_SEQUENCES]
-        was = [self._losses(before, *each) for each in (own, others)]
+        was = [self._losses(before, *each) for each in (own, elsewhere)]
         if not all(np.isfinite(each).all() for each in was):
             return None
         alone = before - stride * update
-        now = [self._losses(alone, *each) for each in (own, others)]
+        now = [self._losses(alone, *each) for each in (own, elsewhere)]
         together = before + stride * (following - before)
-        known = [self._losses(together, *each) for each in (own, others)]
+        known = [self._losses(together, *each) for each in (own, elsewhere)]
         with np.errstate(invalid="ignore", divide="ignore"):
             here, there = (old - new for old, new in zip(was, now, strict=True))
             more_here, more_there = (all_of_us - new for all_of_us, new in zip(known, now, strict=True))
@@ -84,7 +79,10 @@ class Evaluation:
         before, following = (np.memmap(order[name], np.float32, "r") for name in ("state", "following"))
         update = codec(order["codec"]).decode(Path(order["update"]).read_bytes(), before.size)
         own = self._read_positions(order["token_bytes"], order["data"])
-        gains = self.gains(np.asarray(before), np.asarray(following), update, *own)
+        elsewhere = self._heldout[:SAMPLED], self._targets[:SAMPLED]
+        if order["elsewhere"]:
+            elsewhere = self._read_positions(order["token_bytes"], order["elsewhere"])
+        gains = self.gains(np.asarray(before), np.asarray(following), update, own, elsewhere)
         return None if gains is None else asdict(gains)
 
     def _losses(self, vector: Floats, inputs: torch.Tensor, targets: torch.Tensor) -> NDArray[np.float64]:
@@ -118,7 +116,7 @@ class Evaluation:
                 fed, cache = torch.tensor([[chosen]]), output.past_key_values
         return self._tokenizer.decode(written)
 
-    def _read(self, path: Path, token_bytes: int, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, path: Path, token_bytes: int, sequences: int) -> Text:
         """Sequences and what comes next in them, as the trainer cuts them: each is `context` predictions."""
         tokens = np.fromfile(path, f"<u{token_bytes}", sequences * self._context + 1).astype(np.int64)
         whole = (len(tokens) - 1) // self._context
@@ -129,7 +127,7 @@ class Evaluation:
         shape, stop = (whole, self._context), whole * self._context
         return torch.from_numpy(tokens[:stop].reshape(shape)), torch.from_numpy(tokens[1 : stop + 1].reshape(shape))
 
-    def _read_positions(self, token_bytes: int, pieces: Sequence[Sequence[Any]]) -> tuple[Tokens, Tokens]:
+    def _read_positions(self, token_bytes: int, pieces: Sequence[Sequence[Any]]) -> Text:
         """Inputs and targets at these positions: of each shard its path, its sequences, the pass, and which."""
         runs = []
         for path, sequences, pass_number, positions in pieces:
@@ -137,8 +135,8 @@ class Evaluation:
             for position in positions:
                 at = sequence_at(position, sequences=sequences, pass_number=pass_number) * self._context
                 runs.append(np.asarray(shard[at : at + self._context + 1], np.int64))
-        table = np.stack(runs)
-        return np.ascontiguousarray(table[:, :-1]), np.ascontiguousarray(table[:, 1:])
+        table = torch.from_numpy(np.stack(runs))
+        return table[:, :-1].contiguous(), table[:, 1:].contiguous()
 
 
 def _mean(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -72,6 +72,9 @@ RootOption = Annotated[bool, typer.Option("--allow-root", help="Run as root all 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 
 
+SETTINGS: Final = ("name", "device", "threads", "batch", "max_disk", "max_up", "listen", "announce")  # join and start
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         import importlib.metadata
@@ -96,6 +99,7 @@ def _before(
 
 @app.command()
 def join(
+    context: typer.Context,
     invite: Annotated[list[str] | None, typer.Argument(metavar="INVITE", show_default=False)] = None,
     home: HomeOption = None,
     name: NameOption = None,
@@ -118,22 +122,13 @@ def join(
     """
     if not invite:
         raise Refused(Code.USAGE, "join needs an invite", fix="Run: barnraise join INVITE, or barnraise start")
-    flags = {
-        "name": name,
-        "device": device,
-        "threads": threads,
-        "batch": batch,
-        "max_disk": max_disk,
-        "listen": listen,
-        "announce": announce,
-    }
-    flags |= {"max_up": max_up, "training": "false" if no_training else None}
     found = _checked_invite(" ".join(invite), allow_private=allow_private)
-    return _take_part(home_of(home), flags | {"allow_root": allow_root or None}, found, yes=yes, as_json=as_json)
+    return _take_part(home_of(home), _flags(context), found, yes=yes, as_json=as_json)
 
 
 @app.command()
 def start(
+    context: typer.Context,
     home: HomeOption = None,
     name: NameOption = None,
     device: DeviceOption = None,
@@ -148,20 +143,10 @@ def start(
     as_json: JsonOption = False,
 ) -> int:
     """Go on with the run that this node joined before."""
-    flags = {
-        "name": name,
-        "device": device,
-        "threads": threads,
-        "batch": batch,
-        "max_disk": max_disk,
-        "listen": listen,
-        "announce": announce,
-    }
-    flags |= {"max_up": max_up, "training": "false" if no_training else None}
     at = home_of(home)
     if at.remembered() is None:
         raise Refused(Code.NOT_ADMITTED, f"the node in {at.path} has not joined a run")
-    return _take_part(at, flags | {"allow_root": allow_root or None}, None, yes=True, as_json=as_json)
+    return _take_part(at, _flags(context), None, yes=True, as_json=as_json)
 
 
 @app.command()
@@ -237,6 +222,13 @@ def _checked_invite(text: str, *, allow_private: bool) -> Invite:
     found = invite.decode(text)
     invite.check(found, now_ms=time.time_ns() // 1_000_000, allow_private=allow_private)
     return found
+
+
+def _flags(context: typer.Context) -> Mapping[str, Any]:
+    """What was typed of the settings, under their names."""
+    given = {name: context.params[name] for name in SETTINGS}
+    training = "false" if context.params["no_training"] else None
+    return given | {"training": training, "allow_root": context.params["allow_root"] or None}
 
 
 def _take_part(home: Home, flags: Mapping[str, Any], invite: Invite | None, *, yes: bool, as_json: bool) -> int:

@@ -6,7 +6,8 @@ step of STRIDE times the contribution, in standard errors of their means over se
 scores, arXiv 2505.21684):
 
 - `gain`: by how much the loss falls on the data that the contribution names. What was trained on it makes it fall.
-- `trace`: by how much more it falls there than on text that nobody trained on. Nobody else's work knows this data.
+- `trace`: by how much more it falls there than on what the others of its record name. Nobody else's work knows this data;
+  theirs is text of the same run, and their work knows it: what is made of theirs gains less on its own.
 - `share`: what it gains of what a step along the way that the model went gains there. Noise has next to none of it, and
   the work of wrong labels little, though chance may lend them a gain that is clear.
 - `length`: of the contribution, in lengths of the way that the model went in its round: the run's rule has cut down what
@@ -36,7 +37,7 @@ from typing import Final, Self
 from coordinator.core import inquiries
 from coordinator.core.inquiries import ANSWER_ROUNDS, UNANSWERED_MAX, Inquiries
 from protocol.contribution import Complaint
-from protocol.types import DataRange, Digest, NodeId, Record, RoundNumber
+from protocol.types import DataRange, Digest, Fault, NodeId, Record, RoundNumber
 
 STRIDE: Final = 0.25  # of a contribution: whole ones of late rounds overshoot alone, as only the mean of all is good
 HARM_ERRORS: Final = -4.0  # standard errors: chance makes so much of one in 30,000 audits
@@ -48,9 +49,7 @@ FAINT: Final = 0.5  # and none that is more is held against it for those before:
 CLEAR_MIN: Final = 4.0  # of the others' gains: below it an honest one may be taken for none
 TRACE_CLEAR: Final = 3.0  # of two thirds of the others' traces
 CHANCE_MAX: Final = 1.0  # what has nothing to do with the data gains or shows less in five of six audits
-SHARE_MIN: Final = (
-    0.2  # of the others' share, and of its weight: honest ones of a fifth of the steps have a third or more
-)
+SHARE_MIN: Final = 0.2  # of the others' share, and of its weight: honest ones of a fifth of the steps have a third
 HARM_POINTS: Final = 2
 IDLE_POINTS: Final = 1
 POINTS_MAX: Final = 4  # two harmful audits, or four in which it did nothing
@@ -59,6 +58,7 @@ OTHERS_MIN: Final = 2  # members that were measured before anybody is judged
 CONTROLS: Final = 3  # others that are measured with a suspect, if there are so many
 FRESH_ROUNDS: Final = 2  # between two measurements that are compared before a point is given
 REPLAY_ROUNDS: Final = 256  # whose digests are remembered: 2 MB for 64 members
+SAMPLED: Final = 64  # sequences of a contribution's data, and as many of the others': more would see the same
 SEQUENCES_MIN: Final = 8  # of a contribution: the spread of fewer says little, and so light a work harms little
 COMPLAINTS_SHARE: Final = 0.5  # of a round's members are asked for what others could not read: liars are a minority
 VAIN_ROUNDS: Final = 64  # nobody is heard so long after a complaint that came to nothing: it made another show its work
@@ -83,10 +83,9 @@ class Ask(inquiries.Ask):
 
     update: Digest
     ranges: tuple[DataRange, ...]
+    elsewhere: tuple[DataRange, ...] = field(default=(), compare=False)  # what the others of the record name
     weight: float = 1.0  # its tokens, in those of the record's mean contribution
-    accuser: NodeId | None = (
-        None  # who could not read it: then it is read, and stands in no record, or not in all of one
-    )
+    accuser: NodeId | None = None  # who could not read it: then it is read, and stands in no record, or not in all
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Measured:
     own: float  # gained on its own data by a step of STRIDE times the contribution
     own_error: float
     length: float  # of the contribution, in those of the way that the model went in its round
-    more: float  # than on held-out text
+    more: float  # than on what the others name; on held-out text where there are none
     more_error: float
     against: float  # the same, less what the round's mean gains on each sequence: what all sequences share drops out
     against_error: float
@@ -137,6 +136,10 @@ class Accusation:
     def proved(self) -> bool:
         """Nothing that luck or a bad network does."""
         return self.kind in (Kind.BROKEN, Kind.REPLAYED)
+
+    @property
+    def fault(self) -> Fault:
+        return Fault.WITHHELD if self.kind is Kind.UNANSWERED else Fault.TRAINED_WRONG
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,16 @@ def certified(state: Audits, record: Record, rules: Rules) -> tuple[Audits, tupl
 
 def _choose(state: Audits, record: Record, rules: Rules) -> Audits:
     usual = sum(each.tokens for each in record.contributions) / len(record.contributions)
+    named = [(each.node, span) for each in record.contributions for span in each.ranges]
     asks = [
-        Ask(record.round, each.node, each.update, each.ranges, each.tokens / usual)
+        Ask(
+            record.round,
+            each.node,
+            each.update,
+            each.ranges,
+            tuple(span for node, span in named if node != each.node),
+            each.tokens / usual,
+        )
         for each in record.contributions
         if _sequences(each.ranges) >= SEQUENCES_MIN
     ]
@@ -208,11 +219,11 @@ def _choose(state: Audits, record: Record, rules: Rules) -> Audits:
     return replace(state, open=(*state.open, *free[: max(0, CONTROLS - len(chosen - suspects))]))
 
 
-def sample(ranges: Iterable[DataRange], most: int, luck: float) -> tuple[tuple[DataRange, tuple[int, ...]], ...]:
-    """At most so many positions of this data, evenly spaced from a place that luck chooses, range by range."""
+def sample(ranges: Iterable[DataRange], luck: float) -> tuple[tuple[DataRange, tuple[int, ...]], ...]:
+    """At most SAMPLED positions of this data, evenly spaced from a place that luck chooses, range by range."""
     ranges = tuple(ranges)
     total = _sequences(ranges)
-    count = min(most, total)
+    count = min(SAMPLED, total)
     wanted = [int((number + luck) * total / count) for number in range(count)]
     found, first = [], 0
     for each in ranges:
@@ -236,15 +247,9 @@ def measured(
     history = state.histories[ask.node]
     if isinstance(result, Broken):
         return state.shown(ask, replace(history, due=RoundNumber(ask.round + 1))), _unreadable(ask, result)
-    others = [other for node, other in state.histories.items() if node != ask.node and other.newest is not None]
-    turned = (
-        _in_errors(result.usual, result.usual_error) < GAIN_TYPICAL_MIN
-    )  # the model's own way harms: perhaps all do
-    fresh = [other for other in others if abs(ask.round - other.measured_in) <= (0 if turned else FRESH_ROUNDS)]
-    enough = len(fresh) >= min(CONTROLS, len(others))
-    known = fresh if enough else others
-    traces = _traces(history.traces, result, known, rules)
-    points, what = _judge(ask, result, traces, [other.newest for other in known if other.newest is not None])
+    known, enough = _known(state, ask, result)
+    traces = _traces(history.traces, result, [newest for newest, suspected in known if not suspected], rules)
+    points, what = _judge(ask, result, traces, [newest for newest, _ in known])
     accusation = None
     soon = history.newest is None  # a newcomer's first may say nothing: nobody else is known
     history = replace(history, newest=result, measured_in=ask.round, suspected=bool(points) and not enough)
@@ -253,6 +258,18 @@ def measured(
     if suspect(history) or history.due <= ask.round:  # who was only measured beside a suspect is due when it was
         history = replace(history, due=rules.due(ask.round, soon=soon or suspect(history), luck=luck))
     return state.shown(ask, history), accusation
+
+
+def _known(state: Audits, ask: Ask, result: Measured) -> tuple[list[tuple[Measured, bool]], bool]:
+    """What this is measured against: the others' newest, whether each is a suspect's, and whether enough of them are fresh."""
+    others = [(each.newest, each) for node, each in state.histories.items() if node != ask.node and each.newest]
+    turned = (
+        _in_errors(result.usual, result.usual_error) < GAIN_TYPICAL_MIN
+    )  # the model's own way harms: perhaps all do
+    within = 0 if turned else FRESH_ROUNDS
+    fresh = [(newest, each) for newest, each in others if abs(ask.round - each.measured_in) <= within]
+    enough = len(fresh) >= min(CONTROLS, len(others))
+    return [(newest, suspect(each)) for newest, each in (fresh if enough else others)], enough
 
 
 def complained(state: Audits, complaint: Complaint, accuser: NodeId, members: int) -> Audits:
@@ -297,12 +314,12 @@ def _marked(
 
 
 def _traces(
-    before: tuple[float, ...], result: Measured, others: Collection[History], rules: Rules
+    before: tuple[float, ...], result: Measured, others: Collection[Measured], rules: Rules
 ) -> tuple[float, ...]:
     """Its newest ones in the others' usual one, if it would show: two thirds of the others' are clear now.
 
     One lucky audit does not outweigh the others, nor an unlucky one."""
-    traces = sorted(each.newest.trace for each in others if each.newest is not None and not suspect(each))
+    traces = sorted(each.trace for each in others)
     if not rules.traced or len(traces) < OTHERS_MIN or traces[len(traces) // 3] < TRACE_CLEAR:
         return ()
     return (*before, min(2.0, max(0.0, result.trace / median_low(traces))))[-TRACES:]

@@ -14,6 +14,7 @@ from protocol.limits import ADDRESSES_MAX
 CANDIDATES_MAX = 4  # addresses in one call: of a node's, one or two can be right
 SOON_SECONDS = 30.0  # between two calls while we are about to think otherwise of a node, and the least there is
 AGAIN_SECONDS = 600.0  # between two calls otherwise: routers and firewalls change by the day
+STANDSTILL_SECONDS = 30.0  # so long nobody can be called before anybody is told: a node may be starting again
 MISSES_MAX = 3  # in a row, before one that has answered counts as closed: a minute of bad network is no reason
 
 _ADDRESS: Final = re.compile(r"/ip([46])/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
@@ -40,6 +41,18 @@ class Reach:
         settled = bool(self.answered) and self.misses == 0 if self.open else self.misses >= MISSES_MAX and not needed
         wait_seconds = AGAIN_SECONDS if settled else SOON_SECONDS
         return bool(self.candidates) and not self.calling and now >= self.called_at + wait_seconds
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """Nodes are here, and none of them can be called: no round can end."""
+
+    since: float = math.inf
+    lasts: bool = False  # longer than it takes a node to start again
+
+    def at(self, now: float, nobody_is_callable: bool) -> Standstill:
+        since = min(self.since, now) if nobody_is_callable else math.inf
+        return Standstill(since, now - since >= STANDSTILL_SECONDS)
 
 
 def heard(reach: Reach, named: Iterable[str], source: str) -> Reach:

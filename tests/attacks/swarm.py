@@ -11,12 +11,13 @@ import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coordinator.core import audits
 from coordinator.core.audits import Ask, Audits, Broken, Measured
-from coordinator.evaluate import AUDIT_SEQUENCES, Evaluation
+from coordinator.evaluate import Evaluation
 from node.pseudograd import PseudoGradient
 from node.trainer import Feed, Learner
 from node.training import TrainerSpec, Vectors
@@ -427,21 +428,24 @@ class Swarm:
         before.tofile(state)
         self.state.params.tofile(following)
         update.write_bytes(payload)
-        chosen = audits.sample(ask.ranges, AUDIT_SEQUENCES, self._luck.random())
-        data = [[str(self.text.shard), self.text.sequences, each.pass_number, where] for each, where in chosen]
         order = {
             "state": str(state),
             "following": str(following),
             "update": str(update),
             "codec": self.setting.codec,
             "token_bytes": TOKEN_BYTES,
-            "data": data,
+            "data": self._data(ask.ranges),
+            "elsewhere": self._data(ask.elsewhere),
         }
         try:
             found = self._evaluation.audit(order)
         except Refused as refused:
             return Broken(refused.what)
         return None if found is None else Measured(**found)
+
+    def _data(self, ranges: tuple[DataRange, ...]) -> list[Any]:
+        chosen = audits.sample(ranges, self._luck.random())
+        return [[str(self.text.shard), self.text.sequences, each.pass_number, where] for each, where in chosen]
 
     def _put_out(self, number: int, accusation: audits.Accusation) -> None:
         self.outcome.out.setdefault(int(accusation.node, 16), (number, accusation))

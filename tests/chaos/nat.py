@@ -167,7 +167,7 @@ def some(swarm, behind, count):
 def everybody(swarm, behind, count):
     swarm.start()
     at = time.time()
-    _nobody_can_be_called(swarm, behind)
+    _nobody_can_be_called(swarm, behind, times=1)
     print(f"nobody can be called: all are told after {time.time() - at:.0f} s; rounds: {len(swarm.watch.after(0))}")
     wrong = [f"round {each.round} was certified though nobody could be called" for each in swarm.watch.after(0)]
     helper = Helper(swarm.arena, swarm.lan)
@@ -179,7 +179,7 @@ def everybody(swarm, behind, count):
     wrong += _everybody_brings(swarm, behind, count, helper=helper)
     helper.kill()
     time.sleep(AWAY_SECONDS)
-    _nobody_can_be_called(swarm, behind)
+    _nobody_can_be_called(swarm, behind, times=2)
     at = time.time()
     helper.start()
     again = swarm.certified_after(at)
@@ -196,14 +196,14 @@ def everybody(swarm, behind, count):
     return wrong + found, facts
 
 
-def _nobody_can_be_called(swarm, behind):
-    """The page, the coordinator's output and each node say so."""
+def _nobody_can_be_called(swarm, behind, times):
+    """The page, the coordinator's output and each node say so, for the first time or again."""
     code = Code.NOBODY_CALLABLE.code
     until(
         lambda: code in swarm.coordinator.page("status")["run"]["state"], f"the page says {code}", seconds=TOLD_SECONDS
     )
     log = swarm.arena.log(swarm.coordinator.name).read_text()
-    assert f"warning: {code}" in log and "--no-training --listen 0.0.0.0:49303" in log, log[-2000:]
+    assert log.count(f"warning: {code}") == times == log.count("--no-training --listen 0.0.0.0:49303"), log[-2000:]
     for member in behind:
         until(
             lambda member=member: member.status()["reach"] == "nobody", f"{member.name} says that nobody can be called"

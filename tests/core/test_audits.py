@@ -295,14 +295,21 @@ def test_without_a_share_nothing_is_audited():
 
 def test_a_sample_is_spread_over_all_ranges_and_never_names_other_data():
     shard = Digest("5" * 64)
-    ranges = (DataRange(0, shard, 10, 20), DataRange(1, shard, 0, 3), DataRange(0, shard, 50, 250))
-    for most, luck in ((64, 0.0), (64, 0.999), (5, 0.3), (1000, 0.7)):
-        chosen = audits.sample(ranges, most, luck)
-        assert sum(len(where) for _, where in chosen) == min(most, 213)
-        for span, where in chosen:
-            assert span in ranges and len(set(where)) == len(where)
-            assert all(span.start <= position < span.stop for position in where)
-    assert len(audits.sample(ranges, 64, 0.5)) == 3
+    for stop in (250, 52):
+        ranges = (DataRange(0, shard, 10, 20), DataRange(1, shard, 0, 3), DataRange(0, shard, 50, stop))
+        for luck in (0.0, 0.3, 0.999):
+            chosen = audits.sample(ranges, luck)
+            assert sum(len(where) for _, where in chosen) == min(audits.SAMPLED, 13 + stop - 50)
+            assert [span for span, _ in chosen] == list(ranges)
+            for span, where in chosen:
+                assert len(set(where)) == len(where) and all(span.start <= each < span.stop for each in where)
+
+
+def test_it_is_measured_against_what_the_others_of_its_record_name():
+    state, _ = audits.certified(Audits(), record(7), RULES)
+    for ask in state.open:
+        others = [each for each in record(7).contributions if each.node != ask.node]
+        assert ask.elsewhere == tuple(span for each in others for span in each.ranges)
 
 
 def test_an_ask_names_what_its_author_signed():

@@ -6,7 +6,15 @@ import pytest
 
 from coordinator.core import machine, reachability
 from coordinator.core.machine import BranchOff, Call, Called, HeartbeatArrived, Judged, NodeLeft, NodeOpened
-from coordinator.core.reachability import AGAIN_SECONDS, CANDIDATES_MAX, MISSES_MAX, SOON_SECONDS, candidates
+from coordinator.core.reachability import (
+    AGAIN_SECONDS,
+    CANDIDATES_MAX,
+    MISSES_MAX,
+    SOON_SECONDS,
+    STANDSTILL_SECONDS,
+    Standstill,
+    candidates,
+)
 from coordinator.core.strikes import Kind
 from protocol.types import Role
 from tests.core.test_machine import A, B, C, Coordinator, D, of
@@ -270,3 +278,12 @@ def test_without_the_only_one_that_could_be_called_and_is_banned_the_run_goes_on
         found = of(BranchOff, coordinator.see(HeartbeatArrived(A, "training", 0, 1, (INSIDE,), source=HOME)))
         coordinator.beats()
     assert "one that can has come" in found[0].reason
+
+
+def test_a_standstill_is_told_of_once_it_lasts_and_ends_with_the_first_that_can_be_called():
+    seen = [Standstill()]
+    for now, nobody in ((0.0, True), (STANDSTILL_SECONDS - 1, True), (STANDSTILL_SECONDS, True), (1e6, True)):
+        seen.append(seen[-1].at(now, nobody))
+    assert [each.lasts for each in seen] == [False, False, False, True, True]
+    over = seen[-1].at(1e6 + 1, nobody_is_callable=False)
+    assert over == Standstill() and not over.at(1e6 + 2, nobody_is_callable=True).lasts

@@ -8,8 +8,6 @@ from node.config import Home
 from protocol.types import Exchange
 from tests.e2e.processes import TEXT, TINY, Node, Run, World, gone, until
 
-pytestmark = pytest.mark.xdist_group("swarms")  # one at a time: each wants both cores
-
 SETTINGS = {
     "rounds": {**TINY["rounds"], "inner_steps": [[1, 8]]},
     "update": {"codec": "sparse2", "residual_decay": 0.95},  # so every record here is of an all-gather

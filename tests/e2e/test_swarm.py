@@ -1,7 +1,6 @@
 """The main job end to end: real processes by the public commands train a model, through a death and a late arrival."""
 
 import numpy as np
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -10,8 +9,6 @@ from protocol.identity import check_roster
 from protocol.log import check_certificate, check_members, check_ranges, genesis_head, next_head, ranges_of
 from protocol.state import Consumed
 from tests.e2e.processes import TEXT, TINY, Node, Run, gone, is_free, until
-
-pytestmark = pytest.mark.xdist_group("swarms")  # one at a time: each wants both cores
 
 SETTINGS = {
     "model": {"config": {**TINY["model"]["config"], "intermediate_size": 576}},  # a part for each of four nodes
