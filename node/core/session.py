@@ -9,8 +9,9 @@ LEASE_ASK_SECONDS = 2.0  # between two requests for data when none was granted
 RELEASE_SECONDS = 120.0  # of a pause: then the trainer ends, and the device has its memory back
 RELEASE_AGAIN_SECONDS = 10.0  # a round was about to take what it made
 RESTART_SECONDS = (1.0, 5.0, 30.0)  # waits before a child process is started again
-RESTARTS_MAX = 5  # in the window below; then the node stops and explains
+RESTARTS_MAX = 5  # in the window below; then the node stops and explains, or rests if only its trainer fails
 RESTART_WINDOW_SECONDS = 600.0
+RECOVERY_SECONDS = 3600.0  # of such a rest: a device may be reset meanwhile, or cool down
 
 
 class Activity(Enum):
@@ -44,7 +45,10 @@ class Session:
     obstacle: str = ""  # what speaks against training by the owner's own policy
     idle_since: float | None = None
     release_at: float = 0.0  # not again before
-    released: bool = False  # the trainer was ended because of a pause
+    released: bool = False  # the trainer has ended because of a pause
+    worked: bool = False  # the trainer has been ready once: this machine can train
+    broken: str = ""  # why it is not started again before this time
+    broken_until: float = 0.0
     finishing: bool = False
     run_over: bool = False
     sequences_left: int = 0  # leased, not yet trained on
@@ -74,7 +78,7 @@ class Session:
     @property
     def rests(self) -> bool:
         """Whether training rests; a helper has none that could."""
-        return not self.helper and (self.paused or bool(self.obstacle))
+        return not self.helper and (self.paused or bool(self.obstacle) or bool(self.broken))
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -246,7 +250,7 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
         case CaughtUp():
             return replace(state, synced=True), ()
         case PartReady(part):
-            return _part(state, part, True), ()
+            return replace(_part(state, part, True), worked=state.worked or part is Part.TRAINER), ()
         case PartDied(part, why):
             return _died(state, part, why, now)
         case PartStopped(part):
@@ -260,7 +264,7 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
         case PauseAsked(until):
             return replace(state, paused=True, paused_until=until), ()
         case ResumeAsked():  # the owner's word is above the owner's policy, until that says something new
-            return replace(state, paused=False, paused_until=None, obstacle=""), ()
+            return replace(state, paused=False, paused_until=None, obstacle="", broken=""), ()
         case ObstacleChanged(obstacle):
             return replace(state, obstacle=obstacle), ()
         case TrainerReleased():
@@ -273,8 +277,8 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
             return state, (End(),) if state.finishing and not pending else ()
         case TimePassed():
             if state.paused and state.paused_until is not None and now >= state.paused_until:
-                return replace(state, paused=False, paused_until=None), ()
-            return state, ()
+                state = replace(state, paused=False, paused_until=None)
+            return replace(state, broken="" if now >= state.broken_until else state.broken), ()
 
 
 def _part(state: Session, part: Part, ready: bool) -> Session:
@@ -290,7 +294,12 @@ def _died(state: Session, part: Part, why: str, now: float) -> Outcome:
     crashes = (*(at for at in state.crashes if now - at < RESTART_WINDOW_SECONDS), now)
     state = replace(_without(state, part), crashes=crashes, trouble=why)
     if len(crashes) >= RESTARTS_MAX:
-        return state, (End(f"the {part.value} ended {len(crashes)} times in ten minutes; the last time: {why}"),)
+        told = f"the {part.value} ended {len(crashes)} times in ten minutes; the last time: {why}"
+        if part is Part.ENGINE or not state.worked:
+            return state, (End(told),)
+        waiting = tuple(each for each in state.restart_at if each[0] is not part)
+        until = now + RECOVERY_SECONDS
+        return replace(state, crashes=(), restart_at=waiting, broken=told, broken_until=until, released=True), ()
     wait = RESTART_SECONDS[min(len(crashes) - 1, len(RESTART_SECONDS) - 1)]
     return replace(state, restart_at=(*state.restart_at, (part, now + wait))), ()
 
@@ -347,11 +356,13 @@ def reason(state: Session, now: float) -> str:
     """One line that says why the node is not training, or that it is."""
     match activity(state):
         case Activity.PAUSED:
-            if not state.paused:
-                return f"{state.obstacle}; barnraise resume trains all the same"
-            if state.paused_until is None:
+            if state.paused and state.paused_until is None:
                 return "paused by you; barnraise resume goes on"
-            return f"paused by you for another {max(0, round((state.paused_until - now) / 60))} min"
+            if state.paused and state.paused_until is not None:
+                return f"paused by you for another {_minutes(state.paused_until - now)}"
+            if state.broken:
+                return f"{state.broken}; tries again in {_minutes(state.broken_until - now)}, or with barnraise resume"
+            return f"{state.obstacle}; barnraise resume trains all the same"
         case Activity.FINISHING:
             return "finishing this round, then stopping"
         case Activity.JOINING:
@@ -367,3 +378,7 @@ def reason(state: Session, now: float) -> str:
             return "waiting for data from the coordinator"
         case Activity.TRAINING:
             return "training" if state.linked else f"training; the coordinator is away ({state.trouble})"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(0, round(seconds / 60))} min"

@@ -132,11 +132,38 @@ def test_a_dead_child_is_started_again_after_a_while():
     assert SetTraining(True) in after(PartReady(Part.TRAINER), state=state)[1]
 
 
-def test_a_child_that_keeps_dying_ends_the_node_with_the_reason():
-    state = training()
-    for _ in range(session.RESTARTS_MAX):
-        state, effects = after(PartDied(Part.ENGINE, "out of memory"), state=state)
-    assert "out of memory" in effects[-1].failed
+def dies(part, state, at=0.0):
+    deaths = [PartDied(part, "an illegal memory access")] * session.RESTARTS_MAX
+    return after(*deaths, state=state, at=at)
+
+
+@pytest.mark.parametrize(("part", "state"), [(Part.ENGINE, training()), (Part.TRAINER, after(*UP[:3])[0])])
+def test_a_child_that_keeps_dying_ends_the_node_with_the_reason_if_it_can_do_nothing_without(part, state):
+    _, effects = dies(part, state)
+    assert "an illegal memory access" in effects[-1].failed
+
+
+def test_a_trainer_that_has_worked_and_keeps_dying_makes_the_node_rest_with_the_reason_and_try_again_later():
+    state, effects = dies(Part.TRAINER, training())
+    assert not effects and state.votes and not state.trains and state.sequences_left == 0
+    assert activity(state) is Activity.PAUSED
+    assert "an illegal memory access; tries again in 60 min, or with barnraise resume" in reason(state, 0.0)
+    assert after(TimePassed(), state=state, at=session.RECOVERY_SECONDS - 1)[1] == []
+    back, effects = after(TimePassed(), state=state, at=session.RECOVERY_SECONDS)
+    assert effects == [Restart(Part.TRAINER)] and not back.rests
+    assert after(TimePassed(), state=back, at=session.RECOVERY_SECONDS + 1)[1] == []
+    again, effects = after(PartDied(Part.TRAINER, "x"), state=back, at=session.RECOVERY_SECONDS + 1)
+    assert not again.rests, "five more deaths before it rests again"
+    back, effects = after(ResumeAsked(), state=state, at=60.0)
+    assert effects == [Restart(Part.TRAINER)] and not back.rests
+
+
+def test_who_pauses_a_node_whose_trainer_is_broken_is_obeyed_when_the_device_is_well_again():
+    state, _ = dies(Part.TRAINER, training())
+    state, _ = after(PauseAsked(None), state=state)
+    state, effects = after(TimePassed(), state=state, at=session.RECOVERY_SECONDS)
+    assert not effects and state.rests and reason(state, 0.0).startswith("paused by you")
+    assert after(ResumeAsked(), state=state, at=session.RECOVERY_SECONDS)[1] == [Restart(Part.TRAINER)]
 
 
 def test_old_deaths_are_forgiven():
