@@ -44,12 +44,13 @@ class Seen:
 async def run(name: str, *, seconds: float, quiet_seconds: float = 3.0, honest: int = HONEST) -> Seen:
     """One flood against a target of its own."""
     count, hostile = FLOODS[name]
-    async with _python("target", str(honest + hostile), stdin=True) as target:
+    theirs, ours = _cores()
+    async with _python("target", str(honest + hostile), cores=ours, stdin=True) as target:
         assert target.stdout is not None
         told = json.loads(await target.stdout.readline())
         invites = told.pop("invites")
         beats: list[tuple[float, float, float]] = []
-        async with _python("honest", json.dumps(told | {"invites": invites[:honest]})) as nodes:
+        async with _python("honest", json.dumps(told | {"invites": invites[:honest]}), cores=ours) as nodes:
             assert nodes.stdout is not None
             for _ in range(honest):
                 while (await nodes.stdout.readline()).strip() != b"in":
@@ -59,7 +60,8 @@ async def run(name: str, *, seconds: float, quiet_seconds: float = 3.0, honest: 
             quiet, process = tuple(beats), psutil.Process(told["pid"])
             before, most = process.memory_info().rss, 0
             told["invites"] = invites[honest:]
-            async with _python("attacks", name.split(",")[0], json.dumps(told), str(seconds), str(count)) as attack:
+            words = name.split(",")[0], json.dumps(told), str(seconds), str(count)
+            async with _python("attacks", *words, cores=theirs) as attack:
                 assert attack.stdout is not None
                 ended = asyncio.create_task(attack.stdout.readline())
                 while not ended.done():
@@ -71,6 +73,12 @@ async def run(name: str, *, seconds: float, quiet_seconds: float = 3.0, honest: 
         refused = json.loads((await target.communicate(b""))[1].splitlines()[-1])
     lost = sum(not good for _, _, good in during)
     return Seen(name, _p99(quiet), _p99(during), _worst(during), lost, len(during), max(0, most - before), did, refused)
+
+
+def _cores() -> tuple[list[int], list[int]]:
+    """Half of this machine's for the attackers, who bring their own; the rest for the coordinator and the honest nodes."""
+    cores = sorted(os.sched_getaffinity(0))
+    return (cores[len(cores) // 2 :], cores[: len(cores) // 2]) if len(cores) > 1 else (cores, cores)
 
 
 async def _listen(lines: asyncio.StreamReader, beats: list[tuple[float, float, float]]) -> None:
@@ -90,7 +98,7 @@ def _worst(beats: tuple[tuple[float, float, float], ...]) -> float:
 
 
 @asynccontextmanager
-async def _python(module: str, *words: str, stdin: bool = False):
+async def _python(module: str, *words: str, cores: list[int], stdin: bool = False):
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", f"tests.flood.{module}", *words,
@@ -99,6 +107,7 @@ async def _python(module: str, *words: str, stdin: bool = False):
         stderr=pipe if stdin else asyncio.subprocess.DEVNULL,
         limit=1 << 22,
     )  # fmt: skip
+    os.sched_setaffinity(child.pid, cores)  # before it has a second thread
     try:
         yield child
     finally:
@@ -112,7 +121,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each flood")
     parser.add_argument("--only", choices=FLOODS)
     asked = parser.parse_args()
-    print(f"{HONEST} honest nodes beside each flood; coordinator, attackers and nodes share {os.cpu_count()} cores.\n")
+    theirs, ours = map(len, _cores())
+    print(
+        f"{HONEST} honest nodes beside each flood. Attackers have {theirs} cores; coordinator and nodes share {ours}.\n"
+    )
     print(
         "| flood | done | p99 before | p99 | worst | lost | memory | refused |\n|---|---|---:|---:|---:|---:|---:|---|"
     )
