@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")  # read at the import; see serve()
@@ -27,22 +27,20 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken hand
 import grpc
 import structlog
 
-from coordinator.auditor import Auditor
 from coordinator.core import machine, quotas, strikes
 from coordinator.core.inquiries import ANSWER_ROUNDS
 from coordinator.core.names import distinct_name, visible
 from coordinator.core.strikes import Kind
+from coordinator.desk import Desk
 from coordinator.gate import DOOR, Gate, Passage
-from coordinator.recounter import Recounter
-from coordinator.store import Store, StoredNode
+from coordinator.store import StoredNode
+from coordinator.transfers import Chunk, Transfers
 from protocol import address, canonical, identity, invite, p2pd
-from protocol.blobs import LEAF_BYTES, BlobStore, Writer, check_digest, check_leaves
 from protocol.contribution import Complaint, check_genuine, check_shape, sign_grant
 from protocol.errors import Code, Exit, Refused
-from protocol.identity import Key, peer_id_of
+from protocol.identity import peer_id_of
 from protocol.limits import (
     ADDRESSES_MAX,
-    BLOB_CHUNK_BYTES,
     CONTROL_BYTES_MAX,
     INCARNATION_BYTES,
     NUMBER_MAX,
@@ -53,8 +51,6 @@ from protocol.limits import (
 )
 from protocol.proof import Evidence, prove
 from protocol.types import (
-    BaseCheckpoint,
-    BlobRef,
     Digest,
     Epoch,
     Head,
@@ -66,8 +62,6 @@ from protocol.types import (
     RoundNumber,
     RunId,
     Seal,
-    Shard,
-    SignedManifest,
     SignedRollback,
     SignedRoster,
 )
@@ -85,11 +79,6 @@ CALLS_MAX: Final = 4096
 PAGE_ENTRIES_MAX: Final = 256
 PAGE_BYTES_MAX: Final = 3 << 20  # leaves a quarter of a control message for its frame
 PAGE_STEP: Final = 16  # entries read from the store at a time
-CHUNK_SECONDS_MAX: Final = 60.0  # so long a line may be silent, or slower than the next line says
-BYTES_PER_SECOND_MIN: Final = 16 << 10  # of uploads and downloads: no slower line can take part in a round
-DOWNLOAD_HOUR_BYTES_MIN: Final = 1 << 30  # what a node may download in an hour; of a larger run, all of it twice
-LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checked at their end
-LEAVES_KEPT: Final = 64  # blobs whose hashes are remembered, some 10 KB each
 WANTED_MAX: Final = 1024  # parts named in one answer: those of 16 rounds of a full roster
 SEQUENCES_MAX: Final = 1 << 31
 REFUSAL_CHARACTERS_MAX: Final = 300  # HTTP/2 trailers are small
@@ -118,43 +107,6 @@ _NODE = re.compile(r"[0-9a-f]{64}")
 _ADDRESS = re.compile(
     r"/ip([46])/([0-9A-Fa-f:.]{2,45})/(?:tcp|udp)/([1-9][0-9]{0,4})((?:/(?:quic|quic-v1|ws|p2p-circuit))*)"
 )
-
-
-class Desk(Protocol):
-    """What the coordinator's loop offers to its doors."""
-
-    @property
-    def manifest(self) -> SignedManifest: ...
-    @property
-    def state(self) -> machine.State: ...
-    @property
-    def store(self) -> Store: ...
-    @property
-    def blobs(self) -> BlobStore: ...
-    @property
-    def key(self) -> Key: ...
-    @property
-    def shards(self) -> tuple[Shard, ...]: ...
-    @property
-    def rendezvous(self) -> tuple[str, ...]: ...
-    @property
-    def heartbeat_seconds(self) -> float: ...
-    @property
-    def nobody_callable(self) -> bool: ...
-    def base(self) -> BaseCheckpoint: ...
-    def now_ms(self) -> int: ...
-    def finished(self) -> bool: ...
-    def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
-        """Step the machine, carry out the effects, and tell which they were."""
-
-    async def changed(self, timeout_seconds: float) -> None:
-        """Returns at the next Announce, or when the time is over."""
-
-    def part_stored(self, digest: Digest) -> None: ...
-    @property
-    def auditor(self) -> Auditor: ...
-    @property
-    def recounter(self) -> Recounter: ...
 
 
 @dataclass(frozen=True)
@@ -242,9 +194,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._joins = quotas.Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
         self._calls = quotas.Buckets(quotas.share(1))
         self._reports = quotas.Buckets(quotas.REPORTS)
-        self._downloads: dict[NodeId, float] = {}  # when its quota is whole again
-        self._uploading: set[Digest] = set()
-        self._leaves: OrderedDict[Digest, bytes] = OrderedDict()
+        self._transfers = Transfers(desk)
 
     # what gRPC calls
 
@@ -309,13 +259,13 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         _check_version(request.protocol)
         node = _node(request.node)
         now_ms = self._desk.now_ms()
-        _pass_by(
+        quotas.check(
             "joins from this network, or from all", self._joins.take(self._caller(context).host, now=time.monotonic())
         )
         while self._nonces and next(iter(self._nonces.values())).until_ms <= now_ms:
             self._nonces.popitem(last=False)
         if len(self._nonces) >= NONCES_MAX:
-            _pass_by("challenges without an answer", NONCE_SECONDS)
+            quotas.check("challenges without an answer", NONCE_SECONDS)
         nonce = secrets.token_bytes(32)
         self._nonces[nonce] = Nonce(node, self._caller(context), now_ms + NONCE_SECONDS * 1000)
         return wire.ChallengeReply(nonce=nonce, coordinator_ms=now_ms)
@@ -472,7 +422,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         if session.calls >= CALLS_PER_NODE_MAX:
             raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
         self._calls.rate = quotas.share(self.gate.members)
-        _pass_by("calls of this node", self._calls.take(session.node, now=time.monotonic()))
+        quotas.check("calls of this node", self._calls.take(session.node, now=time.monotonic()))
         session.calls += 1
         session.heard = time.monotonic()
         try:
@@ -524,7 +474,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             or len(state.rollbacks) > request.branch
             or not session.told.issuperset(part.digest for part in state.wanted[:WANTED_MAX])
             or (self._desk.finished() and not session.told_finished)
-            or not session.told_asked.issuperset(self._asked(session.node))
+            or not session.told_asked.issuperset(self._transfers.asked(session.node))
             or self._notice(session) != session.told_notice
             or session.roused.is_set()
         )
@@ -547,7 +497,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         session.told, session.told_finished = frozenset(wanted), self._desk.finished()
         session.told_notice = self._notice(session)
         session.roused.clear()
-        session.told_asked = frozenset(asked := self._asked(session.node))
+        session.told_asked = frozenset(asked := self._transfers.asked(session.node))
         mine = {lease.lease_id for lease in state.leases.of(session.node)}
         return wire.HeartbeatReply(
             roster=canonical.to_bytes(roster) if roster else b"",
@@ -673,7 +623,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
     async def _report(self, request: wire.ReportRequest, context: Context) -> wire.ReportReply:
         """What is proved is judged, whoever shows it; what is not costs the reporter nothing, and is counted."""
         with self._session(context) as session:
-            _pass_by("reports of this node", self._reports.take(session.node, now=time.monotonic()))
+            quotas.check("reports of this node", self._reports.take(session.node, now=time.monotonic()))
             if request.complaint:
                 await self._hear(session.node, canonical.from_bytes(Complaint, request.complaint))
                 return wire.ReportReply()
@@ -714,130 +664,22 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     async def _read_blob(self, request: wire.ReadBlobRequest, context: Context) -> None:
         with self._session(context) as session:
-            digest = self._served(request.digest)
-            with self._desk.blobs.open(digest) as file:
-                size = os.fstat(file.fileno()).st_size
-                offset = request.offset
-                if offset > size:
-                    raise Refused(Code.FIELD, f"offset {offset}, the blob has {size} bytes")
-                file.seek(offset)
-                due = time.monotonic() + CHUNK_SECONDS_MAX
-                while chunk := await asyncio.to_thread(file.read, BLOB_CHUNK_BYTES):
-                    self._check_welcome(session.node)  # a model takes hours; a ban does not wait for its end
-                    self._charge(session.node, len(chunk))
-                    message = wire.BlobChunk(data=chunk, offset=offset, digest=digest, size=size)
-                    await _in_time(context.write(message), until=due)
-                    offset += len(chunk)
-                    due = min(due + len(chunk) / BYTES_PER_SECOND_MIN, time.monotonic() + CHUNK_SECONDS_MAX)
-            # A model, a shard or the tokenizer: few, and worth a line.
-            if not request.offset and not self._desk.store.has_part(digest):
-                log.info("a node has downloaded a blob", node=session.node[:16], digest=digest[:16], bytes=size)
 
-    def _charge(self, node: NodeId, size: int) -> None:
-        """Of what a node may download in an hour: its first join, and once more for a disk that was lost."""
-        hour = max(DOWNLOAD_HOUR_BYTES_MIN, 2 * self._desk.blobs.bytes_used)
-        now = time.monotonic()
-        full_at = self._downloads.get(node, now)
-        self._downloads[node], wait_seconds = quotas.take(full_at, quotas.Rate(hour, hour / 3600), now=now, amount=size)
-        _pass_by(f"bytes of the {hour:,} that a node may download in an hour", wait_seconds)
+            async def send(chunk: Chunk) -> None:
+                self._check_welcome(session.node)  # a model takes hours; a ban does not wait for its end
+                message = wire.BlobChunk(data=chunk.data, offset=chunk.offset, digest=chunk.digest, size=chunk.size)
+                await context.write(message)
+
+            await self._transfers.send(session.node, request.digest, request.offset, send)
 
     async def _read_leaves(self, request: wire.ReadLeavesRequest, context: Context) -> wire.ReadLeavesReply:
         with self._session(context):
-            digest = self._served(request.digest)
-            if digest not in self._leaves:
-                size = self._desk.blobs.size(digest)
-                if -(-size // BLOB_CHUNK_BYTES) * LEAF_BYTES > LEAVES_BYTES_MAX:
-                    return wire.ReadLeavesReply()
-                leaves = await asyncio.to_thread(self._desk.blobs.leaves, digest)
-                check_leaves(leaves, digest, size)
-                self._leaves[digest] = leaves
-            while len(self._leaves) > LEAVES_KEPT:
-                self._leaves.popitem(last=False)
-            return wire.ReadLeavesReply(leaves=self._leaves[digest])
-
-    def _served(self, text: str) -> Digest:
-        """A blob of this run that nodes may have. The held-out data is not among them."""
-        digest, manifest = check_digest(text), self._desk.manifest.manifest
-        served = {shard.digest for shard in self._desk.shards} | {self._desk.base().blob.digest}
-        if manifest.tokenizer is not None:
-            served.add(manifest.tokenizer.digest)
-        allowed = digest in served or self._desk.store.has_part(digest)
-        if not allowed and all(base.blob.digest != digest for base in self._desk.store.bases()):
-            raise Refused(Code.BLOB_MISSING, f"blob {digest[:12]} is not one of this run's")
-        return digest
+            return wire.ReadLeavesReply(leaves=await self._transfers.leaves(request.digest))
 
     async def _write_blob(self, chunks: AsyncIterator[wire.BlobChunk], context: Context) -> wire.WriteBlobReply:
         with self._session(context) as session:
-            first = await _in_time(anext(chunks, None))
-            if first is None:
-                raise Refused(Code.FIELD, "an upload without a chunk")
-            wanted, store = self._wanted(session.node, first)
-            if wanted is None or wanted.digest in self._uploading:
-                return wire.WriteBlobReply(stored=False)
-            self._uploading.add(wanted.digest)
-            try:
-                await self._receive(store, wanted, first, chunks)
-            finally:
-                self._uploading.discard(wanted.digest)
-            if store is self._desk.blobs:
-                self._desk.part_stored(wanted.digest)
-            else:
-                self._desk.auditor.stir()
-                self._desk.recounter.stir()
-            return wire.WriteBlobReply(stored=True)
-
-    def _asked(self, node: NodeId) -> tuple[Digest, ...]:
-        """What this node is to show of what it brought, and of what it made its means of."""
-        return (*self._desk.auditor.asked(node), *(each.digest for each in self._desk.recounter.asked(node)))
-
-    def _wanted(self, node: NodeId, first: wire.BlobChunk) -> tuple[BlobRef | None, BlobStore]:
-        """What these bytes are said to be, and where they belong: what this node was asked to show of its own work, or a
-        part of a certified record. None when it is here already."""
-        digest, auditor = check_digest(first.digest), self._desk.auditor
-        if digest in auditor.asked(node):
-            if first.size != auditor.size:
-                raise Refused(Code.FIELD, f"size {first.size}, a contribution has {auditor.size}")
-            return BlobRef(digest, auditor.size), auditor.blobs
-        for evidence in self._desk.recounter.asked(node):
-            if digest == evidence.digest:
-                if first.size != evidence.size:
-                    raise Refused(Code.FIELD, f"size {first.size}, its part says {evidence.size}")
-                return evidence, self._desk.recounter.blobs
-        part = next((part for part in self._desk.state.wanted if part.digest == digest), None)
-        if part is None and not self._desk.store.has_part(digest):
-            raise Refused(
-                Code.BLOB_MISSING, f"no certified record names part {digest[:12]}", fix="Push the record first."
-            )
-        if part is not None and first.size != part.size:
-            raise Refused(Code.FIELD, f"size {first.size}, the record says {part.size}")
-        return (None if part is None else BlobRef(part.digest, part.size)), self._desk.blobs
-
-    async def _receive(
-        self, store: BlobStore, wanted: BlobRef, first: wire.BlobChunk, chunks: AsyncIterator[wire.BlobChunk]
-    ) -> None:
-        if store.has(wanted.digest):  # an earlier upload ended between the file and the event
-            return
-        writer = self._writer(store, wanted)
-        try:
-            async with asyncio.timeout(CHUNK_SECONDS_MAX + wanted.size / BYTES_PER_SECOND_MIN):
-                _take(writer, first)
-                while (chunk := await _in_time(anext(chunks, None))) is not None:
-                    _take(writer, chunk)
-            if writer.position != wanted.size:  # finish would keep what came for a later writer
-                raise Refused(Code.BLOB_CORRUPT, f"{writer.position} bytes, the record says {wanted.size}")
-            writer.finish()
-        except TimeoutError:
-            raise Refused(Code.LIMIT, f"an upload slower than {BYTES_PER_SECOND_MIN} bytes per second") from None
-        finally:
-            writer.discard()
-
-    def _writer(self, store: BlobStore, wanted: BlobRef) -> Writer:
-        """From the first byte: what a stranger left half-done may be wrong, and is only found out at the end."""
-        writer = store.writer(wanted.digest, wanted.size)
-        if writer.position:
-            writer.discard()
-            writer = store.writer(wanted.digest, wanted.size)
-        return writer
+            pieces = (Chunk(each.data, each.offset, each.digest, each.size) async for each in chunks)
+            return wire.WriteBlobReply(stored=await self._transfers.receive(session.node, pieces))
 
 
 _STATUS: Final = {
@@ -935,26 +777,3 @@ def _beat(node: NodeId, request: wire.HeartbeatRequest, source: str) -> machine.
         tuple(request.lease_ids),
         source,
     )
-
-
-async def _in_time(act: Awaitable[T], *, until: float | None = None) -> T:
-    """`until` is by the monotonic clock."""
-    seconds = CHUNK_SECONDS_MAX if until is None else until - time.monotonic()
-    try:
-        async with asyncio.timeout(seconds):
-            return await act
-    except TimeoutError:
-        what = f"nothing moved for {CHUNK_SECONDS_MAX:.0f} s, or less than {BYTES_PER_SECOND_MIN} bytes per second"
-        raise Refused(Code.LIMIT, what) from None
-
-
-def _pass_by(what: str, wait_seconds: float) -> None:
-    """Refuse what came too often, with the time after which it may come again."""
-    if wait_seconds:
-        raise Refused(Code.BUSY, f"too many {what}; {wait_seconds:.1f} s from now on", retry_seconds=wait_seconds)
-
-
-def _take(writer: Writer, chunk: wire.BlobChunk) -> None:
-    if not 0 < len(chunk.data) <= BLOB_CHUNK_BYTES:
-        raise Refused(Code.LIMIT, f"a chunk of {len(chunk.data)} bytes, expected 1 to {BLOB_CHUNK_BYTES}")
-    writer.write(chunk.data, chunk.offset)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 
+from protocol.errors import Code, Refused
+
 _SWEEP: Final = 2  # buckets looked at whenever something is taken: the full ones go faster than new ones come
 
 
@@ -46,6 +48,12 @@ def take(full_at: float, rate: Rate, *, now: float, amount: float = 1.0) -> tupl
     if missing > 0:
         return full_at, missing / rate.per_second
     return since + amount / rate.per_second, 0.0
+
+
+def check(what: str, wait_seconds: float) -> None:
+    """Refuse what came too often, with the time after which it may come again."""
+    if wait_seconds:
+        raise Refused(Code.BUSY, f"too many {what}; {wait_seconds:.1f} s from now on", retry_seconds=wait_seconds)
 
 
 def share(members: int) -> Rate:

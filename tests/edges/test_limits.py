@@ -8,7 +8,7 @@ import pytest
 import test_service
 from test_service import refused, status_of
 
-from coordinator import service as door
+from coordinator import transfers
 from coordinator.core import quotas
 from coordinator.core.strikes import Kind
 from node import link as links
@@ -78,7 +78,7 @@ async def test_a_coordinator_that_is_busy_for_ever_is_given_up(world, monkeypatc
 
 
 async def test_a_node_that_downloads_the_run_over_and_over_has_to_wait(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(door, "DOWNLOAD_HOUR_BYTES_MIN", 0)
+    monkeypatch.setattr(transfers, "DOWNLOAD_HOUR_BYTES_MIN", 0)
     monkeypatch.setattr(links, "BUSY_SECONDS_MAX", 0.01)
     thief, other = await world.member(), await world.member()
     ref, hour = world.desk.checkpoint.blob, 2 * world.desk.blobs.bytes_used
@@ -92,7 +92,7 @@ async def test_a_node_that_downloads_the_run_over_and_over_has_to_wait(world, tm
 
 
 async def test_a_reader_that_is_too_slow_is_hung_up_on_and_goes_on_later(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(door, "CHUNK_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(transfers, "CHUNK_SECONDS_MAX", 0.3)
     link = await world.member()
     ref = world.desk.blobs.put_bytes(bytes(24 << 20))  # more than what gRPC and the kernel take at once
     monkeypatch.setattr(world.desk, "checkpoint", world.desk.checkpoint.__class__(0, "", "", ref))
@@ -103,7 +103,7 @@ async def test_a_reader_that_is_too_slow_is_hung_up_on_and_goes_on_later(world, 
         while await call.read() is not grpc.aio.EOF:
             pass
     assert caught.value.code() is EXHAUSTED
-    monkeypatch.setattr(door, "CHUNK_SECONDS_MAX", 60.0)
+    monkeypatch.setattr(transfers, "CHUNK_SECONDS_MAX", 60.0)
     await link.fetch_blob(ref, BlobStore(tmp_path / "node"))
 
 

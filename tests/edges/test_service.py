@@ -17,6 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from coordinator import service as door
+from coordinator import transfers
 from coordinator.auditor import Auditor
 from coordinator.core import audits, machine, quotas
 from coordinator.core.names import distinct_name, generated_name, visible
@@ -1552,7 +1553,7 @@ async def test_two_uploads_of_one_part_at_once_store_it_once(world):
 
 
 async def test_an_upload_that_dribbles_is_ended_and_leaves_nothing(world, monkeypatch):
-    monkeypatch.setattr(door, "CHUNK_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(transfers, "CHUNK_SECONDS_MAX", 0.2)
     link, roster = await world.training()
     (lease,) = await link.acquire_leases(4)
     part = bytes(99)
