@@ -52,14 +52,16 @@ class Journal:
 
     def promise(self, head: Head) -> Promise | None:
         """What was promised in the round that follows this head; what was promised in another no longer binds."""
-        path = self.folder / "promise.json"
-        if not path.exists():
-            return None
-        promise = canonical.from_bytes(Promise, path.read_bytes())
-        return promise if (promise.round, promise.previous) == (head.round, head.hash) else None
+        promise = self._promise()
+        binds = promise is not None and (promise.round, promise.previous) == (head.round, head.hash)
+        return promise if binds else None
 
     def save_promise(self, promise: Promise) -> None:
         atomic_write(self.folder / "promise.json", canonical.to_bytes(promise))
+
+    def _promise(self) -> Promise | None:
+        path = self.folder / "promise.json"
+        return canonical.from_bytes(Promise, path.read_bytes()) if path.exists() else None
 
     def silence(self) -> Epoch:
         """The newest roster under which this node signs nothing, because it forgot what it had signed; -1 for none."""
@@ -147,17 +149,29 @@ class Journal:
                 path.unlink()
 
     def _forget_rosters(self) -> None:
-        """Nobody goes by more than the newest, here neither; of the others it stays known what they said."""
+        """Nobody goes by more than the newest and those that our promise names, here neither; of the others it stays known
+        what they said."""
         paths = sorted((self.folder / "rosters").glob("*.json"))
         if len(paths) < 2 * ROSTERS_KEPT:
             return
-        for path in paths[:-ROSTERS_KEPT]:
+        named = set(map(self._roster, self._promised()))
+        old = [path for path in paths[:-ROSTERS_KEPT] if path not in named]
+        for path in old:
             roster = canonical.from_bytes(SignedRoster, path.read_bytes()).roster
             self._forgotten[roster.epoch] = canonical.digest(roster)
         lines = "".join(f"{epoch} {digest}\n" for epoch, digest in sorted(self._forgotten.items()))
         atomic_write(self.folder / _FORGOTTEN, lines.encode())
-        for path in paths[:-ROSTERS_KEPT]:
+        for path in old:
             path.unlink()
+
+    def _promised(self) -> set[Epoch]:
+        """The rosters that the saved promise names: without them the record that it voted for cannot be proposed again."""
+        promise = self._promise()
+        if promise is None:
+            return set()
+        accepted = promise.accepted
+        voted = {accepted.ballot.epoch, accepted.record.epoch} if accepted is not None else set()
+        return {promise.ballot.epoch, *voted}
 
     def _read_forgotten(self) -> dict[Epoch, Digest]:
         path = self.folder / _FORGOTTEN

@@ -80,8 +80,9 @@ class Liaison:
     # what the coordinator signed, whoever brings it
 
     def learn_roster(self, signed: SignedRoster) -> None:
-        """Go by it if it is new, and pass it on. Refuses, whoever brings it, a second roster of an epoch, and one of
-        a run by another manifest: the coordinator tells its nodes different stories."""
+        """Keep it and pass it on if it was never heard of: an old one that comes again is only the rounds' affair.
+        Refuses, whoever brings it, a second roster of an epoch, and one of a run by another manifest: the coordinator
+        tells its nodes different stories."""
         roster, rosters = signed.roster, self._decider.rounds.rosters
         if roster.run != self._decider.rules.run:
             return
@@ -89,16 +90,17 @@ class Liaison:
         if roster.manifest != manifest:
             two = f"{manifest[:12]} shown to this node, {roster.manifest[:12]} in roster {roster.epoch}"
             raise Refused(Code.TWO_STORIES, f"the coordinator has signed two manifests: {two}")
-        known, now = rosters.get(roster.epoch), canonical.digest(roster)
+        known, digest = rosters.get(roster.epoch), canonical.digest(roster)
         before = self._journal.roster_digest(roster.epoch) if known is None else canonical.digest(known.roster)
-        if before is not None and before != now:
-            what = f"the coordinator has signed two rosters {roster.epoch}: {before[:12]} and {now[:12]}"
+        if before is not None and before != digest:
+            what = f"the coordinator has signed two rosters {roster.epoch}: {before[:12]} and {digest[:12]}"
             raise Refused(Code.TWO_STORIES, what)
-        if roster.epoch not in rosters:
+        if before is None:
             self._journal.save_roster(signed)
-            self._decider.step(rounds.RosterArrived(signed))
             self._spawn(self._pass_on(signed))
             log.info("roster", epoch=roster.epoch, members=len(roster.members))
+        if known is None:
+            self._decider.step(rounds.RosterArrived(signed))
 
     def learn_rollbacks(self, arrived: Iterable[SignedRollback]) -> None:
         new = self.save_rollbacks(arrived, known=self._decider.rounds.rollbacks)

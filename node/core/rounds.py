@@ -1362,12 +1362,21 @@ def _rewound(state: Rounds, event: Rewound, now: float) -> Rounds:
 
 
 def _learn_rosters(state: Rounds, arrived: tuple[SignedRoster, ...], rules: Rules) -> Rounds:
-    """Keep the newest, and those that records in hand name: who catches up may be many rosters behind."""
+    """Keep the newest, and those that are named by what is in hand."""
     known = {**state.rosters, **{s.roster.epoch: s for s in arrived if s.roster.run == rules.run}}
-    entries = state.backlog if state.committed is None else (state.committed, *state.backlog)
-    named = {epoch for entry in entries for epoch in (entry.record.epoch, entry.certificate.ballot.epoch)}
-    keep = {*sorted(known)[-ROSTERS_KEPT:], *(named & known.keys())}
+    keep = {*sorted(known)[-ROSTERS_KEPT:], *(_named(state) & known.keys())}
     return replace(state, rosters={epoch: known[epoch] for epoch in sorted(keep)})
+
+
+def _named(state: Rounds) -> set[Epoch]:
+    """By our promise, by records in hand (who catches up may be many rosters behind), and by those that have votes in the
+    open round: without its rosters such a record cannot be proposed again. The latter are two for each who was heard."""
+    entries = state.backlog if state.committed is None else (state.committed, *state.backlog)
+    heard = (signed.ready.accepted for signed in state.readies.values())
+    voted = [accepted for accepted in (state.accepted, *heard) if accepted is not None]
+    named = [(entry.record, entry.certificate.ballot) for entry in entries]
+    named += [(accepted.record, accepted.ballot) for accepted in voted]
+    return {state.ballot.epoch, *(epoch for record, ballot in named for epoch in (record.epoch, ballot.epoch))}
 
 
 def _log_arrived(

@@ -731,6 +731,28 @@ def test_records_of_rosters_long_gone_are_followed():
     assert len(node.state.rosters) == rounds.ROSTERS_KEPT
 
 
+@pytest.mark.parametrize("voter", [A, B])
+def test_a_record_that_has_a_vote_is_proposed_again_however_many_rosters_have_come_since(voter):
+    record = record_of(brings(B, data(0, 4)))
+    voted = accepts(Ballot(1, 0), record)  # proposed again once before, under a newer roster than its own
+    node = Node(A, B, ballot=Ballot(1, 0), accepted=voted if voter == A else None)
+    node.see(rounds.RosterArrived(signed_roster(A, B, epoch=1)))
+    if voter == B:
+        node.see(ready(B, ballot=Ballot(1, 0), accepted=voted))
+    newest = 2 * rounds.ROSTERS_KEPT
+    node.see(*(rounds.RosterArrived(signed_roster(A, B, epoch=epoch)) for epoch in range(2, newest + 1)))
+    node.trained(data(8, 12))
+    again = ready(B, ballot=Ballot(newest, 0), accepted=voted if voter == B else None)
+    assert [each.record for each in node.see(again).sent(Propose)] == [record]
+    assert len(node.state.rosters) == rounds.ROSTERS_KEPT + 2
+
+
+def test_an_open_round_keeps_its_roster_however_many_come_while_it_is_decided():
+    node = Node(A, B).trained(data(0, 4)).see(ready(B))
+    node.see(*(rounds.RosterArrived(signed_roster(A, B, C, epoch=epoch)) for epoch in range(1, 100)))
+    assert node.state.phase is Phase.AVERAGING and node.state.roster == signed_roster(A, B).roster
+
+
 def test_steps_made_while_a_record_is_folded_are_kept():
     node = Node(A, B).trained(data(0, 4)).see(rounds.Progressed(3))
     folding(node, brings(A, data(0, 4)))

@@ -9,10 +9,10 @@ import pytest
 
 from node.brought import KEPT, Brought
 from node.core import rounds
-from node.core.rounds import ROSTERS_KEPT, Rounds
+from node.core.rounds import ROSTERS_KEPT, Phase, Rounds
 from node.daemon import Daemon
 from node.decider import Decider
-from node.journal import Journal
+from node.journal import Journal, Promise
 from node.liaison import REPORTS_MAX, Liaison
 from node.link import News, Page
 from node.status import Tally
@@ -22,7 +22,7 @@ from protocol.contribution import Complaint
 from protocol.errors import Code, Exit, Refused
 from protocol.limits import ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
-from protocol.messages import Begin, LogReply, Ready, SignedReady
+from protocol.messages import Accepted, Begin, LogReply, Ready, SignedReady
 from protocol.proof import Evidence, Said
 from protocol.state import Consumed
 from protocol.types import (
@@ -251,15 +251,30 @@ def test_a_second_roster_of_one_epoch_stops_the_node_and_both_are_named(tmp_path
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
 def test_old_rosters_take_no_room_and_a_second_one_is_noticed_all_the_same(tmp_path, restarted):
     stand = Stand(tmp_path)
+    voted = Accepted(Ballot(1, 0), entry(HEAD.round).record, "")
+    stand.journal.save_promise(Promise(HEAD.round, Ballot(2, 0), voted, HEAD.hash))
     for epoch in range(300):
         stand.liaison.learn_roster(roster(epoch))
-    assert ROSTERS_KEPT <= len(stand.journal.rosters()) < 2 * ROSTERS_KEPT and 299 in stand.journal.rosters()
+    kept = stand.journal.rosters()
+    assert ROSTERS_KEPT <= len(kept) < 2 * ROSTERS_KEPT and 299 in kept
+    assert [epoch for epoch in kept if epoch < 10] == [0, 1, 2], "those that our promise names, and the record in it"
     if restarted:
         stand = Stand(tmp_path)
-    stand.liaison.learn_roster(roster(3))  # again: it is one that an old record names
     with pytest.raises(Refused) as caught:
         stand.liaison.learn_roster(roster(4, issued_ms=1))
     assert caught.value.reason is Code.TWO_STORIES and 4 not in stand.journal.rosters()
+
+
+def test_an_old_roster_that_comes_again_is_gone_by_if_a_record_names_it_and_neither_saved_nor_passed_on(tmp_path):
+    """Else each would go round among the nodes for ever."""
+    stand = Stand(tmp_path, rosters={epoch: roster(epoch) for epoch in range(10, 10 + ROSTERS_KEPT)})
+    stand.journal.save_roster(roster(3))
+    stand.journal.save_roster = stand.passed_on.append
+    stand.liaison.learn_roster(roster(3))
+    assert 3 not in stand.decider.rounds.rosters
+    stand.decider.begin(replace(stand.decider.rounds, committed=entry(HEAD.round, epoch=3), phase=Phase.FOLDING))
+    stand.liaison.learn_roster(roster(3))
+    assert 3 in stand.decider.rounds.rosters and not stand.passed_on
 
 
 async def test_whoever_is_shown_another_manifest_than_others_finds_it_in_the_next_roster(tmp_path):
