@@ -26,6 +26,7 @@ from protocol.errors import Code, Refused
 from protocol.evidence import Vouched, group_id, sign_part, sign_slices
 from protocol.exchange import Packing, layout
 from protocol.identity import Key, check_rollback, check_roster, coordinator_key
+from protocol.limits import LOG_ROSTERS_MAX, ROLLBACKS_MAX
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.types import (
     BlobRef,
@@ -113,15 +114,23 @@ class Courier:
             if self._peer_of(message.sender) != peer and not passed_on:
                 raise Refused(Code.SIGNATURE, "a letter by another hand")
             if isinstance(message, LogReply):
-                coordinator = coordinator_key(self._manifest.run)
-                signed_of = [check_roster(coordinator, signed).run for signed in message.rosters]
-                signed_of += [check_rollback(coordinator, signed).run for signed in message.rollbacks]
-                if any(run != self._manifest.run for run in signed_of):
-                    raise Refused(Code.SIGNATURE, "a roster or rollback of another run")
+                self._check_reply(message)
         except Refused as refused:
             self._note_refused(peer, refused)
             return None
         return message, signature
+
+    def _check_reply(self, reply: LogReply) -> None:
+        """Refuse more than a member tells, and rosters and rollbacks that are not the coordinator's for this run."""
+        if len(reply.rosters) > LOG_ROSTERS_MAX or len(reply.rollbacks) > ROLLBACKS_MAX:
+            what = f"{len(reply.rosters)} rosters and {len(reply.rollbacks)} rollbacks"
+            raise Refused(Code.FIELD, f"{what}, expected at most {LOG_ROSTERS_MAX} and {ROLLBACKS_MAX}")
+        coordinator, known = coordinator_key(self._manifest.run), self._rosters()
+        new = [signed for signed in reply.rosters if signed != known.get(signed.roster.epoch)]
+        signed_of = [check_roster(coordinator, signed).run for signed in new]
+        signed_of += [check_rollback(coordinator, signed).run for signed in reply.rollbacks]
+        if any(run != self._manifest.run for run in signed_of):
+            raise Refused(Code.SIGNATURE, "a roster or rollback of another run")
 
     def _note_refused(self, peer: PeerId, refused: Refused) -> None:
         now = time.monotonic()
@@ -142,7 +151,7 @@ class Courier:
         last = self._journal.entry(request.round + len(entries) - 1)
         settled = last.certificate.ballot.epoch if last is not None else Epoch(0)
         named |= {epoch for epoch in known if epoch >= settled}  # a record proposed again may be of any of these
-        rosters = tuple(known[epoch] for epoch in sorted(named) if epoch in known)
+        rosters = tuple(known[epoch] for epoch in sorted(named & known.keys())[:LOG_ROSTERS_MAX])
         return LogReply(self._manifest.run, request.round, self._me, entries, rosters, self._decider.rounds.rollbacks)
 
     async def tell_engine(self) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from google.protobuf.message import DecodeError
 
 from protocol import canonical
 from protocol.errors import Code, Refused
 from protocol.identity import Key, verify
+from protocol.limits import MEMBERS_MAX
+from protocol.log import check_contributions
 from protocol.messages import (
     Begin,
     Claim,
@@ -19,7 +23,7 @@ from protocol.messages import (
     SignedReady,
     Vote,
 )
-from protocol.types import NodeId
+from protocol.types import NodeId, Record
 from protocol.v1 import barnraise_pb2 as wire
 
 _KINDS: dict[str, type[Message]] = {
@@ -37,7 +41,8 @@ def seal(key: Key, message: Message) -> tuple[bytes, str]:
 
 
 def unseal(letter: bytes) -> tuple[Message, str]:
-    """The message in a letter and its signature, if its sender wrote it and every promise that it quotes is genuine."""
+    """The message in a letter and its signature. Refused unless its sender wrote it, every promise that it quotes is
+    genuine, and its lists are no longer than honest ones."""
     try:
         envelope = wire.PeerEnvelope.FromString(letter)
     except DecodeError:
@@ -50,6 +55,7 @@ def unseal(letter: bytes) -> tuple[Message, str]:
     message: Message = canonical.from_bytes(kind, envelope.body)
     if message.sender != envelope.sender:
         raise Refused(Code.SIGNATURE, "a letter whose sender is not its author")
+    _check_bounds(message)
     if isinstance(message, Begin):
         for signed in message.readies:
             _check_promise(signed)
@@ -66,6 +72,34 @@ def addressed(letter: bytes, to: NodeId) -> bytes:
 def addressee(letter: bytes) -> NodeId:
     """Who a letter is to be passed on to; empty for whoever gets it."""
     return NodeId(wire.PeerEnvelope.FromString(letter).to)
+
+
+def _check_bounds(message: Message) -> None:
+    """Refuse what no honest member writes: each promise, vote and contribution costs its readers a signature check."""
+    said: list[NodeId] = []
+    match message:
+        case Begin():
+            said = [signed.ready.sender for signed in message.readies]
+        case Commit():
+            said = [signature.node for signature in message.certificate.signatures]
+    if len(said) > MEMBERS_MAX or len(set(said)) != len(said):
+        raise Refused(Code.FIELD, f"{len(said)} promises or votes, expected up to {MEMBERS_MAX} of distinct members")
+    for record in _uncertified(message):
+        check_contributions(record)
+
+
+def _uncertified(message: Message) -> Iterator[Record]:
+    match message:
+        case Ready():
+            if message.accepted is not None:
+                yield message.accepted.record
+        case Begin():
+            for signed in message.readies:
+                yield from _uncertified(signed.ready)
+        case Propose():
+            yield message.record
+            if message.accepted is not None:
+                yield message.accepted.record
 
 
 def _check_promise(signed: SignedReady) -> None:

@@ -18,6 +18,7 @@ TOKEN_BYTES: Final = (2, 4)  # what a token may take in a shard
 RANGES_MAX: Final = 256  # data ranges in one contribution
 ROLLBACKS_MAX: Final = 256  # in the life of a run: all of them fit into one message
 ROSTERS_RECALLED_MAX: Final = 16  # in one message: each takes a coordinator 5 ms to check
+LOG_ROSTERS_MAX: Final = 128  # in a peer's answer: the newest 64, two of each of 16 entries, those of the open round
 REASON_CHARACTERS_MAX: Final = 200  # why a rollback was ordered, on one line of a terminal or two
 NAME_CHARACTERS_MAX: Final = 40  # what a status line can show
 ADDRESSES_MAX: Final = 8  # addresses one peer or invite may name

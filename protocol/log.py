@@ -21,6 +21,7 @@ from protocol.types import (
     Head,
     LogEntry,
     Manifest,
+    NodeId,
     Part,
     Record,
     Role,
@@ -139,21 +140,28 @@ def check_record_shape(record: Record, parameters: int) -> None:
     """Refuse what no honest leader proposes: members twice, empty ranges, parts that overlap or leave the chunks."""
     if record.round < 0 or record.epoch < 0:
         raise Refused(Code.RECORD_BAD, f"round {record.round} under roster {record.epoch}")
-    members = [contribution.node for contribution in record.contributions]
-    if not 0 < len(members) <= MEMBERS_MAX or len(set(members)) != len(members):
-        raise Refused(Code.RECORD_BAD, f"{len(members)} contributions, expected 1 to {MEMBERS_MAX} distinct members")
-    for contribution in record.contributions:
-        check_shape(contribution)
+    check_contributions(record)
     if not 0 < len(record.parts) <= MEMBERS_MAX:
         raise Refused(Code.RECORD_BAD, f"{len(record.parts)} parts, expected 1 to {MEMBERS_MAX}")
     index, stop, gathered = -1, 0, record.exchange is Exchange.ALL_GATHER
+    members = {contribution.node for contribution in record.contributions}
     for part in record.parts:
-        _check_part(part, parameters, set(members))
+        _check_part(part, parameters, members)
         if part.index <= index or (part.start < stop and not gathered):
             raise Refused(Code.RECORD_BAD, f"part {part.index} from {part.start} after part {index} up to {stop}")
         index, stop = part.index, part.stop
     if gathered:
         _check_gathered(record, parameters)
+
+
+def check_contributions(record: Record) -> None:
+    """Refuse more contributions than anybody reads, or such as no honest member brings: before any signature is checked,
+    of which each has one and as many more as grants."""
+    members = [contribution.node for contribution in record.contributions]
+    if not 0 < len(members) <= MEMBERS_MAX or len(set(members)) != len(members):
+        raise Refused(Code.RECORD_BAD, f"{len(members)} contributions, expected 1 to {MEMBERS_MAX} distinct members")
+    for contribution in record.contributions:
+        check_shape(contribution)
 
 
 def check_members(record: Record, roster: Roster) -> None:
@@ -230,7 +238,7 @@ def _check_gathered(record: Record, parameters: int) -> None:
         raise Refused(Code.RECORD_BAD, what)
 
 
-def _check_part(part: Part, parameters: int, members: set[str]) -> None:
+def _check_part(part: Part, parameters: int, members: set[NodeId]) -> None:
     at_chunks = part.start % CHUNK_VALUES == 0 and (part.stop % CHUNK_VALUES == 0 or part.stop == parameters)
     if not at_chunks or not 0 <= part.start < part.stop <= parameters:
         what = f"part {part.index} of [{part.start}, {part.stop}), expected chunks of {CHUNK_VALUES} below {parameters}"

@@ -1135,13 +1135,13 @@ def _record_is_sound(state: Rounds, record: Record, rules: Rules) -> bool:
     signed = state.rosters.get(record.epoch)
     if record.state != state.digest or signed is None or signed.roster.branch != state.branch:
         return False
-    if not all(each.tokens and _counts(each, state.head, rules) for each in record.contributions):
-        return False
     try:
-        check_members(record, signed.roster)
         check_record_shape(record, rules.parameters)
+        check_members(record, signed.roster)
         check_ranges(record, state.consumed)
     except Refused:
+        return False
+    if not all(each.tokens and _counts(each, state.head, rules) for each in record.contributions):
         return False
     return all(rules.part_is_vouched(record, part) for part in record.parts)
 

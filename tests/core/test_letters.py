@@ -10,8 +10,9 @@ from node import letters
 from protocol import canonical
 from protocol.errors import Code, Refused
 from protocol.identity import Key
-from protocol.messages import Begin, LogRequest, Ready, SignedReady
-from protocol.types import Ballot, Contribution, DataRange, Digest
+from protocol.limits import MEMBERS_MAX, RANGES_MAX
+from protocol.messages import Accepted, Begin, Commit, LogRequest, Propose, Ready, SignedReady
+from protocol.types import Ballot, Certificate, Contribution, DataRange, Digest, Grant, Record, Signature
 from protocol.v1 import barnraise_pb2 as wire
 
 OURS, ANOTHER = Key.generate(), Key.generate()
@@ -94,6 +95,56 @@ def test_a_letter_of_no_known_kind_is_refused(kind):
 )
 def test_a_call_that_quotes_a_promise_nobody_gave_is_refused(quoted, reason):
     assert refusal(begin(signed(OURS, promise(OURS)), quoted)) is reason
+
+
+def proposes(record, accepted=None):
+    return Propose("run", 3, Ballot(0, 1), OURS.public, record, "", accepted)
+
+
+def says_accepted(record, key=OURS):
+    return replace(promise(key), accepted=Accepted(Ballot(0, 0), record, ""))
+
+
+def commits(*voters):
+    votes = tuple(Signature(key, "") for key in voters)
+    return Commit("run", 3, OURS.public, RECORD, Certificate(Digest("9" * 64), Ballot(0, 0), votes))
+
+
+BROUGHT = promise(OURS).contribution
+RECORD = Record("run", 3, Digest("0" * 64), 0, OURS.public, (BROUGHT,), (), Digest("1" * 64))
+MEMBERS = tuple(f"{number:064x}" for number in range(MEMBERS_MAX + 1))
+CROWD = replace(RECORD, contributions=tuple(replace(BROUGHT, node=node) for node in MEMBERS))
+TWICE = replace(RECORD, contributions=(BROUGHT, replace(BROUGHT, tokens=16)))
+GRANTED = replace(RECORD, contributions=(replace(BROUGHT, grants=(Grant(DATA, ""),) * (RANGES_MAX + 1)),))
+EARLIER = Accepted(Ballot(0, 0), TWICE, "")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        proposes(CROWD),
+        proposes(TWICE),
+        proposes(GRANTED),
+        proposes(RECORD, EARLIER),
+        says_accepted(TWICE),
+        Begin("run", 3, Ballot(0, 0), OURS.public, (signed(OURS, says_accepted(TWICE)),)),
+        Begin("run", 3, Ballot(0, 0), OURS.public, (signed(OURS, promise(OURS)),) * 2),
+        commits(*MEMBERS),
+        commits(OURS.public, OURS.public),
+    ],
+    ids=[
+        "more members than there may be", "a member twice", "more grants than are read", "in a record of before",
+        "in a promise", "in a promise that is quoted", "a promise twice", "more votes than members", "a vote twice",
+    ],
+)  # fmt: skip
+def test_a_letter_is_refused_that_would_cost_its_reader_more_signature_checks_than_an_honest_one(message):
+    assert refusal(letters.seal(OURS, message)[0]) in (Code.FIELD, Code.RECORD_BAD)
+
+
+def test_a_letter_may_say_one_thing_of_each_member():
+    crowd = replace(CROWD, contributions=CROWD.contributions[1:])
+    for message in (proposes(crowd, Accepted(Ballot(0, 0), crowd, "")), says_accepted(crowd), commits(*MEMBERS[1:])):
+        assert letters.unseal(letters.seal(OURS, message)[0])[0] == message
 
 
 @given(st.binary(max_size=300))

@@ -60,6 +60,7 @@ HEAVY = (
     heavy(grants=brought().grants * (RANGES_MAX + 1)),
     heavy(ranges=(DATA,) * (RANGES_MAX + 1)),
     heavy(ranges=(replace(DATA, stop=0),)),
+    replace(FORGED, contributions=FORGED.contributions * 2),
 )
 
 
@@ -129,7 +130,7 @@ def test_a_word_for_a_record_with_a_forged_contribution_proves_a_forgery(purpose
     ids=[
         "one word", "twice the same", "of two nodes", "in two attempts", "a vote and a proposal", "in two rounds",
         "a forged signature", "in another's name", "no vote at all", "a good record", "another record", "all at once",
-        "a forged word", "another run", "a record of another round", "more grants than are read", "more ranges", "a range that is none",
+        "a forged word", "another run", "a record of another round", "more grants than are read", "more ranges", "a range that is none", "a member twice",
     ],
 )  # fmt: skip
 def test_anything_else_proves_nothing(evidence):

@@ -801,6 +801,14 @@ def test_no_leader_can_put_weight_into_a_members_name():
     assert node.see(Received(proposes(Ballot(0, 0), A, honest))).sent(Vote)
 
 
+def test_a_record_that_nobody_could_sign_costs_no_check_of_its_contributions():
+    node, checked = Node(A, B, me=B), []
+    node.rules = replace(node.rules, is_brought=lambda head, contribution: checked.append(contribution) or True)
+    for brought in ((brings(A, data(0, 4)), brings(A, data(4, 8))), (brings(A, data(0, 4)), brings(E, data(4, 8)))):
+        node.see(Received(proposes(Ballot(0, 0), A, record_of(*brought))))
+    assert not checked and node.state.proposal is None
+
+
 def test_a_group_with_a_forged_member_is_not_averaged_with():
     node = Node(A, B, me=B).trained(data(4, 8))
     (mine,) = node.sent(Ready)

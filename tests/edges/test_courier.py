@@ -22,9 +22,9 @@ from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.evidence import Slice, check_slice, group_id, is_vouched
 from protocol.exchange import Packing
-from protocol.identity import Key
-from protocol.limits import CHUNK_VALUES
-from protocol.messages import Begin, LogRequest, Ready, SignedReady
+from protocol.identity import Key, run_id, sign_rollback, sign_roster
+from protocol.limits import CHUNK_VALUES, LOG_ROSTERS_MAX, ROLLBACKS_MAX
+from protocol.messages import Begin, LogReply, LogRequest, Ready, SignedReady
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
@@ -37,6 +37,7 @@ from protocol.types import (
     PeerId,
     Record,
     Role,
+    Rollback,
     Roster,
     SignedRoster,
 )
@@ -194,6 +195,30 @@ async def test_nobody_passes_on_what_its_author_did_not_bring(tmp_path):
     carried = letters.addressed(letter_of(ASH), BIRCH.public)
     assert stand.courier.open(peer_of(BIRCH), carried) is None
     assert stand.courier.open(peer_of(ASH), carried[:-9]) is None
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["as many as are told", "more"])
+async def test_an_answer_about_the_log_is_read_up_to_its_bounds(tmp_path, more):
+    stand, coordinator = with_clients(tmp_path, OAK), Key.generate()
+    run = stand.courier._manifest.run = run_id(coordinator.public, "test")
+    signed = sign_roster(coordinator, Roster(run, 7, (), 0))
+    undone = sign_rollback(coordinator, Rollback(run, 1, HEAD, HEAD, "", 0))
+    for rosters, rollbacks in ((LOG_ROSTERS_MAX + more, 0), (0, ROLLBACKS_MAX + more)):
+        reply = LogReply(run, 0, ASH.public, (), (signed,) * rosters, (undone,) * rollbacks)
+        assert (stand.courier.open(peer_of(ASH), letters.seal(ASH, reply)[0]) is None) == bool(more)
+
+
+async def test_no_more_rosters_are_told_than_are_read_and_those_that_are_known_are_not_checked_again(tmp_path):
+    run = run_id(Key.generate().public, "test")
+    rosters = {epoch: SignedRoster(replace(ROSTER, epoch=epoch), "s") for epoch in range(LOG_ROSTERS_MAX + 5)}
+    asked, asking = (with_clients(tmp_path / name, key) for name, key in (("oak", OAK), ("birch", BIRCH)))
+    for stand in (asked, asking):
+        stand.courier._manifest.run = run
+        known = {**rosters, 0: stand.courier._rosters()[0]}
+        stand.courier._decider.begin(replace(stand.courier._decider.rounds, rosters=known))
+    reply = asked.courier.log_reply(LogRequest(run, 0, BIRCH.public))
+    assert len(reply.rosters) == LOG_ROSTERS_MAX
+    assert asking.courier.open(peer_of(OAK), letters.seal(OAK, reply)[0]) is not None
 
 
 # averaging

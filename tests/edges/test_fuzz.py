@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from node import letters
 from protocol import canonical
-from protocol.messages import Begin, Message, SignedReady
+from protocol.messages import Begin, Commit, Message, Propose, Ready, SignedReady
 from protocol.types import Contribution
 from tests import strategies
 from tests.fuzz.edits import edited
@@ -56,9 +56,22 @@ def test_every_message_comes_back_out_of_its_letter(message):
 
 
 def by_us(message):
-    """The same, said by the one member whose key we have, and so is every promise that it quotes."""
-    if isinstance(message, Begin):
-        readies = (replace(each.ready, sender=OURS, contribution=BROUGHT) for each in message.readies)
-        quoted = tuple(SignedReady(ready, letters.seal(strategies.KEY, ready)[1]) for ready in readies)
-        message = replace(message, readies=quoted)
+    """The same, said by the one member whose key we have, and so is all that it quotes."""
+    match message:
+        case Begin():
+            readies = (by_us(replace(each.ready, contribution=BROUGHT)) for each in message.readies[:1])
+            quoted = tuple(SignedReady(ready, letters.seal(strategies.KEY, ready)[1]) for ready in readies)
+            message = replace(message, readies=quoted)
+        case Commit():
+            votes = message.certificate.signatures[:1]
+            message = replace(message, certificate=replace(message.certificate, signatures=votes))
+        case Propose():
+            message = replace(message, record=of_ours(message.record))
+    if isinstance(message, Ready | Propose) and message.accepted is not None:
+        record = of_ours(message.accepted.record)
+        message = replace(message, accepted=replace(message.accepted, record=record))
     return replace(message, sender=OURS)
+
+
+def of_ours(record):
+    return replace(record, contributions=(BROUGHT,))
