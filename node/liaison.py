@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -28,13 +29,14 @@ from protocol import canonical
 from protocol.blobs import BlobStore
 from protocol.contribution import Complaint
 from protocol.errors import Code, Exit, Refused
-from protocol.limits import ROSTERS_RECALLED_MAX
+from protocol.limits import MEMBERS_MAX, ROSTERS_RECALLED_MAX
 from protocol.log import genesis_head
 from protocol.proof import Evidence
-from protocol.types import Digest, Epoch, LogEntry, Part, RoundNumber, SignedRollback, SignedRoster
+from protocol.types import Digest, Epoch, LogEntry, NodeId, Part, RoundNumber, SignedRollback, SignedRoster
 
 FAILURES_BEFORE_ANEW: Final = 3  # in a row, some seconds: a coordinator that was only started again is back by then
 REPORTS_MAX: Final = 64  # one of each member of a roster, while the coordinator is away
+COMPLAINTS_KEPT: Final = 2 * MEMBERS_MAX  # those of the open round and the one before it
 SKEW_SECONDS_MAX: Final = 60.0  # a clock that is set by the network is right to a second
 STUCK_SECONDS: Final = 30.0  # without a record folded: the page that was read may be of a branch that is no more
 
@@ -76,6 +78,7 @@ class Liaison:
         self._showing: set[Digest] = set()
         self._known_round = RoundNumber(0)
         self._reports: set[Evidence] = set()  # on their way
+        self._complained: deque[tuple[Digest, NodeId]] = deque(maxlen=COMPLAINTS_KEPT)  # in the round after a head
 
     # what the coordinator signed, whoever brings it
 
@@ -157,7 +160,11 @@ class Liaison:
             self._reports.discard(evidence)
 
     async def complain(self, complaint: Complaint) -> None:
-        """Once, and no more when it fails: who goes on sends the like in the next round."""
+        """Once in a round, and no more when it fails: who goes on sends the like in the next one."""
+        about = complaint.previous, complaint.contribution.node
+        if about in self._complained:
+            return
+        self._complained.append(about)
         node, at = complaint.contribution.node[:16], complaint.round
         log.warning("a member sent what no codec reads", node=node, round=at)
         try:

@@ -380,12 +380,18 @@ async def test_who_sends_what_no_codec_reads_is_complained_about_with_what_it_si
         _spawn=stand._spawn,
         _workbench=SimpleNamespace(payload=b""),
     )
-    for refusal in (None, Code.UNREACHABLE, Code.UNPROVED):
+    for refusal in (Code.UNREACHABLE, None, Code.UNPROVED):
         stand.coordinator.report_refused = refusal
         await Daemon._average(daemon, begin, roster(0).roster, 1.0)
-    await asyncio.gather(*stand.tasks)
+        await asyncio.gather(*stand.tasks)
     assert done == [rounds.Averaged(ready.ballot, None, {})] * 3
-    assert stand.coordinator.calls == [Complaint(5, HEAD.hash, BROUGHT)] * 3, "once each, heard or not"
+    told = Complaint(5, HEAD.hash, BROUGHT)
+    assert stand.coordinator.calls == [told], "once, heard or not, however many attempts a round takes"
+    for other in (replace(told, round=6, previous=Digest("66" * 32)), replace(told, contribution=ash.contribution)):
+        await stand.liaison.complain(other)
+        assert stand.coordinator.calls[-1] == other
+    await stand.liaison.complain(told)
+    assert len(stand.coordinator.calls) == 3
 
 
 async def test_what_was_brought_to_the_newest_rounds_is_shown_when_it_is_asked_for_and_no_more(tmp_path):
