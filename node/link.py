@@ -171,7 +171,7 @@ class News:
     roster: SignedRoster | None  # when newer than the node's
     head_round: int
     wanted: tuple[Digest, ...]  # parts that the coordinator lacks
-    asked: tuple[Digest, ...]  # contributions of this node that it is to show
+    asked: tuple[Digest, ...]  # what this node is to show: its contributions, and the evidence of its means
     renewed: tuple[str, ...]  # lease ids
     notice: str
     coordinator_ms: int

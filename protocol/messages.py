@@ -50,7 +50,8 @@ class SignedReady:
 
 @dataclass(frozen=True)
 class Begin:
-    """The leader's call to average: the promises of a majority, in the roster's order."""
+    """The leader's call to average: the promises of its group, in the roster's order. The group is those who bring
+    something, and in an all-reduce the helpers who bring nothing."""
 
     run: RunId
     round: RoundNumber

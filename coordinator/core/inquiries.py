@@ -1,6 +1,6 @@
 """Inquiries: who is asked to show what it has signed, and what its silence counts for. Knows not what is shown.
 
-Somebody is asked as soon as it is known, and once in every PERIOD rounds at a time that only luck knows.
+Somebody is asked as soon as it is known, and again after 1 to `Rules.period` rounds, as only luck knows.
 """
 
 from __future__ import annotations

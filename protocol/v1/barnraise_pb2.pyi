@@ -312,7 +312,7 @@ class HeartbeatReply(_message.Message):
 
     @_builtins.property
     def asked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """digests of this node's own contributions that it is to show (WriteBlob)"""
+        """digests of what this node is to show (WriteBlob): its contributions, and the evidence of its means"""
 
     def __init__(
         self,
