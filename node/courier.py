@@ -20,19 +20,21 @@ from node.decider import Decider
 from node.engine import AveragingJob, Engine
 from node.journal import Journal
 from node.link import Link
+from protocol import canonical
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import Codec
 from protocol.errors import Code, Refused
 from protocol.evidence import Vouched, group_id, sign_part, sign_slices
 from protocol.exchange import Packing, layout
 from protocol.identity import Key, check_rollback, check_roster, coordinator_key
-from protocol.limits import LOG_ROSTERS_MAX, ROLLBACKS_MAX
+from protocol.limits import LOG_ROSTERS_MAX, PEER_MESSAGE_BYTES_MAX, ROLLBACKS_MAX
 from protocol.messages import Begin, LogReply, LogRequest, Message
 from protocol.types import (
     BlobRef,
     Digest,
     Epoch,
     Exchange,
+    LogEntry,
     Manifest,
     Member,
     NodeId,
@@ -46,6 +48,7 @@ from protocol.types import (
 
 SEND_SECONDS = 10.0  # a small message that takes longer is lost; the round has its own deadline
 LOG_PAGE = 16  # entries in one answer to a peer
+FRAME_BYTES = 4096  # of a letter besides what it tells
 SENDER_SECONDS_MIN = 2.0  # without progress for less, a sender on a home line is only slow
 ENGINE_SHARE = 0.9  # of an averaging's time: in the rest its outcome comes here
 PART_SECONDS = 60.0  # for a part from peers, and again from the coordinator; large parts get more
@@ -144,15 +147,28 @@ class Courier:
         return to if to != self._me and self._calls_only(to) else None
 
     def log_reply(self, request: LogRequest) -> LogReply:
-        """What this node has of the log from a round on, with the rosters that it takes to check it."""
-        entries = self._journal.entries(request.round, most=LOG_PAGE)
-        known = self._rosters()
-        named = {entry.certificate.ballot.epoch for entry in entries} | {entry.record.epoch for entry in entries}
-        last = self._journal.entry(request.round + len(entries) - 1)
+        """What this node has of the log from a round on, with the rosters that it takes to check it: as much as one letter
+        holds, and one entry at least."""
+        known, rollbacks = self._rosters(), self._decider.rounds.rollbacks
+        room = PEER_MESSAGE_BYTES_MAX - FRAME_BYTES - _bytes(rollbacks)
+        entries, rosters = list[LogEntry](), dict[Epoch, SignedRoster]()
+        for entry in self._journal.entries(request.round, most=LOG_PAGE):
+            named = {entry.certificate.ballot.epoch, entry.record.epoch} - rosters.keys()
+            more = {epoch: known[epoch] for epoch in named & known.keys()}
+            room -= _bytes(entry) + _bytes(tuple(more.values()))
+            if entries and room < 0:
+                break
+            entries.append(entry)
+            rosters |= more
+        last = entries[-1] if entries else self._journal.entry(RoundNumber(request.round - 1))
         settled = last.certificate.ballot.epoch if last is not None else Epoch(0)
-        named |= {epoch for epoch in known if epoch >= settled}  # a record proposed again may be of any of these
-        rosters = tuple(known[epoch] for epoch in sorted(named & known.keys())[:LOG_ROSTERS_MAX])
-        return LogReply(self._manifest.run, request.round, self._me, entries, rosters, self._decider.rounds.rollbacks)
+        for epoch in sorted((e for e in known if e >= settled and e not in rosters), reverse=True):
+            room -= _bytes(known[epoch])  # a record proposed again may be of any of these
+            if room < 0 or len(rosters) == LOG_ROSTERS_MAX:
+                break
+            rosters[epoch] = known[epoch]
+        told = tuple(rosters[epoch] for epoch in sorted(rosters))
+        return LogReply(self._manifest.run, request.round, self._me, tuple(entries), told, rollbacks)
 
     async def tell_engine(self) -> None:
         """Give the engine the members that it may answer and reach: those of every roster still in use."""
@@ -323,3 +339,8 @@ class Courier:
                     raise
             self._make_room()  # a part is needed now; a shard can be had again
             return (await asyncio.to_thread(self._blobs.put_bytes, data)).digest
+
+
+def _bytes(told: object) -> int:
+    """What it takes of a letter."""
+    return len(canonical.to_bytes(told))

@@ -23,14 +23,16 @@ from protocol.errors import Code, Refused
 from protocol.evidence import Slice, check_slice, group_id, is_vouched
 from protocol.exchange import Packing
 from protocol.identity import Key, run_id, sign_rollback, sign_roster
-from protocol.limits import CHUNK_VALUES, LOG_ROSTERS_MAX, ROLLBACKS_MAX
+from protocol.limits import CHUNK_VALUES, LOG_ROSTERS_MAX, PEER_MESSAGE_BYTES_MAX, ROLLBACKS_MAX
 from protocol.messages import Begin, LogReply, LogRequest, Ready, SignedReady
 from protocol.state import Consumed
 from protocol.types import (
     Ballot,
+    Certificate,
     Contribution,
     Digest,
     Head,
+    LogEntry,
     Member,
     NodeId,
     Part,
@@ -219,6 +221,21 @@ async def test_no_more_rosters_are_told_than_are_read_and_those_that_are_known_a
     reply = asked.courier.log_reply(LogRequest(run, 0, BIRCH.public))
     assert len(reply.rosters) == LOG_ROSTERS_MAX
     assert asking.courier.open(peer_of(OAK), letters.seal(OAK, reply)[0]) is not None
+
+
+async def test_of_large_records_no_more_are_told_than_one_letter_holds_and_one_at_least(tmp_path):
+    """64 members who each bring the data of forty leases make a record of a megabyte."""
+    stand, told = with_clients(tmp_path / "blobs", OAK), []
+    grants = "5" * 17_000  # as long as forty
+    brought = tuple(Contribution(NodeId(f"{node:064x}"), 1, (), signature=grants) for node in range(64))
+    for number in range(3):
+        record = Record("run", number, HEAD.hash, 0, OAK.public, brought, (), HEAD.hash)
+        stand.courier._journal.append(LogEntry(record, Certificate(HEAD.hash, Ballot(0, 0), ())))
+    while reply := stand.courier.log_reply(LogRequest("run", len(told), BIRCH.public)).entries:
+        letter, _ = letters.seal(OAK, stand.courier.log_reply(LogRequest("run", len(told), BIRCH.public)))
+        assert PEER_MESSAGE_BYTES_MAX / 2 < len(letter) <= PEER_MESSAGE_BYTES_MAX
+        told += reply
+    assert [entry.record.round for entry in told] == [0, 1, 2]
 
 
 # averaging
