@@ -6,11 +6,13 @@ its own each attacker was put out. Nothing fails because an attack succeeded; th
     make attacks                                              # two attackers of each kind, no rule and the default
     make attacks ARGS="--rules mean clip trimmed centered --attackers 1 2 3"
     make attacks ARGS="--honest --seeds 20"                   # nobody attacks: who is accused, and of what
+    make attacks ARGS="--lucks 1000 --only ALIE label"        # the same measurements, a thousand lucks of who is asked when
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ import torch
 
 from protocol.fold import Outer, OuterKind
 from protocol.runspec import RoundsSection
-from tests.attacks import refused
+from tests.attacks import refused, replay
 from tests.attacks.attackers import ATTACKS
 from tests.attacks.swarm import Attack, Habit, Outcome, Setting, Swarm
 
@@ -51,11 +53,16 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.2, help="of contributions that are audited; 0: none")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--honest", action="store_true", help="no attackers, but nodes and runs of many kinds, instead")
+    parser.add_argument(
+        "--lucks", type=int, default=0, help="play the audits' rule so often over one run's measurements"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="barnraise-attacks-") as folder:
-        if given.honest:
+        if given.lucks:
+            replayed(given, Path(folder))
+        elif given.honest:
             honest(given, Path(folder))
         else:
             attacked(given, Path(folder))
@@ -128,6 +135,30 @@ def honest(given: argparse.Namespace, folder: Path) -> None:
             accused += [f"node {node} in round {at}: {why.reason}" for node, (at, why) in outcome.out.items()]
         line = f"{audited:6} audits, {bad:4} bad, {unclear:4} before two others were known, {len(accused)} accused"
         print(f"  {name:46} {line}", *accused, sep="\n      ", flush=True)
+
+
+def replayed(given: argparse.Namespace, folder: Path) -> None:
+    print(
+        f"Everybody measured in every round; then {given.lucks} lucks of who is asked when, {given.share:.0%} of all.\n"
+    )
+    kinds = list(ODD) if given.honest else []
+    runs = [(name, setting, habits, {}) for name, setting, habits in kinds]
+    if not given.honest:
+        theirs = range(Setting.nodes - given.attackers[0], Setting.nodes)
+        runs = [(attack.name, Setting(), {}, dict.fromkeys(theirs, attack)) for attack in ATTACKS]
+    for name, setting, habits, who in runs:
+        if not any(word in name for word in given.only):
+            continue
+        for seed in range(given.seeds):
+            chosen = replace(setting, seed=seed, rule=given.rules[-1], share=1.0, puts_out=False)
+            swarm = Swarm(chosen, folder / f"{name}-{seed}", who, habits)
+            rows = swarm.run().measured
+            rules = replace(swarm.rules, share=given.share)
+            found = [replay.accused(rows, rules, random.Random(luck)) for luck in range(given.lucks)]  # repeatable
+            falsely = sum(any(node not in who for node in out) for out in found)
+            rounds = sorted(out.get(node, len(swarm.setting.rounds()) + 1) for out in found for node in who)
+            said = f"attackers out after {rounds[len(rounds) // 2]} rounds, {rounds[-1]} at most; " if rounds else ""
+            print(f"  {name:46} seed {seed}  {said}an honest one accused under {falsely} lucks", flush=True)
 
 
 assert RoundsSection().inner_steps == Setting().inner_steps  # the bench goes by the defaults

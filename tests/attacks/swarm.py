@@ -72,6 +72,7 @@ class Setting:
     outer: Outer = AVERAGE
     rule: str = "clip"
     share: float = 0.2  # audited
+    puts_out: bool = True  # whoever is accused is gone
     decay_to: float = 1.0
     optimizer: str = "muon"
     inner_steps: tuple[tuple[int, int], ...] = RoundsSection().inner_steps
@@ -278,7 +279,7 @@ class Swarm:
         }
         self._evaluation = Evaluation(order)
         nothing = digest_of(setting.packing.up.encode(np.zeros(size, np.float32)))
-        self._rules = audits.Rules(setting.share, nothing, traced=not setting.packing.up.sparse)
+        self.rules = audits.Rules(setting.share, nothing, traced=not setting.packing.up.sparse)
         self._audits = Audits()
         self._luck = random.Random(setting.seed)  # must be repeated
         self._folder = folder
@@ -404,7 +405,7 @@ class Swarm:
             self._put_out(number, accusation)
 
     def _audit(self, number: int, record: Record, before: Floats, payloads: Mapping[Digest, bytes]) -> None:
-        self._audits, accused = audits.certified(self._audits, record, self._rules)
+        self._audits, accused = audits.certified(self._audits, record, self.rules)
         for accusation in accused:
             self._put_out(number, accusation)
         for ask in [ask for ask in self._audits.open if ask.accuser is None]:
@@ -413,7 +414,7 @@ class Swarm:
                 self._audits = self._audits.dropped(ask)
                 continue
             self.outcome.audited += 1
-            self._audits, accusation = audits.measured(self._audits, ask, result, self._rules, self._luck.random())
+            self._audits, accusation = audits.measured(self._audits, ask, result, self.rules, self._luck.random())
             history = self._audits.histories[ask.node]
             if isinstance(result, Measured):
                 self.outcome.measured.append((number, int(ask.node, 16), ask.weight, result))
@@ -448,4 +449,5 @@ class Swarm:
         return [[str(self.text.shard), self.text.sequences, each.pass_number, where] for each, where in chosen]
 
     def _put_out(self, number: int, accusation: audits.Accusation) -> None:
-        self.outcome.out.setdefault(int(accusation.node, 16), (number, accusation))
+        if self.setting.puts_out:
+            self.outcome.out.setdefault(int(accusation.node, 16), (number, accusation))
