@@ -36,6 +36,7 @@ _NO_END: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280's "n
 _CERTIFICATE_BYTES_MAX: Final = 1 << 14  # ours take 1,500
 _ENDORSEMENT: Final = x509.ObjectIdentifier("2.25.142390609227889344452350355881257510097")  # a UUID: nobody else's
 _NO_CERTIFICATE: Final = (ValueError, x509.InvalidVersion)  # the second is none of the first
+_NO_EXTENSION: Final = (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def endorsed(der: bytes, run: RunId) -> int:
         said = signed.endorsement
         identity.verify(coordinator_key(run), "endorsement", canonical.to_bytes(said), signed.signature)
         return said.number if (said.run, said.key) == (run, _public(certificate)) else 0
-    except (*_NO_CERTIFICATE, x509.ExtensionNotFound, x509.DuplicateExtension, UnsupportedAlgorithm, Refused):
+    except (*_NO_CERTIFICATE, *_NO_EXTENSION, UnsupportedAlgorithm, Refused):
         return 0
 
 
