@@ -473,6 +473,10 @@ def test_a_node_waits_where_the_coordinator_says_that_nobody_can_be_called():
     rounds = Rounds(Head(RoundNumber(0), Digest("")), Digest(""), Consumed())
     shown = view(state, rounds, rules, run="r", name="n", trainer=None, confinement="", tally=tally)
     assert shown["reach"] == "nobody" and "E-NET-003" in "\n".join(screen.status_lines(shown))
+    roster = SignedRoster(Roster("run", 0, (Member("node 0", "p", (), 1, Role.PEER),), 0), "s")
+    able = replace(rounds, rosters={0: roster})
+    shown = view(state, able, rules, run="r", name="n", trainer=None, confinement="", tally=tally)
+    assert shown["reach"] == "direct", "this one can be, whatever keeps it from taking part"
 
 
 def test_without_a_home_folder_one_has_to_be_named(monkeypatch):
