@@ -363,14 +363,20 @@ class Daemon:
         """What the owner's policy says, whenever that changes."""
         before = ""
         while True:
-            obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
-            if not obstacle and not self._blobs.has_room(0):
-                obstacle = "this node's files have reached --max-disk"
+            obstacle = self._obstacle()
             if obstacle != before:
                 log.info("policy", obstacle=obstacle or "none")
                 self._decider.post(session.ObstacleChanged(obstacle))
             before = obstacle
             await asyncio.sleep(POLICY_SECONDS)
+
+    def _obstacle(self) -> str:
+        """Why not to train now; where nothing is trained, why not to average: what is averaged has to be kept."""
+        if not self._settings.training:
+            room = self._blobs.has_room(self._update_bytes)
+            return "" if room else "--max-disk, or the disk, leaves no room for another round"
+        obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
+        return obstacle if obstacle or self._blobs.has_room(0) else "this node's files have reached --max-disk"
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:
         await stopper.polite.wait()
@@ -444,10 +450,14 @@ class Daemon:
 
     def _whole_model_is_less(self, base: BaseCheckpoint) -> bool:
         assert self._workbench.replica.head is not None
+        return is_less(base, self._workbench.replica.head, self._update_bytes)
+
+    @property
+    def _update_bytes(self) -> int:
+        """All parts of one round."""
         signed = self._membership.opened.roster
         members = len(signed.roster.members) if signed is not None else self._spec.run.min_nodes
-        update_bytes = self._packing.update_bytes(self._manifest.parameters, members)
-        return is_less(base, self._workbench.replica.head, update_bytes)
+        return self._packing.update_bytes(self._manifest.parameters, members)
 
     async def _load_base(self, base: BaseCheckpoint) -> None:
         await self._fetch(base.blob, "the model")
