@@ -734,8 +734,9 @@ class Daemon:
         match verb:
             case "status":
                 return self.status()
-            case "pause" if not self._settings.training:
-                raise Refused(Code.USAGE, "this node trains nothing that could be paused", fix="End it with Ctrl-C.")
+            case "pause" | "resume" if not self._settings.training:
+                what = "this node trains nothing that could be paused"
+                raise Refused(Code.USAGE, what, fix="End it with: barnraise finish")
             case "pause":
                 until = arguments.get("seconds")
                 self._decider.post(session.PauseAsked(time.monotonic() + float(until) if until else None))

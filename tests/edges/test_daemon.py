@@ -8,6 +8,7 @@ import pytest
 from node.core.schedule import Hours, Policy
 from node.daemon import Daemon
 from protocol.blobs import BlobStore
+from protocol.errors import Refused
 
 NEVER = Policy(hours=(Hours(0, 0),))
 
@@ -22,3 +23,10 @@ def test_a_node_that_trains_nothing_needs_room_for_a_round_and_no_leave_to_train
     settings.policy = Policy(on_battery=True)
     said = Daemon._obstacle(daemon)
     assert said == ("" if training else "--max-disk, or the disk, leaves no room for another round")
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume"])
+async def test_who_trains_nothing_has_nothing_to_pause_and_is_told_how_it_ends_wherever_it_runs(verb):
+    with pytest.raises(Refused) as refused:
+        await Daemon._answer(SimpleNamespace(_settings=SimpleNamespace(training=False)), verb, {})
+    assert "barnraise finish" in refused.value.fix

@@ -467,6 +467,18 @@ def test_a_node_that_trains_nothing_says_so_and_what_keeps_it_from_helping(tmp_p
     assert screen.changes({}, {"recent": list(tally.recent)}) == ["round 3: averaged for others"]
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_node_is_told_of_what_it_can_do_and_does(trains):
+    from rich.console import Console
+
+    file = io.StringIO()
+    live = screen.LiveScreen(Console(file=file, force_terminal=True, width=160, height=5, markup=False))
+    live.update({**STATUS, "trains": trains, "linked": False})
+    live.close()
+    assert ("barnraise pause" in file.getvalue()) is trains and "finish" in file.getvalue()
+    assert "training goes on" not in file.getvalue() and "rounds go on" in file.getvalue()
+
+
 def test_a_node_waits_where_the_coordinator_says_that_nobody_can_be_called():
     state, tally = Session(linked=True), Tally(nobody_callable=True)
     rules = SimpleNamespace(me="node 0", inner_steps=lambda number: 9)
