@@ -394,10 +394,21 @@ class Daemon:
         return self._decider.begun and self._decider.rounds.pending
 
     @property
+    def _is_engaged(self) -> bool:
+        """Whether a round is being averaged, decided or handed in here."""
+        return self._folding > 0 or (self._decider.begun and self._decider.rounds.engaged)
+
+    @property
     def _is_awaited(self) -> bool:
-        """Whether a round is being handed in, or is to take our work once more."""
+        """Whether a round needs us to its end, or is to take our work once more."""
         state = self._decider.session
-        return self._folding > 0 or (self._pending and state.votes and not state.paused)
+        return self._is_engaged or (self._pending and state.votes and not state.paused)
+
+    async def _end_when_free(self) -> None:
+        """With nothing to bring: after the round that others do with us, or its attempt, which has a deadline."""
+        while self._is_engaged:
+            await asyncio.sleep(TICK_SECONDS)
+        self._end(Exit.OK, "finished; nothing was waiting for a round")
 
     # getting ready
 
@@ -746,7 +757,7 @@ class Daemon:
                 self._decider.post(session.FinishAsked())
                 self._decider.post(rounds.Finishing())
                 if not self._pending:
-                    self._end(Exit.OK, "finished; nothing was waiting for a round")
+                    self._spawn(self._end_when_free())
             case "leave":
                 self._end(Exit.OK, "left the run")
             case _:

@@ -190,6 +190,11 @@ class Rounds:
         return brought or self.snapshot_asked or self.could_bring
 
     @property
+    def engaged(self) -> bool:
+        """Whether others count on this node to end what it has begun with them, whatever it brings itself."""
+        return self.phase in (Phase.AVERAGING, Phase.DECIDING, Phase.FOLDING)
+
+    @property
     def could_bring(self) -> bool:
         """Whether a snapshot made now would bring something."""
         return self.steps > 0 or self.carried is not None

@@ -1,14 +1,22 @@
 """What the daemon makes of its owner's wishes and limits, with the rest of it a few lines."""
 
+import asyncio
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from node import daemon as module
+from node.config import Stopper
+from node.core.rounds import Phase, Rounds
 from node.core.schedule import Hours, Policy
+from node.core.session import Session
 from node.daemon import Daemon
 from protocol.blobs import BlobStore
-from protocol.errors import Refused
+from protocol.errors import Exit, Refused
+from protocol.state import Consumed
+from protocol.types import Head
 
 NEVER = Policy(hours=(Hours(0, 0),))
 
@@ -30,3 +38,49 @@ async def test_who_trains_nothing_has_nothing_to_pause_and_is_told_how_it_ends_w
     with pytest.raises(Refused) as refused:
         await Daemon._answer(SimpleNamespace(_settings=SimpleNamespace(training=False)), verb, {})
     assert "barnraise finish" in refused.value.fix
+
+
+@pytest.fixture
+def helper(monkeypatch):
+    """One that trains nothing, in the middle of an averaging."""
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.0)
+    monkeypatch.setattr(Daemon, "status", lambda daemon: {})
+    daemon = object.__new__(Daemon)
+    state = Rounds(Head(0, "0" * 64), "1" * 64, Consumed(), phase=Phase.AVERAGING)
+    session = Session(helper=True, linked=True, synced=True, engine_ready=True)
+    daemon._decider = SimpleNamespace(begun=True, rounds=state, session=session, post=lambda event: None)
+    daemon._settings, daemon._folding, daemon._tasks = SimpleNamespace(training=False), 0, set()
+    return daemon
+
+
+def ctrl_c(helper):
+    stopper = Stopper()
+    stopper.polite.set()
+    return helper._stop_when_asked(stopper)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "code"), [(ctrl_c, Exit.INTERRUPTED), (lambda helper: helper._answer("finish", {}), Exit.OK)]
+)
+async def test_who_averages_for_others_leaves_when_that_round_is_over_or_given_up(helper, leaves, code):
+    helper._ended = asyncio.get_running_loop().create_future()
+    leaving = asyncio.create_task(leaves(helper))
+    for phase in (Phase.AVERAGING, Phase.DECIDING, Phase.FOLDING):
+        helper._decider.rounds = replace(helper._decider.rounds, phase=phase)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert not helper._ended.done()
+    helper._decider.rounds, helper._folding = replace(helper._decider.rounds, phase=Phase.GATHERING), 1
+    for _ in range(9):
+        await asyncio.sleep(0)
+    assert not helper._ended.done(), "what it has reduced is being handed in"
+    helper._folding = 0
+    assert (await asyncio.wait_for(helper._ended, 10))[0] is code
+    await leaving
+
+
+async def test_an_averaging_holds_nobody_for_longer_than_a_polite_end_takes(helper, monkeypatch):
+    monkeypatch.setattr(module, "POLITE_SECONDS", 0.0)
+    helper._ended = asyncio.get_running_loop().create_future()
+    await ctrl_c(helper)
+    assert helper._ended.done()
