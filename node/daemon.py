@@ -559,7 +559,7 @@ class Daemon:
             case Failed(reason, what, shard, ranges):
                 log.error("training failed", code=reason.code, why=what)
                 self._tally.notice = f"{reason.code}: {what}"
-                if shard is None:
+                if shard is None or not self._supply.knows(shard):
                     self._spawn(self._replace_trainer(what))
                 else:
                     self._spawn(self._supply.mend(shard, ranges))

@@ -13,8 +13,11 @@ from node.core.rounds import Phase, Rounds
 from node.core.schedule import Hours, Policy
 from node.core.session import Session
 from node.daemon import Daemon
+from node.status import Tally
+from node.supply import Supply
+from node.training import Failed
 from protocol.blobs import BlobStore
-from protocol.errors import Exit, Refused
+from protocol.errors import Code, Exit, Refused
 from protocol.state import Consumed
 from protocol.types import Head
 
@@ -84,3 +87,15 @@ async def test_an_averaging_holds_nobody_for_longer_than_a_polite_end_takes(help
     helper._ended = asyncio.get_running_loop().create_future()
     await ctrl_c(helper)
     assert helper._ended.done()
+
+
+@pytest.mark.parametrize("shard", [None, "of another run"])
+async def test_a_trainer_that_fails_and_names_no_shard_of_the_run_is_replaced(shard):
+    daemon, done = object.__new__(Daemon), []
+    daemon._tally, daemon._spawn, daemon._decider = Tally(), done.append, SimpleNamespace(post=None)
+    daemon._supply = Supply.__new__(Supply)
+    daemon._supply._shards = {}
+    daemon._trained(Failed(Code.TOKEN_RANGE, "why", shard))
+    assert [work.__name__ for work in done] == ["_replace_trainer"]
+    for work in done:
+        work.close()
