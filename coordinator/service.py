@@ -84,7 +84,7 @@ SEQUENCES_MAX: Final = 1 << 31
 REFUSAL_CHARACTERS_MAX: Final = 300  # HTTP/2 trailers are small
 WHY_CHARACTERS_MAX: Final = 80
 SOFTWARE_CHARACTERS_MAX: Final = 200
-ACTIVITIES: Final = machine.TAKES_PART | {"joining", "syncing", "paused"}
+ACTIVITIES: Final = machine.TAKES_PART | machine.RESTS | {"joining", "syncing"}
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", CONTROL_BYTES_MAX + (64 << 10)),
     ("grpc.max_send_message_length", CONTROL_BYTES_MAX + (64 << 10)),

@@ -363,14 +363,20 @@ class Daemon:
         """What the owner's policy says, whenever that changes."""
         before = ""
         while True:
-            obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
-            if not obstacle and not self._blobs.has_room(0):
-                obstacle = "this node's files have reached --max-disk"
+            obstacle = self._obstacle()
             if obstacle != before:
                 log.info("policy", obstacle=obstacle or "none")
                 self._decider.post(session.ObstacleChanged(obstacle))
             before = obstacle
             await asyncio.sleep(POLICY_SECONDS)
+
+    def _obstacle(self) -> str:
+        """Why not to train now; where nothing is trained, why not to average: what is averaged has to be kept."""
+        if not self._settings.training:
+            room = self._blobs.has_room(self._update_bytes)
+            return "" if room else "--max-disk, or the disk, leaves no room for another round"
+        obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
+        return obstacle if obstacle or self._blobs.has_room(0) else "this node's files have reached --max-disk"
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:
         await stopper.polite.wait()
@@ -388,10 +394,21 @@ class Daemon:
         return self._decider.begun and self._decider.rounds.pending
 
     @property
+    def _is_engaged(self) -> bool:
+        """Whether a round is being averaged, decided or handed in here."""
+        return self._folding > 0 or (self._decider.begun and self._decider.rounds.engaged)
+
+    @property
     def _is_awaited(self) -> bool:
-        """Whether a round is being handed in, or is to take our work once more."""
+        """Whether a round needs us to its end, or is to take our work once more."""
         state = self._decider.session
-        return self._folding > 0 or (self._pending and state.votes and not state.paused)
+        return self._is_engaged or (self._pending and state.votes and not state.paused)
+
+    async def _end_when_free(self) -> None:
+        """With nothing to bring: after the round that others do with us, or its attempt, which has a deadline."""
+        while self._is_engaged:
+            await asyncio.sleep(TICK_SECONDS)
+        self._end(Exit.OK, "finished; nothing was waiting for a round")
 
     # getting ready
 
@@ -444,10 +461,14 @@ class Daemon:
 
     def _whole_model_is_less(self, base: BaseCheckpoint) -> bool:
         assert self._workbench.replica.head is not None
+        return is_less(base, self._workbench.replica.head, self._update_bytes)
+
+    @property
+    def _update_bytes(self) -> int:
+        """All parts of one round."""
         signed = self._membership.opened.roster
         members = len(signed.roster.members) if signed is not None else self._spec.run.min_nodes
-        update_bytes = self._packing.update_bytes(self._manifest.parameters, members)
-        return is_less(base, self._workbench.replica.head, update_bytes)
+        return self._packing.update_bytes(self._manifest.parameters, members)
 
     async def _load_base(self, base: BaseCheckpoint) -> None:
         await self._fetch(base.blob, "the model")
@@ -538,7 +559,7 @@ class Daemon:
             case Failed(reason, what, shard, ranges):
                 log.error("training failed", code=reason.code, why=what)
                 self._tally.notice = f"{reason.code}: {what}"
-                if shard is None:
+                if shard is None or not self._supply.knows(shard):
                     self._spawn(self._replace_trainer(what))
                 else:
                     self._spawn(self._supply.mend(shard, ranges))
@@ -724,8 +745,9 @@ class Daemon:
         match verb:
             case "status":
                 return self.status()
-            case "pause" if not self._settings.training:
-                raise Refused(Code.USAGE, "this node trains nothing that could be paused", fix="End it with Ctrl-C.")
+            case "pause" | "resume" if not self._settings.training:
+                what = "this node trains nothing that could be paused"
+                raise Refused(Code.USAGE, what, fix="End it with: barnraise finish")
             case "pause":
                 until = arguments.get("seconds")
                 self._decider.post(session.PauseAsked(time.monotonic() + float(until) if until else None))
@@ -735,7 +757,7 @@ class Daemon:
                 self._decider.post(session.FinishAsked())
                 self._decider.post(rounds.Finishing())
                 if not self._pending:
-                    self._end(Exit.OK, "finished; nothing was waiting for a round")
+                    self._spawn(self._end_when_free())
             case "leave":
                 self._end(Exit.OK, "left the run")
             case _:

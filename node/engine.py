@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -14,7 +14,7 @@ from protocol import p2pd
 from protocol.errors import Code, Refused
 from protocol.exchange import Packing
 from protocol.limits import PEER_MESSAGE_BYTES_MAX
-from protocol.process import MALFORMED, Channel, ChannelClosed, Child, Frame
+from protocol.process import MALFORMED, Channel, ChannelClosed, Child, Frame, value_of
 from protocol.types import Digest, Exchange, NodeId, PeerId, RunId
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class Engine:
         """Average the encoded vector with the group. What fails is in the outcome; only a wrong job is refused."""
         body = asdict(job) | {"group": job.group.hex(), "after": job.after.hex(), "exchange": job.exchange.value}
         answer = await self._ask("average", body, payload, seconds=job.deadline_seconds)
-        return await self._told("average", answer, _outcome)
+        return await self._told("average", answer, lambda frame: _outcome(frame, len(job.peers)))
 
     async def cancel(self, group: bytes) -> None:
         """Give a group up: its `average` returns with what is complete."""
@@ -232,25 +232,21 @@ class Engine:
 
 
 def _started(answer: Frame) -> tuple[PeerId, tuple[str, ...]]:
-    return PeerId(answer.body["peer"]), tuple(answer.body["addresses"])
+    return PeerId(value_of(str, answer.body["peer"])), value_of(tuple[str, ...], answer.body["addresses"])
 
 
-def _outcome(answer: Frame) -> AveragingOutcome:
-    outcome, parts, at = answer.body, {}, 0
-    for index, size in outcome["parts"]:
+def _outcome(answer: Frame, members: int) -> AveragingOutcome:
+    said = {key: value for key, value in answer.body.items() if key != "number"}
+    sizes = value_of(tuple[tuple[int, int], ...], said["parts"])
+    outcome = value_of(AveragingOutcome, said | {"parts": {}})
+    parts, at = {}, 0
+    for index, size in sizes:
         parts[index] = answer.payload[at : at + size]
         at += size
-    return AveragingOutcome(
-        parts=parts,
-        included=tuple(outcome["included"]),
-        failed={int(index): reason for index, reason in dict(outcome["failed"]).items()},
-        seconds=outcome["seconds"],
-        bytes_sent=outcome["bytes_sent"],
-        bytes_received=outcome["bytes_received"],
-        evidence=Path(outcome["evidence"]) if outcome["evidence"] else None,
-        unread=tuple(outcome["unread"]),
-    )
+    if not {*parts, *outcome.included, *outcome.failed, *outcome.unread} <= set(range(members)):
+        raise ValueError(f"a member beyond the {members} of this group")
+    return replace(outcome, parts=parts)
 
 
 def _usage(answer: Frame) -> tuple[Usage, tuple[str, ...]]:
-    return Usage(**answer.body["usage"]), tuple(answer.body["addresses"])
+    return value_of(Usage, answer.body["usage"]), value_of(tuple[str, ...], answer.body["addresses"])

@@ -342,7 +342,7 @@ class Liaison:
         if wrong and not self._tally.clock:
             log.warning("this machine's clock differs from the coordinator's", seconds=round(ahead_seconds))
         word = "behind" if ahead_seconds > 0 else "ahead of"
-        told = f"this machine's clock is {_span(abs(ahead_seconds))} {word} the coordinator's; training goes on"
+        told = f"this machine's clock is {_span(abs(ahead_seconds))} {word} the coordinator's; only dates go by it"
         self._tally.clock = told if wrong else ""
 
     async def _beat(self) -> Beat:

@@ -32,7 +32,7 @@ _REACH = {
 _UNCALLABLE_HELPER = (
     "outbound-only: open the port that --listen names; where a router forwards another one, name that with --announce"
 )
-_UNLINKED = "the coordinator is not reached; training goes on without it"
+_UNLINKED = "the coordinator is not reached; rounds go on without it"
 
 
 class Display(Protocol):
@@ -106,7 +106,7 @@ class LiveScreen:
 
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._status: Status = {}
-        self._notice = "Ctrl-C ends politely, twice stops now · barnraise pause, status, finish in another terminal"
+        self._notice = ""
         self.open = True
         self._guard(self._live.start)
 
@@ -148,7 +148,9 @@ class LiveScreen:
         parts += [Text(line) for line in more]
         recent = [_outcome(each) for each in _list(status, "recent")[-3:]]
         parts += [Text(f"  {line}", style="dim") for line in recent]
-        return Group(*parts, Text(self._notice, style="dim"))
+        verbs = "status, finish" if status.get("trains") is False else "pause, status, finish"
+        hint = f"Ctrl-C ends politely, twice stops now · barnraise {verbs} in another terminal"
+        return Group(*parts, Text(self._notice or hint, style="dim"))
 
 
 def json_text(status: Status) -> str:

@@ -95,7 +95,7 @@ def view(
         heard, members = awaited
         shown["reason"] = f"{shown['reason']}; waiting for a majority: {heard} of {members} nodes answer"
     shown |= _rounds(rounds, rules)
-    if tally.nobody_callable:
+    if tally.nobody_callable and shown["reach"] != DIRECT:
         shown["reach"] = NOBODY
     if state.helper:
         shown |= {"round_steps": None, "round_steps_goal": None}

@@ -66,6 +66,10 @@ class Supply:
     def lease_ids(self) -> tuple[str, ...]:
         return tuple(self._leases)
 
+    def knows(self, shard: Digest) -> bool:
+        """Whether the run has it."""
+        return shard in self._shards
+
     def grants_of(self, ranges: Iterable[DataRange]) -> tuple[Grant, ...]:
         """What proves that this data was granted to us."""
         listed = tuple(ranges)

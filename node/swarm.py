@@ -197,7 +197,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             "seconds": time.monotonic() - began,
             "bytes_sent": runner.bytes_sent,
             "bytes_received": runner.bytes_received,
-            "evidence": str(evidence or ""),
+            "evidence": str(evidence) if evidence else None,
         }
         return outcome, b"".join(parts.values())
 

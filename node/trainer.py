@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from node import hardware, workloads
-from node.training import TrainerSpec, Vectors, plain, ranged
+from node.training import TrainerSpec, Vectors
 from protocol import canonical, model
 from protocol.errors import Code, Refused
 from protocol.order import sequence_at
@@ -426,11 +426,11 @@ class Loop:
                 self._pausing.clear()
                 self._report()
             case "add_data":
-                self._feed.add((ranged(fields), Path(path)) for *fields, path in order["data"])
+                self._feed.add((DataRange(**fields), Path(path)) for fields, path in order["data"])
                 self._told_empty = False
             case "drop":
-                dropped = [gone for each in order["ranges"] for gone in self._feed.drop(ranged(each))]
-                reply["dropped"] = [plain(each) for each in dropped]
+                dropped = [gone for each in order["ranges"] for gone in self._feed.drop(DataRange(**each))]
+                reply["dropped"] = [asdict(each) for each in dropped]
             case "goal":
                 self._goal = order["steps"]
                 self._learner.rate_share = order["rate_share"]
@@ -479,12 +479,12 @@ class Loop:
 
     def _peek(self) -> Order:
         self._learner.save()
-        ranges = [plain(each) for each in self._consumed]
+        ranges = [asdict(each) for each in self._consumed]
         return {"steps": self._done.steps, "tokens": self._done.tokens, "loss": self._done.loss, "ranges": ranges}
 
     def _reject(self, pieces: Sequence[Piece]) -> None:
         self._rejected += 1
-        ranges = [plain(each) for each in _joined(each for each, _ in pieces)]
+        ranges = [asdict(each) for each in _joined(each for each, _ in pieces)]
         self._tell({"event": "skipped", "ranges": ranges, "what": "loss or gradient is not finite"})
         if self._rejected >= REJECTED_MAX:
             self._fail(Code.DIVERGED, f"{REJECTED_MAX} inner steps in a row had a loss or gradient that is not finite")
@@ -492,7 +492,7 @@ class Loop:
     def _fail(self, reason: Code, what: str, *, shard: str | None = None, ranges: Iterable[DataRange] = ()) -> None:
         self._running = False
         self._report()
-        lost = [plain(each) for each in ranges]
+        lost = [asdict(each) for each in ranges]
         self._tell({"event": "failed", "code": reason.code, "what": what, "shard": shard, "ranges": lost})
 
     def _report_goal(self) -> None:
@@ -513,8 +513,12 @@ class Loop:
                 "loss": shown.loss,
                 "tokens_per_second": shown.tokens / shown.seconds if shown.steps else 0.0,
                 "queued_sequences": self._feed.sequences,
-                "step_seconds": shown.seconds / shown.steps if shown.steps else None,
-                "busy": [self._since, self._reported, self._busy_seconds],
+                "busy": {
+                    "since": self._since,
+                    "until": self._reported,
+                    "seconds": self._busy_seconds,
+                    "step_seconds": shown.seconds / shown.steps if shown.steps else None,
+                },
             }
         )
 

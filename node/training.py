@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import Code, Refused
-from protocol.process import MALFORMED, ChannelClosed, Child
+from protocol.process import MALFORMED, ChannelClosed, Child, value_of
 from protocol.sandbox import Sandbox
 from protocol.types import DataRange, Digest
 
@@ -144,6 +144,7 @@ class _Busy:
     since: float | None = None
     until: float = 0.0
     seconds: float = 0.0
+    step_seconds: float | None = None  # what one took since the event before
 
 
 @dataclass
@@ -205,7 +206,7 @@ class Trainer:
 
     async def add_data(self, ranges: Sequence[tuple[DataRange, Path]]) -> None:
         """Queue leased ranges, each with the file of its shard."""
-        await self._ask("add_data", data=[[*plain(each), str(path)] for each, path in ranges])
+        await self._ask("add_data", data=[[asdict(each), str(path)] for each, path in ranges])
 
     async def run(self) -> None:
         await self._ask("run")
@@ -246,8 +247,8 @@ class Trainer:
 
     async def drop(self, ranges: Sequence[DataRange]) -> tuple[DataRange, ...]:
         """Forget what is queued of these ranges; what that was. What has been trained on stays trained."""
-        answer = await self._ask("drop", ranges=[plain(each) for each in ranges])
-        return await self._told("drop", answer, lambda body: tuple(ranged(each) for each in body["dropped"]))
+        answer = await self._ask("drop", ranges=[asdict(each) for each in ranges])
+        return await self._told("drop", answer, lambda body: _ranges(body["dropped"]))
 
     async def stop(self) -> None:
         self._stopping = True
@@ -317,19 +318,18 @@ class Trainer:
 
     def _event(self, body: Mapping[str, Any]) -> Event:
         match body:
-            case {"event": "stepped", "busy": [since, until, seconds], "step_seconds": step_seconds, **fields}:
-                stepped = Stepped(**{key: value for key, value in fields.items() if key != "event"})
-                self._busy = _Busy(since, until, seconds)
-                self._step_seconds = step_seconds or self._step_seconds
+            case {"event": "stepped", "busy": busy, **fields}:
+                stepped, self._busy = value_of(Stepped, fields), value_of(_Busy, busy)
+                self._step_seconds = self._busy.step_seconds or self._step_seconds
                 self.steps = stepped.steps
                 return stepped
             case {"event": "out_of_data"}:
                 return OutOfData()
             case {"event": "skipped", "ranges": ranges, "what": what}:
-                return Skipped(tuple(ranged(each) for each in ranges), what)
+                return Skipped(_ranges(ranges), value_of(str, what))
             case {"event": "failed", "code": code, "what": what, "shard": shard, "ranges": ranges}:
-                lost = tuple(ranged(each) for each in ranges)
-                return Failed(Refused.from_wire(code, what).reason, what, shard, lost)
+                shard = None if shard is None else Digest(value_of(str, shard))
+                return Failed(Refused.from_wire(code, what).reason, value_of(str, what), shard, _ranges(ranges))
             case _:
                 raise ValueError("no event")
 
@@ -343,23 +343,21 @@ async def _first_answer(child: Child, spec: TrainerSpec, vectors: Vectors, began
     try:
         if answer["event"] == "failed":
             raise Refused.from_wire(answer["code"], answer["what"])
-        return Started(**answer["started"], seconds=time.monotonic() - began)
+        return value_of(Started, {**answer["started"], "seconds": time.monotonic() - began})
     except MALFORMED as error:
         raise Refused(Code.CHILD_DIED, f"the trainer's first answer cannot be read: {error!r}") from error
 
 
 def _snapshot(answer: Mapping[str, Any]) -> Snapshot:
-    ranges = tuple(ranged(each) for each in answer["ranges"])
-    return Snapshot(answer["steps"], answer["tokens"], ranges, answer["loss"])
+    snapshot = value_of(Snapshot, {key: value for key, value in answer.items() if key != "reply"})
+    return replace(snapshot, ranges=_ranges(answer["ranges"]))
 
 
-def plain(each: DataRange) -> list[Any]:
-    return [each.pass_number, each.shard, each.start, each.stop]
-
-
-def ranged(fields: Sequence[Any]) -> DataRange:
-    pass_number, shard, start, stop = fields
-    return DataRange(pass_number, shard, start, stop)
+def _ranges(said: object) -> tuple[DataRange, ...]:
+    ranges = value_of(tuple[DataRange, ...], said)
+    if not all(0 <= each.start < each.stop for each in ranges):
+        raise ValueError("a range without data")
+    return ranges
 
 
 def _unnamed(size: int, folder: Path) -> int:

@@ -32,7 +32,7 @@ def from_bytes(cls: type[T], data: bytes) -> T:
     if len(data) > CONTROL_BYTES_MAX:
         raise Refused(Code.LIMIT, f"{cls.__name__} of {len(data)} bytes, at most {CONTROL_BYTES_MAX} are allowed")
     try:
-        value: T = _adapter(cls).validate_json(data, strict=True, extra="forbid")
+        value: T = adapter(cls).validate_json(data, strict=True, extra="forbid")
     except ValidationError as error:
         raise Refused(Code.FIELD, _first(cls, error)) from None
     try:
@@ -78,7 +78,8 @@ def _plain(value: object) -> object:
     return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
 
 
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+def adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    """What checks that parsed JSON is such a value."""
     if cls not in _ADAPTERS:
         _ADAPTERS[cls] = TypeAdapter(cls)
     return _ADAPTERS[cls]

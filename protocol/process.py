@@ -18,14 +18,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from protocol import sandbox as sandboxes
+from protocol.canonical import adapter
 from protocol.sandbox import Sandbox
 
+T = TypeVar("T")
 HEADER_BYTES_MAX = 16 << 20  # a control frame is small; the bound only stops a runaway
+DIGITS_MAX = 20  # of an integer: 64 bits; what is longer would be no finite float either
 PAYLOAD_BYTES_MAX = 1 << 34  # an encoded vector of 10^10 parameters fits
-MALFORMED = (LookupError, TypeError, ValueError)  # what looking for something in a frame that lacks it ends as
+MALFORMED = (LookupError, TypeError, ValueError, RecursionError)  # what reading a frame ends as that does not hold it
 _FRAME = struct.Struct("<IQ")  # bytes of JSON, bytes of payload
 _PR_SET_PDEATHSIG = 1
 _CHANNEL = "BARNRAISE_CHANNEL_FD"
@@ -37,6 +40,12 @@ class Frame:
 
     body: Mapping[str, Any]
     payload: bytes = b""
+
+
+def value_of(kind: type[T], said: object) -> T:
+    """What a frame says, as a value of ours: all fields and no more, each of its type, every number finite. Else MALFORMED."""
+    value: T = adapter(kind).validate_json(json.dumps(said, allow_nan=False), strict=True, extra="forbid")
+    return value
 
 
 class ChannelClosed(ConnectionError):
@@ -74,7 +83,7 @@ class Channel:
             header_bytes, payload_bytes = _FRAME.unpack(await self._reader.readexactly(_FRAME.size))
             if header_bytes > HEADER_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
                 raise ValueError(f"{header_bytes} and {payload_bytes} bytes")
-            body = json.loads(await self._reader.readexactly(header_bytes))
+            body = json.loads(await self._reader.readexactly(header_bytes), parse_int=_integer)
             if not isinstance(body, dict):
                 raise ValueError(f"a {type(body).__name__}")
             payload = await self._reader.readexactly(payload_bytes) if payload_bytes else b""
@@ -88,6 +97,12 @@ class Channel:
     def close(self) -> None:
         with suppress(OSError):
             self._writer.close()
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS_MAX:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 class Child:

@@ -5,7 +5,7 @@ It follows the log and never leads it: rounds are decided by the members alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import leases as data
@@ -43,6 +43,7 @@ from protocol.types import (
 
 HELPS = "averaging for others"  # the activity of a node that never trains
 TAKES_PART = frozenset({"training", "waiting", "finishing", HELPS})  # activities of a node that can be rostered
+RESTS = frozenset({"paused"})  # of one that still votes, and reduces where nobody else can
 BEHIND_MAX = 1  # records that a node may lack when it is first rostered: it holds nobody up
 AHEAD_MAX = 64  # records kept that came before those between; their senders bring them again
 RESTART_PATIENCE = 1.5  # times what it takes to be thought gone
@@ -960,14 +961,14 @@ def _newest(state: State) -> SignedRoster | None:
     return state.roster or state.history.get(max(state.history, default=Epoch(-1)))
 
 
-def _able(state: State, now: float, rules: Rules) -> list[Node]:
-    """Who can be rostered."""
+def _able(state: State, now: float, rules: Rules, activities: Set[str] = TAKES_PART) -> list[Node]:
+    """Who can be rostered, of those who do this."""
     newest = _newest(state)
     rostered = newest.roster.nodes if newest else ()
     able = [
         n
         for n in state.nodes.values()
-        if n.activity in TAKES_PART
+        if n.activity in activities
         and n.present(now, rules)
         and state.shut(n.node, now) is None
         and (n.node in rostered or (n.reach.known and n.head_round >= state.head.round - BEHIND_MAX))
@@ -982,12 +983,17 @@ def _desired(state: State, now: float, rules: Rules) -> tuple[Member, ...]:
     wide = reachability.is_wide(n.reach for n in state.nodes.values() if n.present(now, rules))
     if not state.history and sum(n.activity != HELPS for n in able) < rules.min_nodes:
         return ()
-    members = [_member(n, newest.roster.member(n.node) if newest else None, rules, wide=wide) for n in able]
+
+    def member_of(node: Node) -> Member:
+        return _member(node, newest.roster.member(node.node) if newest else None, rules, wide=wide)
+
+    members = [member_of(node) for node in able]
     seats = seated(((n.node, n.invite or n.node) for n in able), rostered)
     chosen = [member for member in members if member.node in seats]
-    spare = next(filter(is_callable, members), None)
-    if spare is not None and not any(map(is_callable, chosen)):  # it is worth more than the last of those who cannot be
-        chosen = [*chosen[: MEMBERS_MAX - 1], spare]
+    if chosen and not any(map(is_callable, chosen)):  # one that can be is worth more than the last of them, even paused
+        resting = sorted(_able(state, now, rules, RESTS), key=lambda each: each.node not in rostered)
+        spare = next(filter(is_callable, (*members, *map(member_of, resting))), None)
+        chosen = chosen if spare is None else [*chosen[: MEMBERS_MAX - 1], spare]
     return tuple(chosen)
 
 

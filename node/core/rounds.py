@@ -190,6 +190,11 @@ class Rounds:
         return brought or self.snapshot_asked or self.could_bring
 
     @property
+    def engaged(self) -> bool:
+        """Whether others count on this node to end what it has begun with them, whatever it brings itself."""
+        return self.phase in (Phase.AVERAGING, Phase.DECIDING, Phase.FOLDING)
+
+    @property
     def could_bring(self) -> bool:
         """Whether a snapshot made now would bring something."""
         return self.steps > 0 or self.carried is not None
@@ -796,14 +801,17 @@ def _chosen(state: Rounds, roster: Roster, promises: Mapping[NodeId, SignedReady
 def _with_helpers(
     chosen: tuple[SignedReady, ...], roster: Roster, promises: Mapping[NodeId, SignedReady], rules: Rules
 ) -> tuple[SignedReady, ...]:
-    """And the helpers that bring nothing, in the roster's order: they reduce, where there is something to reduce."""
+    """And those who bring nothing and reduce, in the roster's order: helpers; or, where nobody else could reduce, paused
+    members that can be called. A group that averages by itself needs neither."""
     group_of = {signed.ready.sender: signed for signed in chosen}
-    if rules.exchange([member.role for member in roster.members if member.node in group_of]) is Exchange.ALL_GATHER:
+    roles = [member.role for member in roster.members if member.node in group_of]
+    if rules.exchange(roles) is Exchange.ALL_GATHER:
         return chosen
-    for member in roster.members:
-        signed = promises.get(member.node)
-        if member.role is Role.HELPER and signed is not None and not signed.ready.contribution.tokens:
-            group_of[member.node] = signed
+    idle = {node: signed for node, signed in promises.items() if not signed.ready.contribution.tokens}
+    able = [member for member in roster.members if member.role is not Role.CLIENT and member.node in idle]
+    helpers = [member for member in able if member.role is Role.HELPER]
+    alone = all(role is Role.CLIENT for role in roles)
+    group_of |= {member.node: idle[member.node] for member in helpers or (able if alone else ())}
     return tuple(group_of[node] for node in roster.nodes if node in group_of)
 
 

@@ -42,7 +42,7 @@ class Session:
     engine_ready: bool = False
     paused: bool = False
     paused_until: float | None = None
-    obstacle: str = ""  # what speaks against training by the owner's own policy
+    obstacle: str = ""  # what speaks, by the owner's own policy, against training; or, for a helper, against averaging
     idle_since: float | None = None
     release_at: float = 0.0  # not again before
     released: bool = False  # the trainer has ended because of a pause
@@ -146,7 +146,7 @@ class ResumeAsked:
 
 @dataclass(frozen=True)
 class ObstacleChanged:
-    """What schedule.obstacle says, when it says something new."""
+    """What the owner's policy says, when it says something new."""
 
     obstacle: str
 
@@ -371,6 +371,8 @@ def reason(state: Session, now: float) -> str:
             return f"preparing {' and '.join(state.lacks)}{f' ({state.trouble})' if state.trouble else ''}"
         case Activity.HELPING:
             told = "averages for others, and trains nothing"
+            if state.obstacle:
+                told = f"cannot average for others: {state.obstacle}"
             return told if state.linked else f"{told}; the coordinator is away ({state.trouble})"
         case Activity.WAITING:
             if not state.linked:

@@ -264,6 +264,24 @@ def test_the_last_that_could_be_called_keeps_its_place_while_it_is_away():
     assert not uncallable(coordinator) and coordinator.roles[C] is Role.HELPER and D in coordinator.roles
 
 
+def test_the_only_one_that_can_be_called_keeps_its_place_while_it_is_paused_and_others_come_in():
+    coordinator = Callers().comes(A, source=WORLD, named=(at(WORLD),)).comes(B).beats()
+    coordinator.answers(a=at(WORLD), b="")
+    coordinator.activities[A] = "paused"
+    coordinator.beats().comes(C).beats()
+    coordinator.answers(c="")
+    assert coordinator.beats().roles == {A: Role.PEER, B: Role.CLIENT, C: Role.CLIENT}
+    assert not uncallable(coordinator), "it averages for the others"
+
+
+def test_where_all_are_paused_the_roster_stays_as_it_is():
+    coordinator = Callers().comes(A, source=WORLD, named=(at(WORLD),)).comes(B).beats()
+    coordinator.answers(a=at(WORLD), b="")
+    before = coordinator.beats().state.roster
+    coordinator.activities |= dict.fromkeys((A, B), "paused")
+    assert coordinator.beats().waits(100).state.roster == before
+
+
 def test_without_the_only_one_that_could_be_called_and_is_banned_the_run_goes_on_with_the_next_on_a_new_branch():
     coordinator = helped()
     coordinator.see(Judged(C, Kind.BAN, "lied"))

@@ -232,9 +232,9 @@ def test_members_that_bring_nothing_reduce_nothing():
     assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, C]
 
 
-def helped(me=A, exchange=Exchange.ALL_REDUCE):
+def helped(me=A, exchange=Exchange.ALL_REDUCE, role=Role.HELPER, more=None):
     """A and C are clients, B averages for them."""
-    roles = {A: Role.CLIENT, B: Role.HELPER, C: Role.CLIENT}
+    roles = {A: Role.CLIENT, B: role, C: Role.CLIENT} | (more or {})
     members = tuple(Member(node, PeerId(node), (), 10**6, role) for node, role in roles.items())
     node = Node(me=me, trains=me != B, rosters={0: SignedRoster(Roster(RUN, 0, members, 0), "s")})
     node.rules = replace(node.rules, exchange=lambda roles: exchange)
@@ -253,6 +253,18 @@ def test_a_helper_that_brings_nothing_leads_and_reduces_for_those_who_do():
     (proposal,) = node.sent(Propose)
     assert [each.node for each in proposal.record.contributions] == [A, C] and proposal.record.parts == (part,)
     assert node.sent(Vote), "and it signs what it has proposed"
+
+
+def test_where_nobody_who_brings_something_can_be_called_a_paused_member_that_can_be_reduces():
+    node = helped(me=B, role=Role.PEER).see(ready(A, brings(A, data(0, 4))), ready(C, brings(C, data(4, 8))))
+    assert rounds.group(node.sent(Begin)[0], node.state.roster) == ((A, 4 * CONTEXT), (B, 0), (C, 4 * CONTEXT))
+    assert node.did(rounds.Average)
+
+
+def test_a_paused_member_is_left_in_peace_where_a_helper_can_reduce():
+    node = helped(me=B, more={D: Role.PEER})
+    node.see(ready(D), ready(A, brings(A, data(0, 4))), ready(C, brings(C, data(4, 8))))
+    assert [signed.ready.sender for signed in node.sent(Begin)[0].readies] == [A, B, C]
 
 
 def test_a_member_takes_part_in_a_group_with_a_helper():

@@ -252,6 +252,12 @@ def test_nothing_that_speaks_for_or_against_training_concerns_a_helper(event):
     assert (effects, activity(state), state.trains) == ([], Activity.HELPING, False)
 
 
+def test_a_helper_without_room_for_what_it_averages_says_so_until_there_is_some():
+    state, _ = helping(ObstacleChanged("no room is left"))
+    assert activity(state) is Activity.HELPING and reason(state, 0.0) == "cannot average for others: no room is left"
+    assert reason(after(ObstacleChanged(""), state=state)[0], 0.0) == "averages for others, and trains nothing"
+
+
 def test_a_helper_waits_for_its_model_and_the_swarm_only():
     state = after(LinkOpened(), state=Session(helper=True))[0]
     assert activity(state) is Activity.SYNCING and reason(state, 0.0) == "preparing the model and the swarm"

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from node import training
-from node.engine import AveragingJob, Engine
-from node.training import Exited, Started, Trainer, TrainerSpec, Vectors
+from node.engine import AveragingJob, AveragingOutcome, Engine
+from node.training import Exited, Started, Stepped, Trainer, TrainerSpec, Vectors
 from protocol.errors import Code, Refused
 from protocol.process import Child
 from protocol.types import Exchange
@@ -32,10 +33,14 @@ OUTCOME = {
     "seconds": 1.0,
     "bytes_sent": 0,
     "bytes_received": 0,
-    "evidence": "",
+    "evidence": None,
     "unread": [],
 }
 SPEC = TrainerSpec("{}", 8, "0" * 64, 256, 8, 2, {})
+SPAN = {"pass_number": 0, "shard": "0" * 64, "start": 0, "stop": 4}
+BUSY = {"since": 0.0, "until": 1.0, "seconds": 1.0, "step_seconds": 1.0}
+COUNTS = {"steps": 1, "tokens": 8, "loss": 1.0, "tokens_per_second": 8.0, "queued_sequences": 1}
+STEPPED = {"event": "stepped", **COUNTS, "busy": BUSY}
 STARTED = {"event": "started", "started": {"device": "cpu", "precision": "f32", "micro_batch": 1, "accumulate": 1}}
 
 
@@ -55,6 +60,12 @@ def says(tmp_path, monkeypatch):
         {"number": "its number", "parts": [["one"]], **OUTCOME},
         {"number": "its number", "parts": [[[], 1]], **OUTCOME},
         {"number": "its number", "parts": [], **OUTCOME, "failed": {"one": "why"}},
+        {"number": "its number", "parts": [[0, 0]], **OUTCOME},
+        {"number": "its number", "parts": [], **OUTCOME, "included": [0]},
+        {"number": "its number", "parts": [], **OUTCOME, "unread": [-1]},
+        {"number": "its number", "parts": [], **OUTCOME, "failed": {"7": "why"}},
+        {"number": "its number", "parts": [], **OUTCOME, "failed": {"0": 7}},
+        {"number": "its number", "parts": [], **OUTCOME, "seconds": "one"},
         {"number": "its number", "refused": ["x"]},
         {"number": [1]},
         {"message_from": 7},
@@ -70,6 +81,29 @@ async def test_an_engine_that_answers_what_nobody_can_read_is_a_refusal_and_an_e
     if "refused" not in answer:
         await asyncio.wait_for(engine.closed, 10)
     await engine.stop()
+
+
+async def test_an_engine_is_believed_what_can_be_read(says, tmp_path):
+    failed, evidence = {"0": "why"}, str(tmp_path)
+    says(
+        {"number": "its number", "parts": [[1, 0]], **OUTCOME, "included": [0], "failed": failed, "evidence": evidence}
+    )
+    engine = Engine(await Child.start("babbler"), tmp_path, lambda peer, message: None)
+    outcome = await engine.average(replace(JOB, peers=("one", "other")), b"")
+    assert outcome == AveragingOutcome({1: b""}, (0,), {0: "why"}, 1.0, 0, 0, tmp_path, ())
+    await engine.stop()
+
+
+async def test_a_trainer_is_believed_what_can_be_read(says, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "MODULE", "babbler")
+    says(STARTED, STEPPED)
+    heard, vectors = asyncio.Queue(), Vectors.create(8, runtime_dir=tmp_path)
+    trainer = await Trainer.start(SPEC, vectors=vectors, log=None, on_event=heard.put_nowait)
+    running = asyncio.create_task(trainer.run())
+    assert await asyncio.wait_for(heard.get(), 10) == Stepped(**COUNTS) and trainer.busy_share == 1.0
+    await trainer.stop()
+    await asyncio.gather(running, return_exceptions=True)
+    vectors.close()
 
 
 @pytest.mark.parametrize("answer", [{"reply": 1}, {"event": "started"}, {"event": "started", "started": {"x": 1}}])
@@ -89,9 +123,19 @@ async def test_a_trainer_whose_first_word_nobody_can_read_is_refused_by_name(say
         {"reply": "its number"},
         {"reply": "its number", "steps": 1, "tokens": 1, "ranges": [[0]], "loss": None},
         {"event": "stepped"},
-        {"event": "stepped", "busy": [0, 0, 0], "step_seconds": 1, "more": 1},
+        {**STEPPED, "more": 1},
+        {**STEPPED, "tokens_per_second": "x"},
+        {**STEPPED, "tokens_per_second": float("nan")},
+        {**STEPPED, "tokens_per_second": 10**400},
+        {**STEPPED, "steps": None},
+        {**STEPPED, "busy": {**BUSY, "since": "then"}},
         {"event": "skipped", "ranges": 7, "what": ""},
+        {"event": "skipped", "ranges": [], "what": 7},
+        {"event": "skipped", "ranges": [{**SPAN, "start": 1.5}], "what": ""},
+        {"event": "skipped", "ranges": [{**SPAN, "start": 4}], "what": ""},
         {"event": "failed", "code": [], "what": "", "shard": None, "ranges": []},
+        {"event": "failed", "code": "E-DATA-001", "what": "", "shard": 7, "ranges": []},
+        {"reply": "its number", "steps": "1", "tokens": 1, "ranges": [], "loss": None},
         {},
     ],
 )

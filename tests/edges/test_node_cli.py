@@ -467,12 +467,28 @@ def test_a_node_that_trains_nothing_says_so_and_what_keeps_it_from_helping(tmp_p
     assert screen.changes({}, {"recent": list(tally.recent)}) == ["round 3: averaged for others"]
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_node_is_told_of_what_it_can_do_and_does(trains):
+    from rich.console import Console
+
+    file = io.StringIO()
+    live = screen.LiveScreen(Console(file=file, force_terminal=True, width=160, height=5, markup=False))
+    live.update({**STATUS, "trains": trains, "linked": False})
+    live.close()
+    assert ("barnraise pause" in file.getvalue()) is trains and "finish" in file.getvalue()
+    assert "training goes on" not in file.getvalue() and "rounds go on" in file.getvalue()
+
+
 def test_a_node_waits_where_the_coordinator_says_that_nobody_can_be_called():
     state, tally = Session(linked=True), Tally(nobody_callable=True)
     rules = SimpleNamespace(me="node 0", inner_steps=lambda number: 9)
     rounds = Rounds(Head(RoundNumber(0), Digest("")), Digest(""), Consumed())
     shown = view(state, rounds, rules, run="r", name="n", trainer=None, confinement="", tally=tally)
     assert shown["reach"] == "nobody" and "E-NET-003" in "\n".join(screen.status_lines(shown))
+    roster = SignedRoster(Roster("run", 0, (Member("node 0", "p", (), 1, Role.PEER),), 0), "s")
+    able = replace(rounds, rosters={0: roster})
+    shown = view(state, able, rules, run="r", name="n", trainer=None, confinement="", tally=tally)
+    assert shown["reach"] == "direct", "this one can be, whatever keeps it from taking part"
 
 
 def test_without_a_home_folder_one_has_to_be_named(monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.core import leases, machine, rosters
-from node.core import rounds
+from node.core import rounds, session
 from protocol.types import NodeId, Role, Roster
 from tests.sim import swarm
 from tests.sim.faults import CALM, Weather
@@ -140,6 +140,23 @@ def test_where_nobody_who_trains_can_be_called_one_that_trains_nothing_is_all_th
     assert [roles.pop("node00"), *roles.values()] == [Role.HELPER, *[Role.CLIENT] * 3]
     assert world.truth.bringers == roles.keys(), "all who train, and nobody else"
     assert len(world.truth.attempts) <= world.truth.certified + 4
+
+
+def test_while_the_only_one_that_can_be_called_is_paused_rounds_go_on_without_its_work():
+    with swarm.swiftly():
+        world = World(1, under=CALM, swarm=Swarm(nodes=4, behind_routers=3))
+        truth, coordinator = world.truth, world.coordinator
+        paused, late = world.nodes[NodeId("node00")], world.nodes[NodeId("node03")]
+        late.kill()
+        world.run(60, goal=lambda: truth.certified == 2)
+        paused.asked(session.PauseAsked(None))
+        world.run(world.now + 60, goal=lambda: truth.certified == 4)
+        late.start()  # whoever comes is let in all the same
+        truth.bringers.clear()
+        world.run(world.now + 120, goal=lambda: truth.certified == 12)
+        assert truth.certified == 12 and truth.bringers == world.nodes.keys() - {paused.me}
+        assert len(truth.attempts) <= truth.certified + 4
+        assert not machine.nobody_is_callable(coordinator.state, coordinator.clock, coordinator.rules)
 
 
 @pytest.mark.parametrize("seed", [19, 82])
