@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -162,6 +163,7 @@ def command(
 
 def main() -> None:
     words = sys.argv[1:] or ["--nodes", "3"]  # the demo needs no arguments
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     sys.exit(run_command(app, program="barnraise-demo", short_help="", arguments=words))
 
 

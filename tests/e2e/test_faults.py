@@ -307,7 +307,9 @@ def test_nothing_is_left_of_all_this(shared, run):
 
 @pytest.mark.parametrize(("order", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_demo_that_is_ended_leaves_no_process(world, order, code):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, as by the background jobs of a script
     demo = world.command("barnraise", "demo", "--nodes", "1", "--no-browser", "--json", log="demo")
+    signal.signal(signal.SIGINT, before)
     until(
         lambda: demo.poll() is not None or [each for each in world.family() if "node.trainer" in words_of(each)],
         "its node has a trainer",
