@@ -21,7 +21,7 @@ from tests.sim.node import Swarm
 from tests.sim.swarm import simulate
 from tests.sim.world import World
 
-SEEDS = 100  # of at least 50 rounds each; thousands more by `make sim`
+SEEDS = 60  # of at least 50 rounds each; thousands more by `make sim`
 BATCHES = 10
 ROOT = Path(__file__).parents[2]
 ROUGH = Weather(
