@@ -40,7 +40,6 @@ from protocol.types import (
     NodeId,
     Part,
     PeerId,
-    Role,
     Roster,
     RoundNumber,
     SignedRoster,
@@ -198,13 +197,13 @@ class Courier:
     def _calls_only(self, node: NodeId) -> bool:
         """Whether nobody can call it."""
         member = self._member(node)
-        return member is not None and member.role is Role.CLIENT
+        return member is not None and not member.is_callable
 
     def _carrier(self) -> PeerId | None:
         """Any member that everybody can call; another one the next time, should this one be gone."""
         known = self._rosters()
         members = known[max(known)].roster.members if known else ()
-        able = [member.peer for member in members if member.role is not Role.CLIENT]
+        able = [member.peer for member in members if member.is_callable]
         return random.choice(able) if able else None  # noqa: S311  # only spreads the load
 
     # averaging and parts

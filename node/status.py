@@ -11,7 +11,7 @@ from node.core import session
 from node.core.rounds import Rounds, Rules, majority_awaited
 from node.core.session import Activity, Session
 from node.training import Stepped, Trainer
-from protocol.types import NodeId, Role, Roster
+from protocol.types import NodeId, Roster
 
 VERSION: Final = 1  # raised when a field changes its meaning
 RECENT_ROUNDS: Final = 20
@@ -109,9 +109,9 @@ def _reach(roster: Roster | None, me: NodeId) -> str | None:
     member = roster.member(me) if roster is not None else None
     if roster is None or member is None:
         return None
-    if member.role is not Role.CLIENT:
+    if member.is_callable:
         return DIRECT
-    return OUTBOUND_ONLY if any(other.role is not Role.CLIENT for other in roster.members) else NOBODY
+    return OUTBOUND_ONLY if any(other.is_callable for other in roster.members) else NOBODY
 
 
 def _rounds(rounds: Rounds, rules: Rules) -> dict[str, Any]:

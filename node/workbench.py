@@ -168,9 +168,7 @@ class Workbench:
             if self._settings.training:  # else both vectors stay without a page
                 await asyncio.to_thread(self._gradient.before_fold)
             digest = await asyncio.to_thread(self.replica.fold, entry)
-            if (
-                brought is not None and brought.tokens
-            ):  # in the record or not: what a member could not read is asked for
+            if brought is not None and brought.tokens:  # in the record or not: it may be asked for
                 await asyncio.to_thread(self.brought.keep, self._gradient.payload)
             if self._settings.training:
                 await asyncio.to_thread(self._gradient.settle, taken, missed=missed)

@@ -49,6 +49,11 @@ class Member:
     weight_cap: int  # most tokens that count for it in one round
     role: Role = Role.PEER
 
+    @property
+    def is_callable(self) -> bool:
+        """Whether the others can call it; a roster in which nobody can be called decides nothing."""
+        return self.role is not Role.CLIENT
+
 
 @dataclass(frozen=True)
 class Roster:

@@ -263,9 +263,8 @@ def measured(
 def _known(state: Audits, ask: Ask, result: Measured) -> tuple[list[tuple[Measured, bool]], bool]:
     """What this is measured against: the others' newest, whether each is a suspect's, and whether enough of them are fresh."""
     others = [(each.newest, each) for node, each in state.histories.items() if node != ask.node and each.newest]
-    turned = (
-        _in_errors(result.usual, result.usual_error) < GAIN_TYPICAL_MIN
-    )  # the model's own way harms: perhaps all do
+    # where the model's own way harms, perhaps all do
+    turned = _in_errors(result.usual, result.usual_error) < GAIN_TYPICAL_MIN
     within = 0 if turned else FRESH_ROUNDS
     fresh = [(newest, each) for newest, each in others if abs(ask.round - each.measured_in) <= within]
     enough = len(fresh) >= min(CONTROLS, len(others))

@@ -12,7 +12,7 @@ from coordinator.core import leases as data
 from coordinator.core import reachability, strikes
 from coordinator.core.leases import Leases
 from coordinator.core.reachability import Reach
-from coordinator.core.rosters import is_callable, next_members, quorum, seated
+from coordinator.core.rosters import next_members, quorum, seated
 from coordinator.core.strikes import By, Kind, Mark
 from protocol.errors import Refused
 from protocol.limits import MEMBERS_MAX, ROLLBACKS_MAX
@@ -465,7 +465,7 @@ def run_is_over(state: State, rules: Rules) -> bool:
 def nobody_is_callable(state: State, now: float, rules: Rules) -> bool:
     """Whether there are nodes for a roster, and none of them can be called: then no round can end."""
     here = () if run_is_over(state, rules) or _is_early(state, now, rules) else _desired(state, now, rules)
-    return bool(here) and not any(map(is_callable, here))
+    return bool(here) and not any(member.is_callable for member in here)
 
 
 def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
@@ -932,7 +932,7 @@ def _roster(state: State, now: float, rules: Rules) -> Outcome:
         return state, ()  # what nodes remember of this log is ahead of it
     desired = _desired(state, now, rules)
     current = state.roster.roster.nodes if state.roster is not None else ()
-    if not any(map(is_callable, desired)) and all(state.shut(node, now) is None for node in current):
+    if not any(member.is_callable for member in desired) and all(state.shut(node, now) is None for node in current):
         return _held(state, {n.node for n in _able(state, now, rules)}, now, rules)
     seals = {node: seal.epoch for node, seal in state.seals.items() if seal.round <= state.head.round}
     members = next_members([signed.roster for signed in state.rosters], desired, seals, state.silent)
@@ -990,9 +990,10 @@ def _desired(state: State, now: float, rules: Rules) -> tuple[Member, ...]:
     members = [member_of(node) for node in able]
     seats = seated(((n.node, n.invite or n.node) for n in able), rostered)
     chosen = [member for member in members if member.node in seats]
-    if chosen and not any(map(is_callable, chosen)):  # one that can be is worth more than the last of them, even paused
+    if chosen and not any(member.is_callable for member in chosen):
+        # one that can be called is worth more than the last of them, even paused
         resting = sorted(_able(state, now, rules, RESTS), key=lambda each: each.node not in rostered)
-        spare = next(filter(is_callable, (*members, *map(member_of, resting))), None)
+        spare = next((member for member in (*members, *map(member_of, resting)) if member.is_callable), None)
         chosen = chosen if spare is None else [*chosen[: MEMBERS_MAX - 1], spare]
     return tuple(chosen)
 
@@ -1028,7 +1029,7 @@ def _held(state: State, here: set[NodeId], now: float, rules: Rules) -> Outcome:
     forgetful = [node for node in roster.nodes if state.silent.get(node, -1) >= roster.epoch] if roster else []
     out = [node for node in roster.nodes if state.shut(node, now) is not None] if roster else []
     few = roster is not None and len(roster.members) - len(out) < quorum(len(roster.members))
-    mute = roster is not None and not any(map(is_callable, roster.members))
+    mute = roster is not None and not any(member.is_callable for member in roster.members)
     stuck = forgetful or few or (mute and not nobody_is_callable(state, now, rules))
     awaited = {node for node in roster.nodes if node not in out and not state.aside(node)} if roster else set()
     if roster is None or not stuck or not here or not here.issuperset(awaited):

@@ -12,16 +12,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from protocol.limits import MEMBERS_MAX
-from protocol.types import Epoch, Member, NodeId, Role, Roster
+from protocol.types import Epoch, Member, NodeId, Roster
 
 
 def quorum(members: int) -> int:
     return members // 2 + 1
-
-
-def is_callable(member: Member) -> bool:
-    """Whether the others can call it; a roster in which nobody can be called decides nothing."""
-    return member.role is not Role.CLIENT
 
 
 def may_follow(old: Iterable[NodeId], new: Iterable[NodeId], sealed: Iterable[NodeId] = ()) -> bool:
@@ -77,7 +72,7 @@ def next_members(
         )
 
     kept = [member.node for member in current if member.node not in forgetful]  # each of them makes a step less safe
-    able = [member.node for member in desired if is_callable(member)]
+    able = [member.node for member in desired if member.is_callable]
     if able and not set(able) & set(kept):  # before anybody goes: afterwards it may be unsafe
         kept += next(([node] for node in able if len(kept) < MEMBERS_MAX and safe([*kept, node])), [])
         if not set(able) & set(kept):

@@ -431,7 +431,7 @@ Outcome = tuple[Rounds, tuple[Effect, ...]]
 
 def leader(roster: Roster, ballot: Ballot, round_number: RoundNumber) -> NodeId:
     """Rotates by round and attempt, so that a dead leader costs one attempt; among those whom everybody can call."""
-    able = [member for member in roster.members if member.role is not Role.CLIENT] or roster.members
+    able = [member for member in roster.members if member.is_callable] or roster.members
     return able[(round_number + ballot.attempt) % len(able)].node
 
 
@@ -808,7 +808,7 @@ def _with_helpers(
     if rules.exchange(roles) is Exchange.ALL_GATHER:
         return chosen
     idle = {node: signed for node, signed in promises.items() if not signed.ready.contribution.tokens}
-    able = [member for member in roster.members if member.role is not Role.CLIENT and member.node in idle]
+    able = [member for member in roster.members if member.is_callable and member.node in idle]
     helpers = [member for member in able if member.role is Role.HELPER]
     alone = all(role is Role.CLIENT for role in roles)
     group_of |= {member.node: idle[member.node] for member in helpers or (able if alone else ())}

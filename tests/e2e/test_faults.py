@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -218,10 +219,21 @@ def test_rounds_go_on_while_the_coordinator_is_away_and_are_archived_when_it_is_
     until(lambda: run.page("status")["run"]["round"] >= head, "the coordinator follows")
 
 
+def copied(home: Path, to: Path) -> None:
+    """As by whoever copies the folder of a node that runs: what it replaces or removes meanwhile is not copied."""
+
+    def copy_unless_gone(source: str, target: str) -> str:
+        with suppress(FileNotFoundError):
+            shutil.copy2(source, target)
+        return target
+
+    shutil.copytree(home, to, ignore=shutil.ignore_patterns("runtime", "*.sock"), copy_function=copy_unless_gone)
+
+
 def test_a_copy_of_a_node_that_runs_is_refused_and_the_node_is_told(shared, pair):
     ash, _ = pair
     copy = Node(shared, "copy")
-    shutil.copytree(ash.home, copy.home, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
+    copied(ash.home, copy.home)
     options = ("--home", copy.home, "--json", "--device", "cpu", "--listen", "127.0.0.1:0")
     _, complaint = shared.call("barnraise", "start", *options, code=Code.IDENTITY_TAKEN.exit.value)
     assert Code.IDENTITY_TAKEN.code in complaint and "is in use since" in complaint
