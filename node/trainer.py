@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from node import hardware, workloads
+from node.muon import Float32Muon
 from node.training import TrainerSpec, Vectors
 from protocol import canonical, model
 from protocol.errors import Code, Refused
@@ -164,8 +165,8 @@ class Learner:
         self._cap_device()
         self._module = self._workload.build(spec.model_config).to(self.device).train()
         self._parameters = [each for each in self._module.parameters() if each.requires_grad]
-        bf16 = any(each.name == self.device and each.bf16 for each in devices)
-        self.precision = "bf16" if bf16 and self.rules.precision != "fp32" else "fp32"
+        self._bf16 = any(each.name == self.device and each.bf16 for each in devices)
+        self.precision = "bf16" if self._bf16 and self.rules.precision != "fp32" else "fp32"
         self.rate_share = 1.0  # of the learning rates: a run's plan, round by round
         self._step = 0
         self.micro_batch = 1
@@ -297,8 +298,9 @@ class Learner:
             torch.optim.AdamW(groups, lr=rules.learning_rate, betas=betas, fused=True)
         ]
         if chosen:
+            muon = torch.optim.Muon if self._bf16 else Float32Muon
             optimizers.append(
-                torch.optim.Muon(
+                muon(
                     chosen,
                     lr=rules.muon_learning_rate,
                     momentum=rules.muon_momentum,

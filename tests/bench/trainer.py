@@ -44,6 +44,7 @@ def bare_loop(path: Path, steps: int, model_config: str, threads: int) -> tuple[
     import torch
     from torch.nn import functional
 
+    from node.muon import Float32Muon
     from protocol import model
 
     torch.set_num_threads(threads)
@@ -52,7 +53,7 @@ def bare_loop(path: Path, steps: int, model_config: str, threads: int) -> tuple[
     rest = [each for name, each in module.named_parameters() if each.ndim != 2 or "embed" in name]
     optimizers = [
         torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        Float32Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
     ]
     tokens = np.fromfile(path, "<u2")
     batch = 16 * CONTEXT
