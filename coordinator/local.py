@@ -34,6 +34,7 @@ DEMO: Final[Mapping[str, Mapping[str, Any]]] = {
     "evaluate": {"sequences": 32, "prompt": '    """Return the ', "base_every_rounds": 1000},
     "rounds": {"gather_seconds": 2.0, "deadline_seconds": 30.0},
     "leases": {"sequences": 256, "seconds": 30.0},
+    "audit": {"share": 0.0},  # nobody here is a stranger
     "coordinator": {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "p2p": "127.0.0.1:0", "heartbeat_seconds": 2.0},
 }
 
