@@ -1,4 +1,4 @@
-"""`barnraise demo`: from nothing to a sentence, on this machine and nothing else, in under three minutes."""
+"""`barnraise demo`: from nothing to a sentence, on this machine and nothing else, in two to four minutes."""
 
 from __future__ import annotations
 
