@@ -38,8 +38,8 @@ class Desk(Protocol):
     def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
         """Step the machine, carry out the effects, and tell which they were."""
 
-    async def changed(self, timeout_seconds: float) -> None:
-        """Returns at the next Announce, or when the time is over."""
+    async def news(self) -> None:
+        """Returns at the next Announce."""
 
     def part_stored(self, digest: Digest) -> None: ...
     @property

@@ -124,7 +124,8 @@ class Coordinator:
         self._work: asyncio.Queue[machine.Fold | machine.Evaluate | machine.ArchiveBase | machine.Rewind] = (
             asyncio.Queue()
         )
-        self._changed = asyncio.Event()  # set and replaced at every change
+        self._changed = asyncio.Event()  # set and replaced at every change of what the page shows
+        self._news = asyncio.Event()  # the same, of what nodes are told
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._rendezvous: Rendezvous | None = None
@@ -388,6 +389,7 @@ class Coordinator:
         except Exception as error:
             self._fail(error)  # what is in memory is ahead of what is on disk: only a new start brings them together
             raise
+        self._show()
         return effects
 
     def _write_down(self, newest: tuple[float, str] | None) -> None:
@@ -430,18 +432,20 @@ class Coordinator:
             case machine.Fold() | machine.Evaluate() | machine.ArchiveBase() | machine.Rewind():
                 self._work.put_nowait(effect)
             case machine.Announce():
-                self._announce()
+                self._news.set()
+                self._news = asyncio.Event()
             case machine.GrantLeases():
                 pass  # the door that asked finds it in what submit returns
 
-    def _announce(self) -> None:
+    def _show(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def changed(self, timeout_seconds: float | None = None) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_seconds):
-                await self._changed.wait()
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+    async def news(self) -> None:
+        await self._news.wait()
 
     def part_stored(self, digest: Digest) -> None:
         self.submit(machine.PartStored(digest))
@@ -691,7 +695,7 @@ class Coordinator:
                 written = await self._evaluator.sample(params, prompt, tokens=SAMPLE_TOKENS, seed=round_number)
                 self._sample = prompt + written
             self._measured = round_number
-            self._announce()
+            self._show()
 
     def _heed(self, round_number: RoundNumber, heldout: float | None) -> None:
         """Go back by itself, or warn, if the watch says so."""

@@ -459,7 +459,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     async def _stirred(self, session: Session, seconds: float) -> None:
         """Returns when there may be news, for all or for this one."""
-        waits = {asyncio.ensure_future(each) for each in (self._desk.changed(seconds), session.roused.wait())}
+        waits = {asyncio.ensure_future(each) for each in (self._desk.news(), session.roused.wait())}
         try:
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -649,6 +649,8 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             raise Refused(Code.UNPROVED, what)
         log.warning("a member could not read a contribution", round=at, node=brought.node[:16], accuser=accuser[:16])
         self._desk.auditor.complained(complaint, accuser, len(members))
+        if (accused := self._session_of.get(brought.node)) is not None:
+            accused.roused.set()
 
     async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
         with self._session(context) as session:

@@ -92,6 +92,11 @@ class Node:
     bytes_received: int = 0
     credit_tokens: int = 0
 
+    @property
+    def standing(self) -> tuple[object, ...]:
+        """All that counts of what a heartbeat tells; the rest is shown to people."""
+        return self.activity, self.head_round, self.epoch, self.addresses, self.reach
+
     def present(self, now: float, rules: Rules) -> bool:
         return now - self.seen < rules.absent_seconds
 
@@ -435,7 +440,7 @@ class ArchiveBase:
 
 @dataclass(frozen=True)
 class Announce:
-    """Something changed that pages and waiting heartbeats should hear of."""
+    """Something changed that waiting heartbeats should hear of."""
 
 
 Effect = (
@@ -469,8 +474,14 @@ def nobody_is_callable(state: State, now: float, rules: Rules) -> bool:
 
 
 def step(state: State, event: Event, now: float, rules: Rules) -> Outcome:
-    """Take one event; return the new state and what must be done, in order."""
+    """Take one event; return the new state and what must be done, in order.
+
+    A heartbeat by which nobody's standing changes is only noted, however many nodes there are: what the time alone brings
+    about is settled by the next Ticked."""
+    known = state.nodes.get(event.node) if isinstance(event, HeartbeatArrived) else None
     state, effects = _apply(state, event, now, rules)
+    if known is not None and known.present(now, rules) and known.standing == state.nodes[known.node].standing:
+        return state, effects
     state, more = _settle(state, now, rules)
     return state, effects + more
 
@@ -574,7 +585,7 @@ def _heartbeat(state: State, beat: HeartbeatArrived, now: float, rules: Rules) -
     )
     until_ms = int((now + rules.lease_seconds) * 1000)
     renewed, _ = data.renew(state.leases, beat.node, beat.lease_ids, until_ms)
-    return replace(state, leases=renewed), (Announce(),)
+    return replace(state, leases=renewed), ()
 
 
 def _called(state: State, event: Called, now: float) -> Outcome:
@@ -585,7 +596,7 @@ def _called(state: State, event: Called, now: float) -> Outcome:
     if reach.open is not known.reach.open:
         can = "can be called" if reach.open else "cannot be called: it calls the others"
         state = _say(state, now, f"{known.name} {can}")
-    return _with_node(state, replace(known, reach=reach)), (Announce(),)
+    return _with_node(state, replace(known, reach=reach)), ()
 
 
 def _call(state: State, now: float, rules: Rules) -> Outcome:

@@ -86,8 +86,10 @@ class Coordinator:
         self.now = 1.0
 
     def see(self, *events, at=None):
+        """A heartbeat, and the tick that is soon."""
         self.now = self.now if at is None else at
-        done, waiting = [], list(events)
+        done, waiting = [], [*events]
+        waiting += [Ticked()] * any(isinstance(event, HeartbeatArrived) for event in events)
         while waiting:
             self.state, effects = machine.step(self.state, waiting.pop(0), self.now, self.rules)
             done += effects
@@ -274,6 +276,18 @@ def test_a_heartbeat_keeps_the_leases_that_it_names():
         coordinator.see(beat(A, lease_ids=(kept.lease_id,)), at=at)
     assert [lease.lease_id for lease in coordinator.state.leases.of(A)] == [kept.lease_id]
     assert coordinator.state.leases.returned == (lost.range,)
+
+
+def test_a_heartbeat_by_which_nothing_changes_is_only_noted_and_settles_nothing_of_the_others():
+    coordinator = Coordinator().join(A, B)
+    late = coordinator.now + RULES.absent_seconds
+    coordinator.see(beat(A), at=late - 1)
+    before = coordinator.state
+    noted, effects = machine.step(before, replace(beat(A), tokens_per_second=7.0), late, RULES)
+    assert noted.nodes[A].seen == late and noted.nodes[B] == before.nodes[B] and not effects
+    for event in (beat(A, activity="paused"), Ticked()):
+        settled, _ = machine.step(noted, event, late, RULES)
+        assert settled.nodes[B].activity == "left"
 
 
 def test_what_a_record_consumed_is_not_leased_any_more():

@@ -137,7 +137,7 @@ class RealDesk:
             genesis_head(manifest), genesis_head(manifest), GENESIS, Consumed(), self.store.load_leases(self.shards)
         )
         self.events, self.effects = [], []
-        self.news = asyncio.Event()
+        self.announced = asyncio.Event()
         self.accused = []
         self.auditor = self.audits(share=0.0)
         self.recounter = self.recounts(share=0.0)
@@ -217,15 +217,11 @@ class RealDesk:
         self.submit(machine.Rewound(head, GENESIS, (), frozenset()))
 
     def announce(self):
-        self.news.set()
-        self.news = asyncio.Event()
+        self.announced.set()
+        self.announced = asyncio.Event()
 
-    async def changed(self, timeout_seconds):
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self.news.wait()
-        except TimeoutError:
-            pass
+    async def news(self):
+        await self.announced.wait()
 
     def part_stored(self, digest):
         self.submit(machine.PartStored(digest))
