@@ -536,10 +536,16 @@ async def test_who_signed_what_no_codec_reads_is_asked_for_it_and_accused_though
     brought = contribution.sign(link._key, world.desk.run, head.round, head.hash, plain)
     assert (await refused(link.upload_part(plain.update, bad))).reason is Code.BLOB_MISSING  # nobody has asked
     complaint = Complaint(head.round, head.hash, brought)
+    asked = Beat("training", epoch=world.desk.state.roster.roster.epoch, known_round=head.round)
+    await link.heartbeat(asked)
+    waiting = asyncio.create_task(link.heartbeat(asked, wait_seconds=20))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
     for _ in range(2):
         await other.complain(complaint)
-    asked = Beat("training", known_round=head.round)
-    assert (await link.heartbeat(asked)).asked == (plain.update,) and (await other.heartbeat(asked)).asked == ()
+    async with asyncio.timeout(5):
+        assert (await waiting).asked == (plain.update,)
+    assert (await other.heartbeat(asked)).asked == ()
     assert (await refused(other.upload_part(plain.update, bad))).reason is Code.BLOB_MISSING
     reading = asyncio.create_task(auditor.read())
     assert await link.upload_part(plain.update, bad)
@@ -1255,6 +1261,27 @@ async def test_a_heartbeat_without_news_is_answered_after_its_wait(world):
     assert news.roster is None
     assert news.wanted == ()
     assert not news.finished
+
+
+async def test_a_heartbeat_that_changes_nothing_wakes_none_that_wait(world, monkeypatch):
+    link, other, *_ = await two_in_a_roster(world)
+    beat = Beat("training", epoch=world.desk.state.roster.roster.epoch, known_round=1)
+    for each in (link, other):
+        await each.heartbeat(beat)
+    looked, has_news = [], world.service._news
+    monkeypatch.setattr(world.service, "_news", lambda *words: looked.append(words) or has_news(*words))
+    waiting = asyncio.create_task(link.heartbeat(beat, wait_seconds=20))
+    async with asyncio.timeout(10):
+        while not looked:
+            await asyncio.sleep(0.01)
+        for speed in range(20):
+            await other.heartbeat(replace(beat, tokens_per_second=speed))
+        assert len(looked) == 1 + 20, "each for itself"
+        world.desk.announce()
+        while len(looked) < 1 + 20 + 1:
+            await asyncio.sleep(0.01)
+    assert not waiting.done()
+    waiting.cancel()
 
 
 @pytest.mark.parametrize("field", ["wanted", "asked"])
