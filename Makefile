@@ -25,7 +25,7 @@ test: $(STAMP)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/sim tests/edges tests/core
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/sim tests/edges tests/core
 	$(BIN)/python -m pytest tests/e2e
 endif
 
