@@ -179,7 +179,7 @@ class Desk:
         for _ in range(2):
             await self.see(*(self.beat(key) for key in keys))
             self.now += 29.0
-        await self.see(*(self.beat(key) for key in keys))
+        await self.see(*(self.beat(key) for key in keys), machine.Ticked())
 
     def beat(self, key):
         ids = tuple(lease.lease_id for lease in self.state.leases.of(key.public))
@@ -209,7 +209,7 @@ class Desk:
     async def roll_back(self, to):
         await self.see(machine.RollbackAsked(self.coordinator._record_head(to), "the loss rose"))
         self.now += 1.0
-        await self.see(*(self.beat(key) for key in KEYS))
+        await self.see(*(self.beat(key) for key in KEYS), machine.Ticked())
 
     async def leave(self, key):
         await self.see(machine.NodeLeft(key.public, "asked", None))
