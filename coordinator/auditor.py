@@ -88,8 +88,8 @@ class Auditor:
         self._tidy()
         self._tell((*late, *found))
 
-    def complained(self, complaint: Complaint, accuser: NodeId, members: int) -> None:
-        """A member could not read what another brought; whoever calls this has checked that it may say so."""
+    def complained(self, complaint: Complaint, accuser: NodeId, members: frozenset[NodeId]) -> None:
+        """A member could not use what another sent; whoever calls this has checked that it may say so."""
         self._audits = audits.complained(self._audits, complaint, accuser, members).told(self._now_ms())
         self.stir()  # it may be here already
 

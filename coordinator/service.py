@@ -641,14 +641,14 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         check_shape(brought)
         await asyncio.to_thread(check_genuine, self._desk.manifest.manifest.run, at, complaint.previous, brought)
         state = self._desk.state
-        members = {node for signed in state.rosters for node in signed.roster.nodes}
+        members = frozenset(node for signed in state.rosters for node in signed.roster.nodes)
         if not {accuser, brought.node} <= members:
             raise Refused(Code.UNPROVED, "a complaint by or about a node that is in no roster now")
         if at < state.head.round - ANSWER_ROUNDS or complaint.previous != state.head_before(at):
             what = f"a complaint about round {at}, expected one of the newest {ANSWER_ROUNDS} or the open one, {state.head.round}"
             raise Refused(Code.UNPROVED, what)
-        log.warning("a member could not read a contribution", round=at, node=brought.node[:16], accuser=accuser[:16])
-        self._desk.auditor.complained(complaint, accuser, len(members))
+        log.warning("a member could not use what it was sent", round=at, node=brought.node[:16], accuser=accuser[:16])
+        self._desk.auditor.complained(complaint, accuser, members)
         if (accused := self._session_of.get(brought.node)) is not None:
             accused.roused.set()
 

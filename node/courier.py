@@ -211,7 +211,7 @@ class Courier:
     async def average(
         self, begin: Begin, roster: Roster, payload: bytes, *, seconds: float
     ) -> tuple[Part | None, dict[int, Digest], frozenset[NodeId]]:
-        """The part reduced here, the hashes of all parts that this node holds now, and whose contributions no codec reads.
+        """The part reduced here, the hashes of all parts that this node holds now, and who sent what no honest member sends.
 
         Never raises a refusal. Whatever the peers or the engine do, nothing is waited for past these seconds."""
         members = group(begin, roster)
@@ -224,7 +224,7 @@ class Courier:
         previous, ballot = begin.readies[0].ready.previous, begin.ballot
         self._group = group_id(begin.run, previous, ballot.epoch, ballot.attempt)
         held: dict[int, Digest] = {}
-        unread: frozenset[NodeId] = frozenset()
+        garbled: frozenset[NodeId] = frozenset()
         try:
             job = AveragingJob(
                 group=self._group,
@@ -245,7 +245,7 @@ class Courier:
                 raise Refused(Code.CHILD_DIED, "the engine is being restarted")
             async with asyncio.timeout(seconds):
                 outcome = await self.engine.average(job, payload if weights[index] else b"")
-            unread = frozenset(members[each][0] for each in outcome.unread)
+            garbled = frozenset(members[each][0] for each in outcome.garbled)
             for number, data in outcome.parts.items():
                 held[number] = await self._keep(data)
             evidence = None
@@ -253,21 +253,21 @@ class Courier:
                 evidence = await asyncio.to_thread(self.evidence.move_in, outcome.evidence)
         except TimeoutError:
             log.warning("averaging failed", round=begin.round, why=f"the engine said nothing for {seconds:.0f} s")
-            return None, held, unread
+            return None, held, garbled
         except Refused as refused:
             log.warning("averaging failed", round=begin.round, why=refused.what)
-            return None, held, unread
+            return None, held, garbled
         if outcome.failed:
             log.warning("averaging was incomplete", round=begin.round, failed=dict(outcome.failed))
         included = tuple(members[each][0] for each in outcome.included)
         if index not in held or not included:
-            return None, held, unread
+            return None, held, garbled
         start, stop = shares[index]
         self._reduced.append((begin.round, held[index], self._group))
         part = Part(index, start, stop, held[index], len(outcome.parts[index]), self._me, included, evidence)
         tokens = tuple(weights[each] for each in outcome.included)
         body = Vouched(begin.run, begin.round, previous, ballot.epoch, exchange, tokens, part)
-        return sign_part(self._key, body), held, unread
+        return sign_part(self._key, body), held, garbled
 
     def _taken_last(self) -> bytes:
         """The newest group whose means of ours are in a record; empty if none are, or if they left nothing out."""

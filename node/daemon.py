@@ -653,11 +653,11 @@ class Daemon:
             self._send((secrets.choice(others),), told)
 
     async def _average(self, begin: Begin, roster: Roster, seconds: float) -> None:
-        """Average with the group; whatever happens, say what is held, and tell of whom no codec reads."""
-        part, held, unread = await self._courier.average(begin, roster, self._workbench.payload, seconds=seconds)
+        """Average with the group; whatever happens, say what is held, and tell of who sent what no honest member sends."""
+        part, held, garbled = await self._courier.average(begin, roster, self._workbench.payload, seconds=seconds)
         self._decider.post(rounds.Averaged(begin.ballot, part, held))
         for ready in (signed.ready for signed in begin.readies):
-            if ready.sender in unread:
+            if ready.sender in garbled:
                 complaint = contribution.Complaint(begin.round, ready.previous, ready.contribution)
                 self._spawn(self._liaison.complain(complaint))
 

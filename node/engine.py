@@ -58,7 +58,7 @@ class AveragingOutcome:
     bytes_sent: int  # encoded values, without what carries them
     bytes_received: int
     evidence: Path | None = None  # of our own mean, as protocol/evidence.py has it; the caller's to remove
-    unread: tuple[int, ...] = ()  # members of whose contributions something came here that no codec reads
+    garbled: tuple[int, ...] = ()  # members of whose contributions something came here that no honest member sends
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _outcome(answer: Frame, members: int) -> AveragingOutcome:
     for index, size in sizes:
         parts[index] = answer.payload[at : at + size]
         at += size
-    if not {*parts, *outcome.included, *outcome.failed, *outcome.unread} <= set(range(members)):
+    if not {*parts, *outcome.included, *outcome.failed, *outcome.garbled} <= set(range(members)):
         raise ValueError(f"a member beyond the {members} of this group")
     return replace(outcome, parts=parts)
 

@@ -297,7 +297,7 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         self._step = CHUNK_VALUES * max(1, PIECE_BYTES // chunk_bytes)
         self._gathered_by = time.monotonic() + plan.deadline_seconds * GATHER_SHARE
         self._streams: set[PeerID] = set()
-        self._unread: set[int] = set()
+        self._garbled: set[int] = set()
         everyone, mine = range(len(plan.peers)), (self.index,)
         gathers = plan.exchange is Exchange.ALL_GATHER
         self._weights = tuple(w if i == self.index or not gathers else 0 for i, w in enumerate(plan.weights))
@@ -334,9 +334,9 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         return self.tensor_part_reducer.included
 
     @property
-    def unread(self) -> tuple[int, ...]:
-        """Members of whose contributions something came here that no codec reads."""
-        return tuple(sorted(index for index in self._unread if self._plan.weights[index]))
+    def garbled(self) -> tuple[int, ...]:
+        """Members of whose contributions something came here that no honest member sends."""
+        return tuple(sorted(index for index in self._garbled if self._plan.weights[index]))
 
     @property
     def leftover(self) -> Leftover | None:
@@ -359,8 +359,8 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         except (BannedException, TimeoutError):
             await self._ban_sender(context.remote_id)  # too slow to count, but welcome to the means
         except Exception as error:  # Violation, or whatever else its bytes brought about
-            if isinstance(error, Unreadable):
-                self._unread.add(sender_index)
+            if isinstance(error, Violation):
+                self._garbled.add(sender_index)
             await self._ban_sender(context.remote_id)
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
@@ -417,7 +417,7 @@ class GroupRunner(AllReduceRunner):  # type: ignore[misc]
         except Exception as error:  # whatever befalls one span is that span's failure and nobody else's
             gathers = self._plan.exchange is Exchange.ALL_GATHER  # else what comes is a mean
             if gathers and isinstance(error, Unreadable):
-                self._unread.add(index)
+                self._garbled.add(index)
             self.tensor_part_container.register_failed_reducer(index, str(error) or type(error).__name__)
 
     async def _own_means(self) -> AsyncGenerator[bytes, None]:

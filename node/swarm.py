@@ -193,7 +193,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
             "parts": [(index, len(part)) for index, part in parts.items()],
             "included": runner.included if runner.index in parts else (),
             "failed": failed,
-            "unread": runner.unread,
+            "garbled": runner.garbled,
             "seconds": time.monotonic() - began,
             "bytes_sent": runner.bytes_sent,
             "bytes_received": runner.bytes_received,

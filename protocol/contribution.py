@@ -26,7 +26,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Complaint:
-    """A member's word that no codec reads what it was sent as this. It proves nothing: the bytes that were signed do."""
+    """A member's word that what it was sent as this is not what was signed, or that no codec reads it. It proves nothing."""
 
     round: RoundNumber
     previous: Digest  # the head that the contribution is signed for

@@ -30,11 +30,12 @@ class Exchange(Enum):
 
 
 class Fault(Enum):
-    """What was proved against a node. No crash, no bad network and no slow machine makes an honest node do so."""
+    """What was proved against a node, or said by most of the others. No crash, no bad network and no slow machine makes an honest node do so."""
 
     FORGED = "forged"  # it put into a record what the member it names had not signed
     REDUCED_WRONG = "reduced-wrong"  # its mean is not that of the contributions which it says are inside
     TRAINED_WRONG = "trained-wrong"  # what it brought is not what training on its data gives
+    GARBLED = "garbled"  # what it sent to most of the others is not what it signed: each of them says so
     WITHHELD = "withheld"  # it was there, and time after time did not show what it had signed
     CONTRADICTED = "contradicted"  # it signed two letters of which an honest node signs one
 

@@ -18,7 +18,8 @@ machine measures everybody, so that hardware plays no part. What counts against 
 where those gain nothing either, as in a run that goes badly, nobody is judged.
 
 Of what a member complains about (protocol/contribution.py) the bytes are only read, whatever the share of audits: where
-they are what their author signed, and no codec reads them, that is proof; where one does, nothing counts against anybody.
+they are what their author signed, and no codec reads them, that is proof. Where one does, or they are never shown, either
+their author has sent others than it signed or its accuser lies: one word counts against nobody, those of most members do.
 
 A member whose newest audits were bad is audited in every round; then CONTROLS others are measured beside it, as traces fade
 and gains turn for all at once. What is bad beside measurements of other times is a suspicion, and no point. Of its newest
@@ -62,6 +63,7 @@ SAMPLED: Final = 64  # sequences of a contribution's data, and as many of the ot
 SEQUENCES_MIN: Final = 8  # of a contribution: the spread of fewer says little, and so light a work harms little
 COMPLAINTS_SHARE: Final = 0.5  # of a round's members are asked for what others could not read: liars are a minority
 VAIN_ROUNDS: Final = 64  # nobody is heard so long after a complaint that came to nothing: it made another show its work
+WORD_ROUNDS: Final = 64  # a word counts for so long
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Rules(inquiries.Rules):
 
 class Kind(Enum):
     BROKEN = "broken"  # no decoder reads what it signed: proved
+    GARBLED = "garbled"  # more than half of the members were sent something else than it shows
     REPLAYED = "replayed"  # it signed the same bytes in two rounds: proved
     POINTS = "points"  # too many bad audits
     UNANSWERED = "unanswered"  # it never shows what it signed
@@ -85,7 +88,8 @@ class Ask(inquiries.Ask):
     ranges: tuple[DataRange, ...]
     elsewhere: tuple[DataRange, ...] = field(default=(), compare=False)  # what the others of the record name
     weight: float = 1.0  # its tokens, in those of the record's mean contribution
-    accuser: NodeId | None = None  # who could not read it: then it is read, and stands in no record, or not in all
+    accuser: NodeId | None = None  # who could not use it: then it is read, and stands in no record, or not in all
+    members: frozenset[NodeId] = field(default=frozenset(), compare=False)  # when that was said
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Accusation:
 
     @property
     def fault(self) -> Fault:
-        return Fault.WITHHELD if self.kind is Kind.UNANSWERED else Fault.TRAINED_WRONG
+        return {Kind.UNANSWERED: Fault.WITHHELD, Kind.GARBLED: Fault.GARBLED}.get(self.kind, Fault.TRAINED_WRONG)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class History(inquiries.History):
 class Audits(Inquiries[Ask, History]):
     seen: Mapping[Digest, tuple[RoundNumber, NodeId]] = field(default_factory=dict)
     complaints: frozenset[tuple[RoundNumber, NodeId]] = frozenset()  # those heard, whom they are about
+    words: Mapping[tuple[NodeId, NodeId], RoundNumber] = field(default_factory=dict)  # accuser and accused: the newest
     vain: Mapping[tuple[NodeId, NodeId], RoundNumber] = field(default_factory=dict)  # accuser and accused: the newest
 
     def gone_back(self, to: RoundNumber) -> Self:
@@ -271,17 +276,18 @@ def _known(state: Audits, ask: Ask, result: Measured) -> tuple[list[tuple[Measur
     return [(newest, suspect(each)) for newest, each in (fresh if enough else others)], enough
 
 
-def complained(state: Audits, complaint: Complaint, accuser: NodeId, members: int) -> Audits:
-    """A member could not read what another, of so many, has brought to a round: ask for it, if that is news.
+def complained(state: Audits, complaint: Complaint, accuser: NodeId, members: frozenset[NodeId]) -> Audits:
+    """One of the members could not use what another has sent to it in a round: ask for that, if this is news.
 
     Whoever calls this has checked that the contribution is genuine, and of a round of the line or the open one."""
     accused, at = complaint.contribution.node, complaint.round
+    state = replace(state, words={**state.words, (accuser, accused): at})
     vain = state.vain.get((accuser, accused))
     if (at, accused) in state.complaints or (vain is not None and at < vain + VAIN_ROUNDS):
         return state
-    if sum(each == at for each, _ in state.complaints) >= math.ceil(COMPLAINTS_SHARE * members):
+    if sum(each == at for each, _ in state.complaints) >= math.ceil(COMPLAINTS_SHARE * len(members)):
         return state
-    ask = Ask(at, accused, complaint.contribution.update, (), accuser=accuser)
+    ask = Ask(at, accused, complaint.contribution.update, (), accuser=accuser, members=members)
     state = replace(state, open=(*state.open, ask), complaints=state.complaints | {(at, accused)})
     return state.knowing(accused, state.histories.get(accused, History()))
 
@@ -293,8 +299,23 @@ def read(state: Audits, ask: Ask, broken: Broken | None) -> tuple[Audits, Accusa
         return state, None  # undone meanwhile
     state = state.shown(ask, state.histories[ask.node])
     if broken is not None:
-        return state, _unreadable(ask, broken)
-    return replace(state, vain={**state.vain, (ask.accuser, ask.node): ask.round}), None
+        return _settled(state, ask.node), _unreadable(ask, broken)
+    return _believed(replace(state, vain={**state.vain, (ask.accuser, ask.node): ask.round}), ask)
+
+
+def _believed(state: Audits, ask: Ask) -> tuple[Audits, Accusation | None]:
+    """What was complained about proves nothing: whether most members say the same."""
+    words = {accuser for accuser, accused in state.words if accused == ask.node} & ask.members
+    if 2 * len(words) <= len(ask.members):
+        return state, None
+    reason = f"{len(words)} of {len(ask.members)} members were sent other bytes than it signed, or what no codec reads"
+    return _settled(state, ask.node), Accusation(ask.node, ask.round, Kind.GARBLED, reason, ask.update)
+
+
+def _settled(state: Audits, accused: NodeId) -> Audits:
+    """It is found out: nobody complained in vain, and the next time it takes as many words again."""
+    words, vain = ({pair: at for pair, at in each.items() if pair[1] != accused} for each in (state.words, state.vain))
+    return replace(state, words=words, vain=vain)
 
 
 def _unreadable(ask: Ask, result: Broken) -> Accusation:
@@ -348,15 +369,21 @@ def _judge(
 def expired(
     state: Audits, newest: RoundNumber, heard: Collection[NodeId], answered: Collection[Ask]
 ) -> tuple[Audits, tuple[Accusation, ...]]:
-    """Forget old complaints as well; who has withheld too much is accused."""
+    """Forget old complaints as well; accused is who has withheld too much, or what most members could not use."""
+    closing = [ask for ask in state.open if ask.accuser and ask.round + ANSWER_ROUNDS < newest and ask not in answered]
     state, withheld = state.expired(newest, heard, answered)
     state = replace(
         state,
         complaints=frozenset(each for each in state.complaints if each[0] + ANSWER_ROUNDS >= newest),
         vain={pair: at for pair, at in state.vain.items() if at + VAIN_ROUNDS >= newest},
+        words={pair: at for pair, at in state.words.items() if at + WORD_ROUNDS >= newest},
     )
     reason = f"{UNANSWERED_MAX} times in a row it did not show the update that it had signed"
-    return state, tuple(Accusation(ask.node, ask.round, Kind.UNANSWERED, reason, ask.update) for ask in withheld)
+    accused = [Accusation(ask.node, ask.round, Kind.UNANSWERED, reason, ask.update) for ask in withheld]
+    for ask in closing:
+        state, found = _believed(state, ask)
+        accused += [found] if found else []
+    return state, tuple(accused)
 
 
 def alarmed(state: Audits) -> Audits:

@@ -74,6 +74,12 @@ POLICIES: Final[Mapping[Fault, Policy]] = {
         "brought work that does not fit the data it names",
         "Test this machine's memory and its GPU without overclocking, or join with --device cpu.",
     ),
+    Fault.GARBLED: Policy(
+        0,
+        3,  # as above: what leaves a broken machine is not what it signed either
+        "sent others what it had not signed",
+        "Test this machine's memory, and run barnraise as it was published.",
+    ),
     Fault.WITHHELD: Policy(
         4,  # each is six times in a row, and sets it aside: a disk may be full for a while, and its owner away
         3,

@@ -315,7 +315,9 @@ class Swarm:
             try:
                 up.check(payloads[worker], size)
             except Refused as refused:
-                self._complain(number, worker, payloads.pop(worker), Broken(refused.what), len(here))
+                self._complain(
+                    number, worker, payloads.pop(worker), Broken(refused.what), frozenset(each.node for each in here)
+                )
         self._expire(number)
         if payloads:
             self._commit(number, payloads, here)
@@ -387,7 +389,9 @@ class Swarm:
 
     # audits
 
-    def _complain(self, number: int, worker: Worker, payload: bytes, broken: Broken, members: int) -> None:
+    def _complain(
+        self, number: int, worker: Worker, payload: bytes, broken: Broken, members: frozenset[NodeId]
+    ) -> None:
         """A member has not been able to read it, and tells the coordinator, which asks for it."""
         brought = Contribution(worker.node, self.setting.context, tuple(worker.ranges), update=digest_of(payload))
         complaint = Complaint(RoundNumber(number), NOBODY, brought)

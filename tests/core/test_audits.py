@@ -10,7 +10,7 @@ from coordinator.core import audits
 from coordinator.core.audits import Ask, Audits, Broken, Kind, Measured, Rules
 from coordinator.core.inquiries import ANSWER_ROUNDS
 from protocol.contribution import Complaint
-from protocol.types import Contribution, DataRange, Digest, Epoch, NodeId, Record, RoundNumber, RunId
+from protocol.types import Contribution, DataRange, Digest, Epoch, Fault, NodeId, Record, RoundNumber, RunId
 
 NOTHING = Digest("0" * 64)
 RULES = Rules(0.2, NOTHING)
@@ -327,7 +327,7 @@ def complaint(number, accused=NODES[7], update=Digest("c" * 64)):
 
 
 def complained(state, number, accuser=NODES[0], accused=NODES[7], members=8):
-    return audits.complained(state, complaint(number, accused), accuser, members)
+    return audits.complained(state, complaint(number, accused), accuser, frozenset(NODES[:members]))
 
 
 def test_bytes_that_a_member_could_not_read_are_asked_for_though_they_stand_in_no_record():
@@ -359,6 +359,63 @@ def test_who_complained_in_vain_is_not_heard_about_that_member_for_long_and_othe
     assert len(complained(state, until).open) == 1
     state, _ = audits.expired(state, RoundNumber(until + 1), heard=NODES, answered=[])
     assert state.vain == {}
+
+
+def said_in_vain(state, number, accusers, members=8, accused=NODES[7]):
+    """So many complain in a round, and nothing is wrong with what was signed."""
+    for accuser in accusers:
+        state = complained(state, number, accuser, accused, members)
+    state, found = audits.read(state, state.open[0], None)
+    assert state.open == ()
+    return state, found
+
+
+@pytest.mark.parametrize("members", [2, 3, 4, 5, 8])
+def test_who_sends_most_members_other_than_it_signed_is_accused_by_their_words_and_by_those_of_half_is_not(members):
+    accused, others = NODES[members - 1], NODES[: members - 1]
+    most = members // 2 + 1
+    state, found = said_in_vain(Audits(), 5, others[: most - 1], members, accused)
+    assert found is None
+    if members == 2:
+        return  # one word against one
+    state, found = said_in_vain(state, 6, others[most - 1 : most], members, accused)  # one more
+    assert (found.node, found.kind, found.fault, found.proved) == (accused, Kind.GARBLED, Fault.GARBLED, False)
+    assert f"{most} of {members} members" in found.reason
+    assert said_in_vain(state, 7, others[most - 2 :: -1], members, accused)[1] is None, "it takes as many words again"
+
+
+def test_words_gather_over_rounds_until_they_are_old_and_only_those_of_members_count():
+    state = Audits()
+    for number, accuser in enumerate(NODES[:4]):
+        state, found = said_in_vain(state, number, [accuser])
+        assert found is None
+    twice = replace(state, vain={})
+    assert said_in_vain(twice, 5, [NODES[3]])[1] is None, "nobody has two words"
+    assert said_in_vain(state, 5, [NODES[4]])[1] is not None
+    fewer = audits.complained(state, complaint(5), NODES[4], frozenset(NODES[1:]) | {NodeId("new")})
+    assert audits.read(fewer, fewer.open[0], None)[1] is None, "one that has left has no word"
+    old, _ = audits.expired(state, RoundNumber(audits.WORD_ROUNDS + 1), heard=NODES, answered=[])
+    assert said_in_vain(old, audits.WORD_ROUNDS + 1, [NODES[4]])[1] is None
+
+
+def test_the_words_of_most_count_as_much_where_nothing_is_ever_shown():
+    state = Audits()
+    for accuser in NODES[:5]:
+        state = complained(state, 5, accuser)
+    state, (found,) = audits.expired(state, RoundNumber(8), heard=(), answered=[])
+    assert (found.node, found.kind) == (NODES[7], Kind.GARBLED) and state.words == {}
+    less = complained(Audits(), 5)
+    assert audits.expired(less, RoundNumber(8), heard=(), answered=[])[1] == ()
+    state, found = audits.expired(complained(state, 9), RoundNumber(12), heard=(), answered=state.open)
+    assert found == ()
+
+
+def test_what_is_proved_needs_no_words():
+    state = Audits()
+    for accuser in NODES[:7]:
+        state = complained(state, 5, accuser)
+    state, found = audits.read(state, state.open[0], Broken("a scale that is NaN"))
+    assert found.kind is Kind.BROKEN and state.words == {} and state.open == ()
 
 
 @pytest.mark.parametrize("members", [1, 2, 3, 8])

@@ -118,7 +118,7 @@ class Stand:
     def complain(self, number, worker, payload, accuser=0):
         told = Contribution(worker.node, 64, (), update=digest_of(payload))
         complaint = Complaint(RoundNumber(number), Digest(""), told)
-        self.auditor.complained(complaint, self.workers[accuser].node, len(self.workers))
+        self.auditor.complained(complaint, self.workers[accuser].node, frozenset(each.node for each in self.workers))
 
     def close(self):
         for worker in self.workers:

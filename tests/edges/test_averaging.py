@@ -394,7 +394,7 @@ async def test_in_an_all_gather_bytes_that_no_codec_reads_are_told_of_whoever_ha
         engines = sparse_trio[:2]
         await introduce(*engines, others=[hostile])
         hostile.roster = {PeerID.from_base58(engine.peer): engine.addresses for engine in engines}
-        for what, (said, weights, unread) in cases.items():
+        for what, (said, weights, garbled) in cases.items():
             shower.said = [said]
             job = job_of(
                 *(engine.peer for engine in engines),
@@ -407,7 +407,7 @@ async def test_in_an_all_gather_bytes_that_no_codec_reads_are_told_of_whoever_ha
             outcomes = await asyncio.gather(
                 *(engine.average(job, data) for engine, data in zip(engines, encoded, strict=False))
             )
-            assert [outcome.unread for outcome in outcomes] == [unread] * 2, what
+            assert [outcome.garbled for outcome in outcomes] == [garbled] * 2, what
             assert all((2 in outcome.parts) == (what == "nothing") for outcome in outcomes), what
     finally:
         await hostile.shutdown()
@@ -519,7 +519,7 @@ ATTACKS = [
 ]
 
 
-UNREADABLE = {"a NaN scale", "a wrong shape", "a chunk too large", "another codec", "hivemind's own codec"}
+GARBLED = {"a NaN scale", "a wrong shape", "a chunk too large", "another codec", "hivemind's own codec"}
 
 
 async def replies(p2p, engine, messages):
@@ -564,7 +564,7 @@ async def test_a_hostile_member_is_left_out_and_the_round_goes_on(swarm, trio):
             assert time.monotonic() - began < 2 * PATIENCE_SECONDS, attack  # the other engine waits once for it
             means = [answer for answer in answers if answer.code == averaging_pb2.AVERAGED_PART]
             assert bool(means) == (attack == "only half"), attack  # slow is not hostile
-            assert outcomes[0].unread == ((2,) if attack in UNREADABLE else ()) and outcomes[1].unread == (), attack
+            assert outcomes[0].garbled == ((2,) if attack in GARBLED else ()) and outcomes[1].garbled == (), attack
     finally:
         await hostile.shutdown()
 
@@ -597,7 +597,8 @@ async def test_a_slice_that_its_sender_did_not_sign_for_this_group_counts_nowher
             assert outcome.included == ((0, 1) if attack == "well signed" else (0,)), attack
             refused = [answer.code for answer in answers] == [averaging_pb2.PROTOCOL_VIOLATION]
             assert refused == (attack != "well signed"), attack
-            assert outcome.parts == {0: encoded} and outcome.failed == {} and outcome.unread == ()
+            assert outcome.parts == {0: encoded} and outcome.failed == {}, attack
+            assert outcome.garbled == (() if attack == "well signed" else (1,)), attack
             outcome.evidence.unlink()
     finally:
         await hostile.shutdown()
@@ -681,7 +682,7 @@ async def test_a_hostile_sparse_contribution_is_left_out_whatever_is_wrong_with_
             assert outcomes[0].included == ((0, 1, 2) if good else (0, 1)), what
             assert outcomes[0].parts == outcomes[1].parts and outcomes[0].failed == {}, what
             assert any(each.code == averaging_pb2.AVERAGED_PART for each in answers) == good, what
-            assert outcomes[0].unread == (() if good else (2,)), what
+            assert outcomes[0].garbled == (() if good else (2,)), what
     finally:
         await member.shutdown()
 

@@ -34,7 +34,7 @@ OUTCOME = {
     "bytes_sent": 0,
     "bytes_received": 0,
     "evidence": None,
-    "unread": [],
+    "garbled": [],
 }
 SPEC = TrainerSpec("{}", 8, "0" * 64, 256, 8, 2, {})
 SPAN = {"pass_number": 0, "shard": "0" * 64, "start": 0, "stop": 4}
@@ -62,7 +62,7 @@ def says(tmp_path, monkeypatch):
         {"number": "its number", "parts": [], **OUTCOME, "failed": {"one": "why"}},
         {"number": "its number", "parts": [[0, 0]], **OUTCOME},
         {"number": "its number", "parts": [], **OUTCOME, "included": [0]},
-        {"number": "its number", "parts": [], **OUTCOME, "unread": [-1]},
+        {"number": "its number", "parts": [], **OUTCOME, "garbled": [-1]},
         {"number": "its number", "parts": [], **OUTCOME, "failed": {"7": "why"}},
         {"number": "its number", "parts": [], **OUTCOME, "failed": {"0": 7}},
         {"number": "its number", "parts": [], **OUTCOME, "seconds": "one"},

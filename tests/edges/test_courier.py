@@ -252,12 +252,12 @@ async def test_what_an_averaging_completed_is_kept(stand):
     async def average(job, payload):
         start, stop = job.spans[1]
         data = bytes(codec("int4").encoded_bytes(stop - start))
-        return AveragingOutcome({1: data}, (), {0: "x"}, 0.1, 0, 0, unread=(2,))
+        return AveragingOutcome({1: data}, (), {0: "x"}, 0.1, 0, 0, garbled=(2,))
 
     stand.engine.average = average
-    part, held, unread = await stand.courier.average(begin(), ROSTER, b"", seconds=5.0)
+    part, held, garbled = await stand.courier.average(begin(), ROSTER, b"", seconds=5.0)
     assert part is None and set(held) == {1} and stand.blobs.has(held[1])
-    assert unread == {OTHERS[1]}
+    assert garbled == {OTHERS[1]}
 
 
 @pytest.mark.parametrize("down", ["sparse2", "int4"])

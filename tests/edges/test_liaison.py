@@ -364,7 +364,7 @@ async def test_reports_on_their_way_are_bounded(tmp_path):
 BROUGHT = Contribution("birch", 64, (), update=Digest("77" * 32), signature="s")
 
 
-async def test_who_sends_what_no_codec_reads_is_complained_about_with_what_it_signed(tmp_path):
+async def test_who_sends_what_no_honest_member_sends_is_complained_about_with_what_it_signed(tmp_path):
     stand, done = Stand(tmp_path), []
     ready = Ready("run", 5, HEAD.hash, Ballot(0, 0), "birch", BROUGHT, None)
     ash = replace(ready, sender="ash", contribution=replace(BROUGHT, node="ash"))

@@ -284,8 +284,8 @@ class World:
         assert news.roster is not None
         return link, news.roster.roster
 
-    def decide(self, link, roster, parts, lease, update=NOTHING, evidence=None):
-        """The next record, certified by this one node."""
+    def decide(self, link, roster, parts, lease, update=NOTHING, evidence=None, voters=()):
+        """The next record, of this one node, certified by it and these."""
         head, node = self.desk.state.head, link._key.public
         named = tuple(
             Part(i, i * 65536, (i + 1) * 65536, digest_of(data), len(data), node, (node,), evidence)
@@ -295,8 +295,9 @@ class World:
         told = contribution.sign(link._key, self.desk.run, head.round, head.hash, told)
         record = Record(self.desk.run, head.round, head.hash, roster.epoch, node, (told,), named, GENESIS)
         ballot, digest = Ballot(roster.epoch, 0), record_hash(record)
-        vote = link._key.sign(VOTE, vote_bytes(VoteBody(self.desk.run, head.round, ballot, digest)))
-        return LogEntry(record, Certificate(digest, ballot, (Signature(node, vote),)))
+        body = vote_bytes(VoteBody(self.desk.run, head.round, ballot, digest))
+        votes = tuple(Signature(each._key.public, each._key.sign(VOTE, body)) for each in (link, *voters))
+        return LogEntry(record, Certificate(digest, ballot, votes))
 
 
 def files(folder):
@@ -511,27 +512,31 @@ async def test_reports_are_counted(world):
     assert codes[0] is grpc.StatusCode.PERMISSION_DENIED and codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def two_in_a_roster(world):
-    """Another, and one that has brought work to the open round: no codec reads it."""
+async def in_a_roster(world, others=1):
+    """One that brings work to the open round, the others, its contribution before it is signed, and bytes no codec reads."""
     link, roster = await world.training()
-    other = await world.member()
-    await other.heartbeat(Beat("training"))
-    world.desk.submit(machine.Called(other._key.public, (), None))
-    (lease,) = await link.acquire_leases(8)
-    await link.push_entry(world.decide(link, roster, [b"x" * 9], lease))
-    world.desk.part_stored(digest_of(b"x" * 9))
-    world.desk.submit(machine.Folded(0, GENESIS))
-    await other.heartbeat(Beat("training", known_round=1))
-    assert {link._key.public, other._key.public} == set(world.desk.state.roster.roster.nodes)
+    here = [link]
+    for number in range(others):
+        here.append(other := await world.member())
+        await other.heartbeat(Beat("training"))
+        world.desk.submit(machine.Called(other._key.public, (), None))
+        (lease,) = await link.acquire_leases(8)
+        await link.push_entry(world.decide(link, roster, [b"x" * 9], lease, voters=here[1:-1]))
+        world.desk.part_stored(digest_of(b"x" * 9))
+        world.desk.submit(machine.Folded(number, GENESIS))
+        for each in here:
+            await each.heartbeat(Beat("training", world.desk.state.head, roster.epoch, known_round=number + 1))
+        roster = world.desk.state.roster.roster
+        assert {each._key.public for each in here} == set(roster.nodes)
     (lease,) = await link.acquire_leases(8)
     bad = bytearray(codec("int4").encode(np.ones(PARAMETERS, np.float32)))
     bad[:2] = b"\x00\x7e"
     plain = Contribution(link._key.public, 16, (lease.range,), (grant_of(lease),), digest_of(bytes(bad)))
-    return link, other, plain, bytes(bad)
+    return *here, plain, bytes(bad)
 
 
 async def test_who_signed_what_no_codec_reads_is_asked_for_it_and_accused_though_nothing_is_audited(world):
-    link, other, plain, bad = await two_in_a_roster(world)
+    link, other, plain, bad = await in_a_roster(world)
     auditor, head = world.desk.auditor, world.desk.state.head
     brought = contribution.sign(link._key, world.desk.run, head.round, head.hash, plain)
     assert (await refused(link.upload_part(plain.update, bad))).reason is Code.BLOB_MISSING  # nobody has asked
@@ -558,8 +563,29 @@ async def test_who_signed_what_no_codec_reads_is_asked_for_it_and_accused_though
     assert auditor.blobs.digests() == () and auditor.asked(link._key.public) == ()
 
 
+async def test_who_shows_good_bytes_and_sent_most_members_others_is_accused_by_their_words(world):
+    link, *others, plain, _ = await in_a_roster(world, others=2)
+    auditor, head = world.desk.auditor, world.desk.state.head
+    good = codec("int4").encode(np.ones(PARAMETERS, np.float32))
+    signed = replace(plain, update=digest_of(good))
+    brought = contribution.sign(link._key, world.desk.run, head.round, head.hash, signed)
+    for other in others:
+        await other.complain(Complaint(head.round, head.hash, brought))
+    reading = asyncio.create_task(auditor.read())
+    try:
+        assert await link.upload_part(signed.update, good)
+        async with asyncio.timeout(10):
+            while not world.desk.accused:
+                await asyncio.sleep(0.01)
+    finally:
+        reading.cancel()
+    (accusation,) = world.desk.accused
+    assert (accusation.node, accusation.fault, accusation.proved) == (link._key.public, Fault.GARBLED, False)
+    assert "2 of 3 members" in accusation.reason
+
+
 async def test_a_complaint_about_what_nobody_signed_or_about_no_round_of_now_has_nobody_asked(world):
-    link, other, plain, _ = await two_in_a_roster(world)
+    link, other, plain, _ = await in_a_roster(world)
     head, run, key = world.desk.state.head, world.desk.run, link._key
     stranger = await world.member()
     for said, by, code in (
@@ -1264,7 +1290,7 @@ async def test_a_heartbeat_without_news_is_answered_after_its_wait(world):
 
 
 async def test_a_heartbeat_that_changes_nothing_wakes_none_that_wait(world, monkeypatch):
-    link, other, *_ = await two_in_a_roster(world)
+    link, other, *_ = await in_a_roster(world)
     beat = Beat("training", epoch=world.desk.state.roster.roster.epoch, known_round=1)
     for each in (link, other):
         await each.heartbeat(beat)

@@ -46,7 +46,9 @@ def complaint(data: bytes) -> None:
     contribution.check_shape(told.contribution)
     brought = contribution.sign(KEY, RUN, told.round, told.previous, granted(told.contribution))
     contribution.check_genuine(RUN, told.round, told.previous, brought)
-    asked = audits.complained(audits.Audits(), replace(told, contribution=brought), KEY.public, 2)
+    asked = audits.complained(
+        audits.Audits(), replace(told, contribution=brought), KEY.public, frozenset((KEY.public, "another"))
+    )
     assert [ask.update for ask in asked.open] == [brought.update]
     assert not audits.expired(asked, told.round, {KEY.public}, ())[1]
 
