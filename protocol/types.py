@@ -36,6 +36,7 @@ class Fault(Enum):
     REDUCED_WRONG = "reduced-wrong"  # its mean is not that of the contributions which it says are inside
     TRAINED_WRONG = "trained-wrong"  # what it brought is not what training on its data gives
     GARBLED = "garbled"  # what it sent to most of the others is not what it signed: each of them says so
+    SLANDERED = "slandered"  # it says so of most of the others, who show what they signed
     WITHHELD = "withheld"  # it was there, and time after time did not show what it had signed
     CONTRADICTED = "contradicted"  # it signed two letters of which an honest node signs one
 

@@ -20,6 +20,7 @@ where those gain nothing either, as in a run that goes badly, nobody is judged.
 Of what a member complains about (protocol/contribution.py) the bytes are only read, whatever the share of audits: where
 they are what their author signed, and no codec reads them, that is proof. Where one does, or they are never shown, either
 their author has sent others than it signed or its accuser lies: one word counts against nobody, those of most members do.
+Who complains in vain about most of them is the one that lies, or has a broken memory.
 
 A member whose newest audits were bad is audited in every round; then CONTROLS others are measured beside it, as traces fade
 and gains turn for all at once. What is bad beside measurements of other times is a suspicion, and no point. Of its newest
@@ -75,9 +76,17 @@ class Rules(inquiries.Rules):
 class Kind(Enum):
     BROKEN = "broken"  # no decoder reads what it signed: proved
     GARBLED = "garbled"  # more than half of the members were sent something else than it shows
+    SLANDERED = "slandered"  # it has complained about more than half of the members in vain
     REPLAYED = "replayed"  # it signed the same bytes in two rounds: proved
     POINTS = "points"  # too many bad audits
     UNANSWERED = "unanswered"  # it never shows what it signed
+
+
+FAULTS: Final = {  # all others: Fault.TRAINED_WRONG
+    Kind.GARBLED: Fault.GARBLED,
+    Kind.SLANDERED: Fault.SLANDERED,
+    Kind.UNANSWERED: Fault.WITHHELD,
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class Accusation:
 
     @property
     def fault(self) -> Fault:
-        return {Kind.UNANSWERED: Fault.WITHHELD, Kind.GARBLED: Fault.GARBLED}.get(self.kind, Fault.TRAINED_WRONG)
+        return FAULTS.get(self.kind, Fault.TRAINED_WRONG)
 
 
 @dataclass(frozen=True)
@@ -300,7 +309,8 @@ def read(state: Audits, ask: Ask, broken: Broken | None) -> tuple[Audits, Accusa
     state = state.shown(ask, state.histories[ask.node])
     if broken is not None:
         return _settled(state, ask.node), _unreadable(ask, broken)
-    return _believed(replace(state, vain={**state.vain, (ask.accuser, ask.node): ask.round}), ask)
+    state, accusation = _believed(replace(state, vain={**state.vain, (ask.accuser, ask.node): ask.round}), ask)
+    return (state, accusation) if accusation is not None else _disbelieved(state, ask, ask.accuser)
 
 
 def _believed(state: Audits, ask: Ask) -> tuple[Audits, Accusation | None]:
@@ -310,6 +320,16 @@ def _believed(state: Audits, ask: Ask) -> tuple[Audits, Accusation | None]:
         return state, None
     reason = f"{len(words)} of {len(ask.members)} members were sent other bytes than it signed, or what no codec reads"
     return _settled(state, ask.node), Accusation(ask.node, ask.round, Kind.GARBLED, reason, ask.update)
+
+
+def _disbelieved(state: Audits, ask: Ask, accuser: NodeId) -> tuple[Audits, Accusation | None]:
+    """Its complaint has come to nothing: whether those about most members have."""
+    accused = {accused for by, accused in state.vain if by == accuser} & ask.members
+    if 2 * len(accused) <= len(ask.members):
+        return state, None
+    reason = f"it complained about {len(accused)} of {len(ask.members)} members, who showed what they had signed"
+    words, vain = ({pair: at for pair, at in each.items() if pair[0] != accuser} for each in (state.words, state.vain))
+    return replace(state, words=words, vain=vain), Accusation(accuser, ask.round, Kind.SLANDERED, reason, ask.update)
 
 
 def _settled(state: Audits, accused: NodeId) -> Audits:

@@ -80,6 +80,12 @@ POLICIES: Final[Mapping[Fault, Policy]] = {
         "sent others what it had not signed",
         "Test this machine's memory, and run barnraise as it was published.",
     ),
+    Fault.SLANDERED: Policy(
+        0,
+        3,
+        "complained about most others, who had sent what they signed",
+        "Test this machine's memory, and run barnraise as it was published.",
+    ),
     Fault.WITHHELD: Policy(
         4,  # each is six times in a row, and sets it aside: a disk may be full for a while, and its owner away
         3,

@@ -410,6 +410,23 @@ def test_the_words_of_most_count_as_much_where_nothing_is_ever_shown():
     assert found == ()
 
 
+@pytest.mark.parametrize("members", [2, 3, 8])
+def test_who_complains_in_vain_about_most_members_is_accused_and_about_half_is_not(members):
+    liar, others, most = NODES[0], NODES[1:members], members // 2 + 1
+    state = Audits()
+    for number, other in enumerate(others[: most - 1]):
+        state, found = said_in_vain(state, number, [liar], members, other)
+        assert found is None
+    if members == 2:
+        return
+    last, found = said_in_vain(state, 9, [liar], members, others[most - 1])
+    assert (found.node, found.kind, found.fault) == (liar, Kind.SLANDERED, Fault.SLANDERED)
+    assert f"{most} of {members} members" in found.reason and last.vain == last.words == {}
+    here = frozenset(NODES[:members]) - {others[0]} | {NodeId("new")}
+    gone = audits.complained(state, complaint(9, others[most - 1]), liar, here)
+    assert audits.read(gone, gone.open[0], None)[1] is None, "who has left is no member"
+
+
 def test_what_is_proved_needs_no_words():
     state = Audits()
     for accuser in NODES[:7]:
