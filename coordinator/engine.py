@@ -29,6 +29,7 @@ from coordinator.recounter import Recounter
 from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
 from protocol import address, console, p2pd
+from protocol.address import Address
 from protocol.blobs import BlobStore
 from protocol.errors import Code, Refused
 from protocol.exchange import packing_of
@@ -249,14 +250,14 @@ class Coordinator:
             events=tuple((ms / 1000, text) for ms, text in self.store.recent(EVENTS_SHOWN)),
         )
 
-    async def _start_rendezvous(self, host: str, port: int) -> Rendezvous:
+    async def _start_rendezvous(self, where: Address) -> Rendezvous:
         identity = self._folder.runtime / IDENTITY
         p2pd.write_identity(identity, libp2p_private_key_bytes(self._folder.peer_key()))
         return await Rendezvous.start(
             runtime_dir=self._folder.runtime,
             identity_path=identity,
             run=self.manifest.manifest.run,
-            listen=[f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"],
+            listen=where.multiaddrs,
             log=self._folder.log_file("rendezvous"),
         )
 
@@ -270,7 +271,7 @@ class Coordinator:
             await self._rendezvous.stop()
             await asyncio.sleep(RENDEZVOUS_AGAIN_SECONDS)
             try:
-                self._rendezvous = await self._start_rendezvous(where.host, self.ports["p2p"])
+                self._rendezvous = await self._start_rendezvous(replace(where, port=self.ports["p2p"]))
             except Refused as refused:
                 log.warning("no rendezvous yet", why=refused.what)
             await self._tell_rendezvous()
@@ -279,7 +280,7 @@ class Coordinator:
         names = self._spec.coordinator
         where = address.parse(names.p2p)
         assert where is not None
-        self._rendezvous = await self._start_rendezvous(where.host, where.port)
+        self._rendezvous = await self._start_rendezvous(where)
         self.rendezvous = self._rendezvous.addresses
         page_at = address.parse(names.http)
         assert page_at is not None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from node.core.schedule import MINUTES_A_DAY, Hours, Policy
 from protocol import p2pd
@@ -23,10 +23,13 @@ from protocol.errors import Code, Refused
 from protocol.limits import NAME_CHARACTERS_MAX
 from protocol.sandbox import Mode
 
+if TYPE_CHECKING:
+    from protocol.address import Address
+
 THREADS_MAX: Final = 4096
 BATCH_MAX: Final = 65536
 MEGABITS_UP_MIN: Final = 1.0  # with less, the archive is filled more slowly than a coordinator waits for
-LISTEN_DEFAULT: Final = "0.0.0.0:0"  # peers connect to it; port 0 is any free one
+LISTEN_DEFAULT: Final = "[::]:0"  # IPv6 and IPv4: peers may have one of them only; port 0 is any free one
 MARKER: Final = ".barnraise"  # only a folder with this file in it is ever written to or removed from
 
 _MARKER_TEXT: Final = "This folder belongs to a barnraise node. `barnraise leave --purge` empties it.\n"
@@ -72,11 +75,11 @@ class Settings:
 
     @property
     def listen_multiaddrs(self) -> tuple[str, ...]:
-        return (_multiaddr(self.listen),)
+        return _address(self.listen).multiaddrs
 
     @property
     def announce_multiaddrs(self) -> tuple[str, ...]:
-        return (_multiaddr(self.announce),) if self.announce is not None else ()
+        return (_address(self.announce).multiaddr,) if self.announce is not None else ()
 
     def log_file(self, name: str) -> BinaryIO:
         """Open for appending; the caller closes it. The daemon caps it while it grows."""
@@ -362,9 +365,7 @@ def _megabits(value: object) -> float:
 
 
 def _listen(value: object) -> str:
-    from protocol import address
-
-    found = address.parse(_string(value).strip())
+    found = _parsed(value)
     if found is None or not _is_ip(found.host):
         raise _wrong(value, "IP:port with a port from 0 (any free one) to 65535, such as 0.0.0.0:49400")
     lowest = _lowest_port()
@@ -374,18 +375,22 @@ def _listen(value: object) -> str:
 
 
 def _announce(value: object) -> str:
-    from protocol import address
-
-    found = address.parse(_string(value).strip())
+    found = _parsed(value)
     if found is None or not _is_ip(found.host) or found.unspecified:
         raise _wrong(value, "an IP:port that others can connect to, such as 203.0.113.7:49400")
     return str(found)
 
 
-def _multiaddr(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    version = 6 if host.startswith("[") else 4
-    return f"/ip{version}/{host.strip('[]')}/tcp/{port}"
+def _address(checked: str) -> Address:
+    found = _parsed(checked)
+    assert found is not None
+    return found
+
+
+def _parsed(value: object) -> Address | None:
+    from protocol import address
+
+    return address.parse(_string(value).strip())
 
 
 def _is_ip(host: str) -> bool:

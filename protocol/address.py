@@ -29,6 +29,16 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
+    def multiaddr(self) -> str:
+        """As libp2p writes it; the host is an IP."""
+        return f"/ip{6 if ':' in self.host else 4}/{self.host}/tcp/{self.port}"
+
+    @property
+    def multiaddrs(self) -> tuple[str, ...]:
+        """Where to listen: whoever names all of IPv6 means all of IPv4 too."""
+        return (Address("0.0.0.0", self.port).multiaddr, self.multiaddr) if self.host == "::" else (self.multiaddr,)  # noqa: S104
+
+    @property
     def unspecified(self) -> bool:
         """It names no machine that anybody could connect to: 0.0.0.0, a multicast group, port 0."""
         address = self._ip()

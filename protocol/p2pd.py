@@ -67,6 +67,8 @@ def check_free(listen: Sequence[str]) -> None:
     for address in listen:
         match address.split("/"):
             case ["", "ip4" | "ip6" as family, host, "tcp", port] if port != "0":
+                if host == "::" and not socket.has_dualstack_ipv6():
+                    continue  # a machine without IPv6: p2pd listens where it can
                 with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6) as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     try:

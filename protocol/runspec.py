@@ -589,7 +589,7 @@ seconds = 120              # a node that is silent for so long loses it; at leas
 hours_ahead = 4.0          # how long nodes have data when the coordinator is away
 
 [coordinator]
-listen = "0.0.0.0:49300"   # nodes connect here
+listen = "0.0.0.0:49300"   # nodes connect here; [::] in place of 0.0.0.0, here and in p2p: over IPv6 as well
 http = "127.0.0.1:49301"   # the page for your browser
 p2p = "0.0.0.0:49302"      # where nodes find each other
 addresses = []             # what invites name, as in ["train.example.org:49300"]; empty = listen

@@ -79,9 +79,10 @@ class Coordinator(Run):
         if lan is not None:
             self.host = lan.address(None)
             self.write({"coordinator": {"listen": f"{self.host}:{self.grpc}", "p2p": f"{self.host}:{self.p2p}"}})
+        self.reached_at = (self.host,)
 
     def invite(self, *words):
-        return super().invite("--address", f"{self.host}:{self.grpc}", *words)
+        return super().invite(*(f"--address={host}:{self.grpc}" for host in self.reached_at), *words)
 
     def tree(self):
         if self.ended():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocol.address import Span, may_dial, span_of
+from protocol.address import Address, Span, may_dial, span_of
 
 PUBLIC, LAN, SELF, LINK = "8.8.8.8", "192.168.1.7", "127.0.0.1", "169.254.7.7"
 
@@ -85,3 +85,13 @@ def test_what_is_no_address_of_a_machine_in_the_world_is_not_dialled(text):
 def test_a_relay_is_judged_by_where_it_is():
     assert may_dial("/ip4/8.8.8.8/tcp/1/p2p/QmRelay/p2p-circuit/p2p/QmPeer", coordinator=PUBLIC)
     assert may_dial("/ip6/2606:4700::1111/tcp/4001/p2p/12D3Koo", coordinator=PUBLIC)
+
+
+def test_who_listens_on_all_of_ipv6_listens_on_all_of_ipv4_too():
+    assert Address("::", 49302).multiaddrs == ("/ip4/0.0.0.0/tcp/49302", "/ip6/::/tcp/49302")
+    assert Address("0.0.0.0", 0).multiaddrs == ("/ip4/0.0.0.0/tcp/0",)
+    assert (
+        Address("2a00:1450::5", 443).multiaddrs
+        == (Address("2a00:1450::5", 443).multiaddr,)
+        == ("/ip6/2a00:1450::5/tcp/443",)
+    )

@@ -39,6 +39,7 @@ from protocol.limits import ADDRESSES_MAX, CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
 from protocol.robust import Rule, means
 from protocol.types import BlobRef, Contribution, Digest, Exchange, Part, PeerId, Record, RunId
 from protocol.v1 import barnraise_pb2
+from tests.bad_line import Line
 from tests.signing import KEYS, SigningEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # engines are shared
@@ -247,6 +248,38 @@ async def test_each_reducer_applies_the_rule_to_its_span_and_a_shout_is_heard_li
                 assert outcomes[0].parts[index] == how.encode(wanted)
                 peak = np.linalg.norm(how.decode(outcomes[0].parts[index], stop - start))
                 assert peak < 2 * np.linalg.norm(honest[start:stop]), attack
+
+
+async def test_over_bad_lines_members_average_the_same_bytes_and_each_counts_once(swarm, trio):
+    """The third has such a line both ways: it calls the others, and they call it."""
+    first, second, _ = trio
+    third, lines = await swarm.engine("far"), []
+    engines = (first, second, third)
+
+    async def through(engine):
+        """Where an engine is called over a bad line."""
+        lines.append(line := Line(round_trip=0.3, jitter=0.5, loss=0.05, bytes_per_second=1_000_000, seed=len(lines)))
+        port = await line.lead("127.0.0.1", int(engine.addresses[0].rpartition("/")[2]))
+        return (f"/ip4/127.0.0.1/tcp/{port}",)
+
+    encoded = [codec("int4").encode(vector) for vector in vectors(3)]
+    job = job_of(*(engine.peer for engine in engines))
+    try:
+        await first.set_roster({second.peer: second.addresses, third.peer: await through(third)})
+        await second.set_roster({first.peer: first.addresses, third.peer: await through(third)})
+        await third.set_roster({first.peer: await through(first), second.peer: await through(second)})
+        outcomes = await asyncio.gather(
+            *(engine.average(job, payload) for engine, payload in zip(engines, encoded, strict=True))
+        )
+    finally:
+        await third.stop()
+        for line in lines:
+            line.close()
+    assert [outcome.included for outcome in outcomes] == [(0, 1, 2)] * 3 and not any(each.failed for each in outcomes)
+    assert all(outcome.parts == outcomes[0].parts for outcome in outcomes) and len(outcomes[0].parts) == 3
+    how, got = codec("int4"), b"".join(outcomes[0].parts[index] for index in range(3))
+    assert within_bound(how, how.decode(got, VALUES), mean_of(how, encoded, WEIGHTS))
+    assert sum(line.lost for line in lines) > 0, "else nothing was tried"
 
 
 async def test_a_peer_without_weight_sends_nothing_and_still_reduces_and_gets_every_mean(trio):

@@ -1,74 +1,16 @@
-"""A real link and door over a line that is slow, late and lossy; in user space, where TCP has seen to it that nothing is
-missing: a lost packet is a pause, and whatever comes behind it waits."""
+"""A real link and door over a line that is slow, late and lossy; and what the lines of `make chaos PART=lines` do."""
 
-import asyncio
 import os
-from random import Random
 
+import pytest
 import test_service
 
 from node.link import Beat
 from protocol.blobs import digest_of
+from tests.bad_line import Line
+from tests.chaos.line import Way, Weather
 
 world = test_service.world
-SEGMENT_BYTES = 1400
-RETRANSMIT_SECONDS = 0.2  # what Linux waits at least before it sends a segment again
-
-
-class Line:
-    """A line to a port of this machine: every segment takes its time, and none overtakes another."""
-
-    def __init__(self, *, round_trip, jitter, loss, bytes_per_second, seed=7):
-        self._one_way = round_trip / 2
-        self._jitter = jitter
-        self._loss = loss
-        self._bytes_per_second = bytes_per_second
-        self._luck = Random(seed)
-        self.lost = 0
-
-    async def lead(self, host, port):
-        """To there; tells its own port."""
-        self._there = (host, port)
-        self._server = await asyncio.start_server(self._meet, host, 0)
-        return self._server.sockets[0].getsockname()[1]
-
-    def close(self):
-        self._server.close()
-
-    async def _meet(self, reader, writer):
-        inner_reader, inner_writer = await asyncio.open_connection(*self._there)
-        await asyncio.gather(self._pass(reader, inner_writer), self._pass(inner_reader, writer))
-
-    async def _pass(self, reader, writer):
-        clock, under_way, sent_at, due = asyncio.get_running_loop().time, asyncio.Queue(), 0.0, 0.0
-        arriving = asyncio.create_task(self._arrive(under_way, writer))
-        try:
-            while data := await reader.read(SEGMENT_BYTES):
-                sent_at = max(sent_at, clock()) + len(data) / self._bytes_per_second
-                late = self._one_way * (1 + self._jitter * self._luck.random())
-                if self._luck.random() < self._loss:
-                    self.lost += 1
-                    late += 2 * self._one_way + RETRANSMIT_SECONDS
-                due = max(due, sent_at + late)
-                under_way.put_nowait((due, data))
-                await asyncio.sleep(sent_at - clock())
-        except ConnectionError:
-            pass
-        under_way.put_nowait((due, b""))
-        await arriving
-
-    async def _arrive(self, under_way, writer):
-        try:
-            while True:
-                due, data = await under_way.get()
-                await asyncio.sleep(due - asyncio.get_running_loop().time())
-                if not data:
-                    break
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        writer.close()
 
 
 async def test_over_a_bad_line_a_node_joins_and_what_it_does_counts_once(world):
@@ -91,3 +33,27 @@ async def test_over_a_bad_line_a_node_joins_and_what_it_does_counts_once(world):
     assert desk.state.head.round == 1 == len(desk.store.entries()) and desk.store.has_part(digest_of(part))
     assert not desk.state.leases.of(link._key.public), "the one that it used is in the record"
     assert line.lost > 0, "else nothing was tried"
+
+
+@pytest.mark.parametrize(
+    ("weather", "what", "share"),
+    [
+        (Weather(loss=0.2), "lost", 0.2),
+        (Weather(doubled=0.1), "doubled", 0.1),
+        (Weather(delay=0.1, swapped=0.05), "swapped", 0.05),
+        (Weather(bits_per_second=1_000_000, queue=0.5), "full", 0.5),  # twice as much comes as goes out
+    ],
+)
+def test_the_line_of_make_chaos_does_to_packets_what_its_weather_says(weather, what, share):
+    ways = [Way("7/0/out"), Way("7/0/out")]
+    for way in ways:
+        way.weather = weather
+    sent = [number * 0.006 for number in range(10_000)]  # 1500 bytes each: 2 Mbit/s
+    arrivals, again = ([way.arrivals(1500, now) for now in sent] for way in ways)
+    assert arrivals == again, "the same seed, the same luck"
+    assert abs(ways[0].counted[what] / len(sent) - share) < 0.02
+    assert sum(map(len, arrivals)) == len(sent) + sum(
+        ways[0].counted[what] * sign for what, sign in (("doubled", 1), ("lost", -1), ("full", -1))
+    )
+    came = [(at, now) for now, each in zip(sent, arrivals, strict=True) for at in each]
+    assert all(at >= now for at, now in came) and (came == sorted(came)) == (what != "swapped")

@@ -334,7 +334,8 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path)
     home.config.write_text('name = "file"\nthreads = 1\nbatch = 2\nmax_disk = "5 GiB"\n')
     found = settings(home, {"name": "flag", "threads": None}, {"BARNRAISE_NAME": "env", "BARNRAISE_THREADS": "3"})
     assert (found.name, found.threads, found.batch, found.max_disk_bytes) == ("flag", 3, 2, 5 << 30)
-    assert (found.device, found.listen_multiaddrs) == ("auto", ("/ip4/0.0.0.0/tcp/0",))
+    assert (found.device, found.listen_multiaddrs) == ("auto", ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"))
+    assert settings(home, {"listen": "0.0.0.0:49400"}, {}).listen_multiaddrs == ("/ip4/0.0.0.0/tcp/49400",)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import stat
 import time
 
@@ -19,6 +20,7 @@ from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.multiaddr import Multiaddr
 
 from coordinator.rendezvous import RECORD_SECONDS_MAX, Rendezvous
+from node.config import Settings
 from node.p2p import CALLS_PER_PEER_MAX
 from node.swarm import ADDRESS_CHARACTERS_MAX, RECORD_BYTES_MAX, BarnraisePeer, Directory, _addresses
 from protocol import p2pd
@@ -230,6 +232,30 @@ async def test_what_a_node_announces_takes_the_place_of_where_it_listens(swarm):
         assert peer.addresses() == (announced,)
     finally:
         await peer.shutdown()
+
+
+# families
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+async def test_a_node_is_called_over_ipv6_and_over_ipv4_wherever_nobody_said_where_it_listens(swarm, tmp_path):
+    both = await swarm.outsider("both", listen=Settings(tmp_path).listen_multiaddrs)
+    callers = [await swarm.outsider(name, listen=[where]) for name, where in (("4", LOCAL), ("6", "/ip6/::1/tcp/0"))]
+    try:
+        for caller, family in zip(callers, ("/ip4/127.0.0.1/", "/ip6/::1/"), strict=True):
+            caller.roster = {both.peer_id: [at for at in both.addresses() if at.startswith(family)]}
+            both.roster = {caller.peer_id: caller.addresses()}
+            await caller.reach(both.peer_id)
+            await caller._client.disconnect(both.peer_id)
+            await both.reach(caller.peer_id)
+    finally:
+        await asyncio.gather(*(peer.shutdown() for peer in (both, *callers)))
+
+
+async def test_a_machine_without_ipv6_listens_where_it_can(monkeypatch):
+    monkeypatch.setattr("protocol.p2pd.socket.has_dualstack_ipv6", lambda: False)
+    monkeypatch.setattr("protocol.p2pd.socket.AF_INET6", -1)  # as of a kernel without it
+    p2pd.check_free(("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/49400"))
 
 
 # those whom nobody can call
