@@ -9,7 +9,9 @@ LEASE_ASK_SECONDS = 2.0  # between two requests for data when none was granted
 RELEASE_SECONDS = 120.0  # of a pause: then the trainer ends, and the device has its memory back
 RELEASE_AGAIN_SECONDS = 10.0  # a round was about to take what it made
 RESTART_SECONDS = (1.0, 5.0, 30.0)  # waits before a child process is started again
-RESTARTS_MAX = 5  # in the window below; then the node stops and explains, or rests if only its trainer fails
+RESTARTS_MAX = (
+    5  # in the window below; then a node stops and explains, or rests if only its trainer fails after it worked
+)
 RESTART_WINDOW_SECONDS = 600.0
 RECOVERY_SECONDS = 3600.0  # of such a rest: a device may be reset meanwhile, or cool down
 
@@ -46,7 +48,7 @@ class Session:
     idle_since: float | None = None
     release_at: float = 0.0  # not again before
     released: bool = False  # the trainer has ended because of a pause
-    worked: bool = False  # the trainer has been ready once: this machine can train
+    worked: frozenset[Part] = frozenset()  # has been ready once: it is not this machine that cannot run it
     broken: str = ""  # why it is not started again before this time
     broken_until: float = 0.0
     finishing: bool = False
@@ -56,7 +58,7 @@ class Session:
     lease_pending: bool = False
     lease_at: float = 0.0  # not again before
     training: bool = False  # what the trainer was last told
-    crashes: tuple[float, ...] = ()
+    crashes: tuple[tuple[Part, float], ...] = ()
     restart_at: tuple[tuple[Part, float], ...] = ()
     trouble: str = ""  # the newest thing that went wrong, for people
 
@@ -250,7 +252,7 @@ def _apply(state: Session, event: Event, now: float) -> Outcome:
         case CaughtUp():
             return replace(state, synced=True), ()
         case PartReady(part):
-            return replace(_part(state, part, True), worked=state.worked or part is Part.TRAINER), ()
+            return replace(_part(state, part, True), worked=state.worked | {part}), ()
         case PartDied(part, why):
             return _died(state, part, why, now)
         case PartStopped(part):
@@ -291,16 +293,17 @@ def _without(state: Session, part: Part) -> Session:
 
 
 def _died(state: Session, part: Part, why: str, now: float) -> Outcome:
-    crashes = (*(at for at in state.crashes if now - at < RESTART_WINDOW_SECONDS), now)
+    crashes = (*(each for each in state.crashes if now - each[1] < RESTART_WINDOW_SECONDS), (part, now))
     state = replace(_without(state, part), crashes=crashes, trouble=why)
-    if len(crashes) >= RESTARTS_MAX:
-        told = f"the {part.value} ended {len(crashes)} times in ten minutes; the last time: {why}"
-        if part is Part.ENGINE or not state.worked:
-            return state, (End(told),)
+    deaths = sum(dead is part for dead, _ in crashes)
+    told = f"the {part.value} ended {deaths} times in ten minutes; the last time: {why}"
+    if deaths >= RESTARTS_MAX and part not in state.worked:
+        return state, (End(told),)
+    if deaths >= RESTARTS_MAX and part is Part.TRAINER:  # an engine goes on: strangers can end it, by a flood
         waiting = tuple(each for each in state.restart_at if each[0] is not part)
         until = now + RECOVERY_SECONDS
         return replace(state, crashes=(), restart_at=waiting, broken=told, broken_until=until, released=True), ()
-    wait = RESTART_SECONDS[min(len(crashes) - 1, len(RESTART_SECONDS) - 1)]
+    wait = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS)) - 1]
     return replace(state, restart_at=(*state.restart_at, (part, now + wait))), ()
 
 

@@ -137,10 +137,18 @@ def dies(part, state, at=0.0):
     return after(*deaths, state=state, at=at)
 
 
-@pytest.mark.parametrize(("part", "state"), [(Part.ENGINE, training()), (Part.TRAINER, after(*UP[:3])[0])])
+@pytest.mark.parametrize(("part", "state"), [(Part.ENGINE, after(*UP[:2])[0]), (Part.TRAINER, after(*UP[:3])[0])])
 def test_a_child_that_keeps_dying_ends_the_node_with_the_reason_if_it_can_do_nothing_without(part, state):
     _, effects = dies(part, state)
     assert "an illegal memory access" in effects[-1].failed
+
+
+def test_an_engine_that_has_worked_is_started_again_however_often_strangers_end_it():
+    state, effects = after(*[PartDied(Part.ENGINE, "x")] * 3 * session.RESTARTS_MAX, state=training())
+    assert not effects and state.trains and "x" in state.trouble
+    state, _ = after(PartDied(Part.TRAINER, "x"), state=state)
+    assert not state.rests, "each part is counted for itself"
+    assert Restart(Part.ENGINE) in after(TimePassed(), state=state, at=session.RESTART_SECONDS[-1])[1]
 
 
 def test_a_trainer_that_has_worked_and_keeps_dying_makes_the_node_rest_with_the_reason_and_try_again_later():
@@ -169,8 +177,8 @@ def test_who_pauses_a_node_whose_trainer_is_broken_is_obeyed_when_the_device_is_
 def test_old_deaths_are_forgiven():
     state = training()
     for n in range(2 * session.RESTARTS_MAX):
-        state, effects = after(PartDied(Part.ENGINE, "x"), state=state, at=n * session.RESTART_WINDOW_SECONDS)
-        assert not [effect for effect in effects if isinstance(effect, End)]
+        state, _ = after(PartDied(Part.TRAINER, "x"), state=state, at=n * session.RESTART_WINDOW_SECONDS)
+        assert not state.rests
 
 
 @pytest.mark.parametrize(

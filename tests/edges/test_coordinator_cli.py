@@ -31,7 +31,7 @@ from coordinator.orders import JudgeOrder, RollbackOrder
 from coordinator.plan import plan
 from coordinator.store import Evaluation, StoredNode
 from node import trainer, workbench
-from protocol import address, console, contribution, identity, invite, runspec, tls
+from protocol import address, console, contribution, identity, invite, p2pd, runspec, tls
 from protocol.codec import codec
 from protocol.contribution import sign_grant
 from protocol.errors import Code, Refused
@@ -835,6 +835,8 @@ def test_a_rendezvous_that_ends_is_started_again_where_it_was(published, victim)
             with closing(published.open_store()) as store:
                 port = json.loads(store.get("ports"))["p2p"]
             (first,) = found(process)
+            limit = p2pd.DATA_BYTES_MAX if victim == "p2pd" else psutil.RLIM_INFINITY
+            assert first.rlimit(psutil.RLIMIT_DATA)[0] == limit
             first.kill()
             deadline = time.monotonic() + 60
             while not (found(process) and first not in found(process) and is_open(port)):

@@ -7,6 +7,7 @@ import json
 import socket
 import stat
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,6 +30,7 @@ from protocol.identity import Key, libp2p_private_key_bytes
 from protocol.limits import ADDRESSES_MAX
 from protocol.v1 import barnraise_pb2
 from tests.edges.test_averaging import LOCAL, RUN, Swarm
+from tests.stranger import Stranger
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the engines are shared
 
@@ -172,6 +174,84 @@ async def test_a_flood_of_streams_and_connections_by_strangers_costs_nobody_an_a
         await stranger.shutdown()
     assert max(waits) < PROMPT_SECONDS
     assert all(now - then < FLAT_BYTES for then, now in zip(before, grown(engine), strict=True))
+
+
+async def open_to(engine):
+    host, port = engine.addresses[0].split("/")[2::2]
+    return await Stranger.connect(host, int(port))
+
+
+async def test_p2pd_is_started_with_limits_of_its_memory_and_files_and_a_round_is_far_from_them(engine, honest):
+    await is_taken(honest, engine)
+    (daemon,) = psutil.Process(engine.pid).children()
+    assert set(daemon.rlimit(psutil.RLIMIT_DATA)) == {p2pd.DATA_BYTES_MAX}
+    assert set(daemon.rlimit(psutil.RLIMIT_NOFILE)) == {p2pd.FILES_MAX}
+    assert data_of(daemon) < p2pd.DATA_BYTES_MAX / 4
+
+
+def data_of(process):
+    """What counts against the limit: of what a Go program only reserves, nothing."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmData:")[2].split()[0]) << 10
+
+
+LITTLE_BYTES = 24 << 20  # 6,000 streams
+
+
+async def test_a_p2pd_that_is_flooded_past_its_memory_ends_and_another_takes_its_place(swarm, honest):
+    """With less room than it has outside of tests: the flood takes seconds then."""
+    engine = await swarm.engine("flooded")
+    (daemon,) = psutil.Process(engine.pid).children()
+    room = data_of(daemon) + LITTLE_BYTES
+    daemon.rlimit(psutil.RLIMIT_DATA, (room, room))
+    most, stranger = 0, await open_to(engine)
+    try:
+        async with asyncio.timeout(60):
+            while not engine.closed.done():
+                with contextlib.suppress(ConnectionError):
+                    await stranger.open_streams(100)
+                with contextlib.suppress(psutil.Error):
+                    most = max(most, daemon.memory_info().rss)
+                await asyncio.sleep(0)
+    finally:
+        stranger.close()
+    assert most <= room
+    again = await swarm.engine("flooded")
+    try:
+        assert again.peer == engine.peer
+        await again.set_roster({str(honest.peer_id): honest.addresses()})
+        honest.roster = {PeerID.from_base58(again.peer): again.addresses}
+        await honest.reach(PeerID.from_base58(again.peer))
+        await is_taken(honest, again)
+    finally:
+        await again.stop()
+
+
+async def test_connections_past_the_limit_of_files_wait_until_others_have_gone(engine, honest):
+    (daemon,) = psutil.Process(engine.pid).children()
+    room = daemon.num_fds() + 20
+    daemon.rlimit(psutil.RLIMIT_NOFILE, (room, p2pd.FILES_MAX))
+    host, port = engine.addresses[0].split("/")[2::2]
+    silent = await asyncio.gather(*(asyncio.open_connection(host, port) for _ in range(40)))
+    try:
+        async with asyncio.timeout(10):
+            while daemon.num_fds() < room:
+                await asyncio.sleep(0.05)
+    finally:
+        for _, writer in silent:
+            writer.close()
+    async with asyncio.timeout(20):
+        while not await heard(honest, engine):
+            await asyncio.sleep(0.1)
+    assert not engine.closed.done() and daemon.num_fds() <= room
+    daemon.rlimit(psutil.RLIMIT_NOFILE, (p2pd.FILES_MAX, p2pd.FILES_MAX))
+
+
+async def heard(peer, engine):
+    """As send, by an engine that may be out of files."""
+    with contextlib.suppress(P2PDaemonError):
+        return await send(peer, engine.peer)
+    return False
 
 
 async def test_p2pd_is_started_as_nobodys_relay_and_opens_no_port_of_the_router(engine):
