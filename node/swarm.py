@@ -37,7 +37,7 @@ from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.evidence import Basis, header, is_kept
 from protocol.exchange import Packing
-from protocol.limits import ADDRESSES_MAX, BLOB_CHUNK_BYTES, CHUNK_VALUES, MEMBERS_MAX
+from protocol.limits import ADDRESSES_MAX, CHUNK_VALUES, MEMBERS_MAX
 from protocol.process import Channel, ChannelClosed, Frame, parent_channel
 from protocol.robust import Rule
 from protocol.types import Exchange, Signature
@@ -48,6 +48,7 @@ LINES_SECONDS: Final = 15.0  # a line that has dropped is missed for so long; a 
 EARLY_SECONDS: Final = 5.0  # how long a stream for a group that we do not know yet waits for our own Begin
 ADDRESS_SECONDS: Final = 900.0  # how long the DHT keeps where we are
 FETCH_SILENCE_SECONDS: Final = 10.0  # a peer from which nothing of a part comes for so long: another may have it
+PART_PIECE_BYTES: Final = 1 << 15  # of it in one message: 4 s of 64 kbit/s; 256 KiB were a silence below 210 kbit/s
 PUBLISH_SECONDS: Final = 300.0  # a third of it
 ADDRESS_CHARACTERS_MAX: Final = 256
 RECORD_BYTES_MAX: Final = 2048  # ADDRESSES_MAX of the longest that there are; the rendezvous takes no more either
@@ -100,7 +101,7 @@ class BarnraisePeer(ServicerBase):  # type: ignore[misc]
         if handle is None:
             return
         with os.fdopen(handle, "rb") as blob:
-            while data := await asyncio.to_thread(blob.read, BLOB_CHUNK_BYTES):
+            while data := await asyncio.to_thread(blob.read, PART_PIECE_BYTES):
                 yield barnraise_pb2.PartChunk(data=data)
 
     async def rpc_aggregate_part(

@@ -9,7 +9,11 @@ import subprocess
 import sys
 
 PARTS = ("faults", "storm", "goodput")
-MORE = ("nat", "alternative")  # routers; the same faults against others' software: only when asked for
+MORE = (
+    "nat",
+    "lines",
+    "alternative",
+)  # routers; bad lines; the same faults against others' software: only when asked for
 
 
 def main():

@@ -27,7 +27,7 @@ from coordinator.rendezvous import Rendezvous
 from node.engine import AveragingJob, Engine
 from node.p2p import GuardedP2P
 from node.reduction import CODES
-from node.swarm import BarnraisePeer
+from node.swarm import FETCH_SILENCE_SECONDS, BarnraisePeer
 from protocol import p2pd
 from protocol.blobs import digest_of
 from protocol.codec import codec
@@ -943,6 +943,22 @@ async def test_a_part_is_fetched_whole_or_refused(int4_swarm, trio):
     for name, size in missing:
         with pytest.raises(Refused):
             await first.fetch_part(second.peer, name, size, timeout_seconds=5)
+
+
+async def test_a_part_comes_in_pieces_that_64_kbits_carry_before_they_are_a_silence(swarm, int4_swarm, trio):
+    digest, (giver, *_) = Digest("6e" * 32), trio
+    keep_blob(int4_swarm[0].folder / "engine-0" / "blobs", digest, bytes(700_001))
+    asker = await swarm.outsider("asker")
+    try:
+        await giver.set_roster({str(asker.peer_id): asker.addresses()})
+        asker.roster = {PeerID.from_base58(giver.peer): giver.addresses}
+        await asker.reach(PeerID.from_base58(giver.peer))
+        stub = BarnraisePeer.get_stub(asker, PeerID.from_base58(giver.peer), namespace=RUN)
+        request = barnraise_pb2.PartRequest(digest=digest, size=700_001)
+        sizes = [len(part.data) async for part in await stub.rpc_part(request)]
+    finally:
+        await asker.shutdown()
+    assert sum(sizes) == 700_001 and max(sizes) <= 64_000 / 8 * FETCH_SILENCE_SECONDS / 2
 
 
 async def test_a_frozen_peer_is_not_waited_for_as_long_as_a_slow_one(swarm):
