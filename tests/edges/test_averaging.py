@@ -34,7 +34,7 @@ from protocol.codec import codec
 from protocol.errors import Code, Refused
 from protocol.evidence import check_reduction, group_id, sign_part, sign_slices, vouched
 from protocol.exchange import Packing
-from protocol.identity import Key, libp2p_private_key_bytes
+from protocol.identity import Key, libp2p_private_key_bytes, peer_id_of
 from protocol.limits import ADDRESSES_MAX, CHUNK_VALUES, PEER_MESSAGE_BYTES_MAX
 from protocol.robust import Rule, means
 from protocol.types import BlobRef, Contribution, Digest, Exchange, Part, PeerId, Record, RunId
@@ -95,6 +95,13 @@ class Swarm:
             on_message=lambda peer, envelope: self.heard[name].append((peer, envelope)),
         )
 
+    def will_be(self, name: str) -> PeerId:
+        """Whom an engine of this name will be known as, before it has started."""
+        home, key = self.folder / name, Key.generate()
+        home.mkdir()
+        (home / "identity").write_bytes(libp2p_private_key_bytes(key))
+        return peer_id_of(bytes.fromhex(key.public))
+
     async def outsider(self, name: str, *, listen=(LOCAL,), announce=()) -> GuardedP2P:
         """A peer of the test's own making, that can say anything; the same one again under the same name."""
         home = self.folder / name
@@ -121,6 +128,17 @@ async def engines_of(swarm, count, **options):
         yield engines
     finally:
         await asyncio.gather(*(engine.stop() for engine in engines))
+
+
+@contextlib.asynccontextmanager
+async def joined_by_one(swarm, engines, **options):
+    """Shared engines and one more, to which anything may happen."""
+    more = await swarm.engine("one more", **options)
+    try:
+        await introduce(*engines, more)
+        yield (*engines, more)
+    finally:
+        await more.stop()
 
 
 async def introduce(*engines, others=()):
@@ -846,9 +864,9 @@ async def test_a_reply_arrives_whole_though_its_caller_says_later_that_it_has_sa
         await asyncio.gather(server.shutdown(), caller.shutdown())
 
 
-async def test_when_one_engine_is_killed_mid_round_the_others_finish_their_spans_and_say_which_failed(swarm):
+async def test_when_one_engine_is_killed_mid_round_the_others_finish_their_spans_and_say_which_failed(swarm, trio):
     encoded = [codec("int4").encode(vector) for vector in vectors(3)]
-    async with engines_of(swarm, 3) as engines:
+    async with joined_by_one(swarm, trio[:2]) as engines:
         job = job_of(*(engine.peer for engine in engines), sender_seconds=PATIENCE_SECONDS)
         started = [asyncio.create_task(engine.average(job, encoded[0])) for engine in engines[:2]]
         await asyncio.sleep(0.5)  # the third has not begun: it is dialled, and its share is awaited
@@ -862,9 +880,9 @@ async def test_when_one_engine_is_killed_mid_round_the_others_finish_their_spans
     assert one.included == two.included == (0, 1)
 
 
-async def test_a_frozen_engine_costs_its_own_span_only(swarm):
+async def test_a_frozen_engine_costs_its_own_span_only(swarm, trio):
     encoded = codec("int4").encode(vectors(1)[0])
-    async with engines_of(swarm, 3) as engines:
+    async with joined_by_one(swarm, trio[:2]) as engines:
         job = job_of(*(engine.peer for engine in engines), deadline_seconds=10, sender_seconds=2)
         for process in [psutil.Process(engines[2].pid), *psutil.Process(engines[2].pid).children()]:
             process.suspend()
@@ -909,9 +927,9 @@ async def test_a_group_given_up_returns_at_once_with_what_is_complete(trio):
     assert outcome.parts == {} and set(outcome.failed) == {0, 1, 2} and outcome.seconds < 2
 
 
-async def test_a_message_arrives_with_the_sender_that_libp2p_proved(swarm):
+async def test_a_message_arrives_with_the_sender_that_libp2p_proved(swarm, trio):
     envelope = barnraise_pb2.PeerEnvelope(sender="ab", kind="Ready", body=b"x" * 100_000).SerializeToString()
-    async with engines_of(swarm, 2) as (first, second):
+    async with joined_by_one(swarm, trio[:1]) as (first, second):
         await first.send(second.peer, envelope, timeout_seconds=5)
         with pytest.raises(Refused) as large:
             await first.send(second.peer, bytes(PEER_MESSAGE_BYTES_MAX + 1), timeout_seconds=5)
@@ -921,7 +939,7 @@ async def test_a_message_arrives_with_the_sender_that_libp2p_proved(swarm):
         os.kill(second.pid, signal.SIGKILL)
         with pytest.raises(Refused) as gone:
             await first.send(second.peer, envelope, timeout_seconds=5)
-    assert swarm.heard["engine-1"] == [(first.peer, envelope)]
+    assert swarm.heard["one more"] == [(first.peer, envelope)]
     assert large.value.reason is Code.LIMIT
     assert unknown.value.reason is gone.value.reason is Code.UNREACHABLE
 
@@ -961,9 +979,9 @@ async def test_a_part_comes_in_pieces_that_64_kbits_carry_before_they_are_a_sile
     assert sum(sizes) == 700_001 and max(sizes) <= 64_000 / 8 * FETCH_SILENCE_SECONDS / 2
 
 
-async def test_a_frozen_peer_is_not_waited_for_as_long_as_a_slow_one(swarm):
-    async with engines_of(swarm, 2) as (first, second):
-        keep_blob(swarm.folder / "engine-1" / "blobs", digest := Digest("5e" * 32), bytes(1000))
+async def test_a_frozen_peer_is_not_waited_for_as_long_as_a_slow_one(swarm, trio):
+    async with joined_by_one(swarm, trio[:1]) as (first, second):
+        keep_blob(swarm.folder / "one more" / "blobs", digest := Digest("5e" * 32), bytes(1000))
         await first.fetch_part(second.peer, digest, 1000, timeout_seconds=60)
         psutil.Process(second.pid).suspend()
         began = time.monotonic()
@@ -980,10 +998,7 @@ async def test_a_peer_that_moved_is_found_through_the_rendezvous(swarm):
     meeting = await Rendezvous.start(runtime_dir=home / "run", identity_path=home / "identity", run=RUN, listen=[LOCAL])
     try:
         # Peers are known from their keys, so they are rostered before they start.
-        first = await swarm.engine("engine-0")
-        second = await swarm.engine("engine-1")
-        await asyncio.gather(first.stop(), second.stop())
-        await meeting.set_roster([first.peer, second.peer])
+        await meeting.set_roster([swarm.will_be("engine-0"), swarm.will_be("engine-1")])
         first = await swarm.engine("engine-0", rendezvous=meeting.addresses)
         second = await swarm.engine("engine-1", rendezvous=meeting.addresses)
         try:
