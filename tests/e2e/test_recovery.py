@@ -98,14 +98,19 @@ def test_a_node_starts_again_while_the_coordinator_is_away(run, nodes):
     brings(run, birch, max(node.status()["round"] for node in nodes))
 
 
-def backed_up(node):
-    """A copy of its home as it is now; it goes on."""
-    backup = node.world.folder / f"{node.name}-backup"
-    shutil.rmtree(backup, ignore_errors=True)
-    node.stop()
-    shutil.copytree(node.home, backup, symlinks=True, ignore=shutil.ignore_patterns("runtime"))
-    node.start()
-    return backup
+@pytest.fixture(scope="module")
+def backups(nodes):
+    """Copies of two of three homes as they are now; both nodes go on."""
+    others = nodes[1:]
+    for node in others:
+        assert node.stop() == 130
+    backups = {node.name: node.world.folder / f"{node.name}-backup" for node in others}
+    for node in others:
+        shutil.copytree(node.home, backups[node.name], symlinks=True, ignore=shutil.ignore_patterns("runtime"))
+        node.start()
+    for node in others:
+        node.rostered()
+    return backups
 
 
 def put_back(node, backup):
@@ -116,12 +121,10 @@ def put_back(node, backup):
     (node.home / "runtime").mkdir(mode=0o700, exist_ok=True)
 
 
-def test_a_node_whose_disk_came_from_a_backup_begins_as_a_new_member_would(shared, run, nodes):
+def test_a_node_whose_disk_came_from_a_backup_begins_as_a_new_member_would(run, nodes, backups):
     ash, birch, cedar = nodes
-    backup = backed_up(cedar)
-    cedar.rostered()
     brings(run, cedar, cedar.status()["round"])
-    put_back(cedar, backup)
+    put_back(cedar, backups[cedar.name])
     cedar.start()
     until(lambda: run.page("status") and "older disk" in str(run.page("status")["events"]), "the coordinator notices")
     until(lambda: list(Home(cedar.home).journal.glob("*/silence.json")), "it promises to sign under newer rosters only")
@@ -129,14 +132,13 @@ def test_a_node_whose_disk_came_from_a_backup_begins_as_a_new_member_would(share
     assert len(rollbacks(run)[0]) == 1
 
 
-def test_when_a_majority_has_older_disks_everybody_goes_on_on_another_branch(shared, run, nodes):
+def test_when_a_majority_has_older_disks_everybody_goes_on_on_another_branch(run, nodes, backups):
+    """One of the disks comes back a second time: what it promised meanwhile is gone as well."""
     ash, *others = nodes
-    backups = [backed_up(node) for node in others]
     for node in others:
-        node.rostered()
         brings(run, node, node.status()["round"])
-    for node, backup in zip(others, backups, strict=True):
-        put_back(node, backup)
+    for node in others:
+        put_back(node, backups[node.name])
     for node in others:
         node.start()
     until(lambda: len(rollbacks(run)[0]) == 2, "the coordinator begins another branch")
