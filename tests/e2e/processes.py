@@ -23,6 +23,7 @@ from protocol.errors import Refused
 MARK = "BARNRAISE_E2E"  # in the environment of everything that a world starts
 PATIENCE_SECONDS = 120.0  # the machine may be shared; on two quiet cores nothing here takes a tenth of it
 POLL_SECONDS = 0.1
+PORTS_OF_A_PROCESS = 100  # between finding a port and listening there another process may find it as well
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 TEXT = tuple(LIBRARY / name for name in ("asyncio", "email", "json", "unittest"))
 TINY = {
@@ -53,9 +54,9 @@ def until(true, what, *, seconds=PATIENCE_SECONDS):
 
 
 def free_ports(count):
-    """Ports that nothing listens on now, below those that the kernel deals out by itself."""
+    """Ports that nothing listens on now, below those that the kernel deals out by itself; no neighbour looks there first."""
     found = []
-    for port in range(20_000 + os.getpid() % 6_000, 32_000):
+    for port in range(20_000 + os.getpid() % 100 * PORTS_OF_A_PROCESS, 32_000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
