@@ -86,13 +86,14 @@ class Gate:
         self._members.discard(passage)
         self._expect_a_session(passage)
 
-    def blame(self, passage: Passage) -> None:
-        """A call was refused. Whoever goes on asking is hung up on, for a refused call costs as much as another."""
+    def blame(self, passage: Passage) -> bool:
+        """A call was refused. Whoever goes on asking is hung up on; tells whether it is."""
         rate = quotas.REFUSALS if passage in self._members else quotas.STRANGERS_REFUSALS
         passage.blame, wait_seconds = take(passage.blame, rate, now=time.monotonic())
         if wait_seconds:
             self.refused["calls"] += 1
             passage.close()
+        return bool(wait_seconds)
 
     # for its passages
 

@@ -14,8 +14,9 @@ import shutil
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -26,6 +27,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # every stranger's broken hand
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from coordinator.core import machine, quotas, strikes
 from coordinator.core.inquiries import ANSWER_ROUNDS
@@ -35,6 +38,7 @@ from coordinator.desk import Desk
 from coordinator.gate import DOOR, Gate, Passage
 from coordinator.store import StoredNode
 from coordinator.transfers import Chunk, Transfers
+from coordinator.turns import Turns
 from protocol import address, canonical, identity, invite, p2pd
 from protocol.contribution import Complaint, check_genuine, check_shape, sign_grant
 from protocol.errors import Code, Exit, Refused
@@ -66,7 +70,6 @@ from protocol.types import (
     SignedRoster,
 )
 from protocol.v1 import barnraise_pb2 as wire
-from protocol.v1 import barnraise_pb2_grpc as wire_grpc
 
 NONCE_SECONDS: Final = 30
 ALIVE_SECONDS: Final = 5.0  # for a process that is there to answer, over any line
@@ -74,6 +77,9 @@ GOODBYE_SECONDS: Final = 1.0  # for the reason to arrive before the connection o
 NONCES_MAX: Final = 4096  # unanswered challenges: nearly twice what all networks together may ask for in that time
 PASS_SECONDS: Final = 30 * 86400  # renewed with every session
 WAIT_SECONDS_MAX: Final = 30.0  # of a heartbeat: proxies and routers forget a silent connection after a minute
+AWAY_SECONDS: Final = 30.0  # of whoever was hung up on: an honest node would keep its place in the roster meanwhile
+OPENING_COST: Final = 6.0  # calls: it is written down three times; so it has half of our time at most
+STRANGERS_NUMBER: Final = 8.0  # their place among members: of one that has just called so often
 CALLS_PER_NODE_MAX: Final = 32  # at the same time
 CALLS_MAX: Final = 4096
 PAGE_ENTRIES_MAX: Final = 256
@@ -102,6 +108,7 @@ OPTIONS: Final = (
 log = structlog.get_logger()
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
+Messages = AsyncIterator[Any]
 
 _NODE = re.compile(r"[0-9a-f]{64}")
 _ADDRESS = re.compile(
@@ -161,7 +168,7 @@ async def serve(service: CoordinatorService, *, listen: str, key: Path, certific
     if where is None:
         raise Refused(Code.FIELD, f"{canonical.shown(listen)} is not host:port")
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
-    wire_grpc.add_CoordinatorServicer_to_server(service, server)
+    server.add_generic_rpc_handlers((_handlers(service),))
     gate = Gate(p2pd.socket_folder(sockets))
     try:
         pair = (key.read_bytes(), certificate.read_bytes())
@@ -176,12 +183,28 @@ async def serve(service: CoordinatorService, *, listen: str, key: Path, certific
     return Server(server, gate, port, sockets)
 
 
+def _handlers(service: CoordinatorService) -> grpc.GenericRpcHandler[Any, Any]:
+    """Every call as one that brings a stream of messages, which is the same on the line: so gRPC reads none of them before
+    the call is let in. None is registered with the server: it looks through all of those for each call that comes."""
+    named = wire.DESCRIPTOR.services_by_name["Coordinator"]
+    handlers = {}
+    for method in named.methods:
+        answers_a_stream = method.server_streaming
+        make = grpc.stream_stream_rpc_method_handler if answers_a_stream else grpc.stream_unary_rpc_method_handler
+        read, write = (
+            GetMessageClass(method.input_type).FromString,
+            GetMessageClass(method.output_type).SerializeToString,
+        )
+        handlers[method.name] = make(getattr(service, method.name), read, write)
+    return grpc.method_handlers_generic_handler(named.full_name, handlers)
+
+
 def _clear(sockets: Path) -> None:
     p2pd.sweep(sockets)
     shutil.rmtree(sockets, ignore_errors=True)
 
 
-class CoordinatorService(wire_grpc.CoordinatorServicer):
+class CoordinatorService:
     """Checks every field, then asks the desk."""
 
     def __init__(self, desk: Desk) -> None:
@@ -191,52 +214,54 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         self._nonces: OrderedDict[bytes, Nonce] = OrderedDict()
         self._sessions: dict[str, Session] = {}
         self._session_of: dict[NodeId, Session] = {}
+        self._away: dict[NodeId, float] = {}  # until when nothing is heard from those who were hung up on
+        self._turns = Turns(quotas.CALLS_PER_SECOND)
         self._joins = quotas.Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
         self._calls = quotas.Buckets(quotas.share(1))
+        self._asked = quotas.Buckets(quotas.IN_TURN)
         self._reports = quotas.Buckets(quotas.REPORTS)
         self._transfers = Transfers(desk)
+        self._written: tuple[SignedRoster, bytes] | None = None
 
     # what gRPC calls
 
-    async def Challenge(self, request: wire.ChallengeRequest, context: Context) -> wire.ChallengeReply:  # noqa: N802
-        return await self._guarded(context, self._challenge, request)
+    async def Challenge(self, _messages: Messages, context: Context) -> wire.ChallengeReply:  # noqa: N802
+        return await self._guarded(context, self._of_stranger(context, self._challenge))
 
-    async def Open(self, request: wire.OpenRequest, context: Context) -> wire.OpenReply:  # noqa: N802
-        return await self._guarded(context, self._open, request)
+    async def Open(self, _messages: Messages, context: Context) -> wire.OpenReply:  # noqa: N802
+        return await self._guarded(context, self._of_stranger(context, self._open, cost=OPENING_COST))
 
-    async def Heartbeat(self, request: wire.HeartbeatRequest, context: Context) -> wire.HeartbeatReply:  # noqa: N802
-        return await self._guarded(context, self._heartbeat, request)
+    async def Heartbeat(self, _messages: Messages, context: Context) -> wire.HeartbeatReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._heartbeat))
 
-    async def AcquireLeases(self, request: wire.LeaseRequest, context: Context) -> wire.LeaseReply:  # noqa: N802
-        return await self._guarded(context, self._acquire_leases, request)
+    async def AcquireLeases(self, _messages: Messages, context: Context) -> wire.LeaseReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._acquire_leases))
 
-    async def ReadLog(self, request: wire.ReadLogRequest, context: Context) -> wire.ReadLogReply:  # noqa: N802
-        return await self._guarded(context, self._read_log, request)
+    async def ReadLog(self, _messages: Messages, context: Context) -> wire.ReadLogReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._read_log))
 
-    async def PushEntry(self, request: wire.PushEntryRequest, context: Context) -> wire.PushEntryReply:  # noqa: N802
-        return await self._guarded(context, self._push_entry, request)
+    async def PushEntry(self, _messages: Messages, context: Context) -> wire.PushEntryReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._push_entry))
 
-    async def ReadBlob(self, request: wire.ReadBlobRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        await self._guarded(context, self._read_blob, request)
+    async def ReadBlob(self, _messages: Messages, context: Context) -> None:  # noqa: N802
+        await self._guarded(context, self._of_member(context, partial(self._read_blob, context=context)))
 
-    async def ReadLeaves(self, request: wire.ReadLeavesRequest, context: Context) -> wire.ReadLeavesReply:  # noqa: N802
-        return await self._guarded(context, self._read_leaves, request)
+    async def ReadLeaves(self, _messages: Messages, context: Context) -> wire.ReadLeavesReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._read_leaves))
 
-    async def WriteBlob(  # noqa: N802
-        self, request_iterator: AsyncIterator[wire.BlobChunk], context: Context
-    ) -> wire.WriteBlobReply:
-        return await self._guarded(context, self._write_blob, request_iterator)
+    async def WriteBlob(self, messages: Messages, context: Context) -> wire.WriteBlobReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._write_blob, messages))
 
-    async def Report(self, request: wire.ReportRequest, context: Context) -> wire.ReportReply:  # noqa: N802
-        return await self._guarded(context, self._report, request)
+    async def Report(self, _messages: Messages, context: Context) -> wire.ReportReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._report))
 
-    async def Leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:  # noqa: N802
-        return await self._guarded(context, self._leave, request)
+    async def Leave(self, _messages: Messages, context: Context) -> wire.LeaveReply:  # noqa: N802
+        return await self._guarded(context, self._of_member(context, self._leave))
 
-    async def _guarded(self, context: Context, act: Callable[[Any, Context], Awaitable[T]], request: object) -> T:
+    async def _guarded(self, context: Context, answer: Awaitable[T]) -> T:
         """A refusal travels with its code; a surprise is logged under an id, and says nothing of us."""
         try:
-            return await act(request, context)
+            return await answer
         except Refused as refusal:
             code, what = refusal.reason, canonical.shown(refusal.what)[:REFUSAL_CHARACTERS_MAX]
             retry_seconds = refusal.retry_seconds
@@ -245,35 +270,67 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         except Exception:
             code, what = Code.INTERNAL, f"a failure of the coordinator, id {secrets.token_hex(4)}"
             retry_seconds = 0.0
-            log.exception("a call failed", call=act.__name__, id=what[-8:])
+            log.exception("a call failed", id=what[-8:])
         self.refusals[code.code] += 1
-        if (passage := self._passage(context)) is not None:
-            self.gate.blame(passage)
+        if (passage := self._passage(context)) is not None and self.gate.blame(passage):
+            self._keep_away(passage)
         later = (("retry-after", f"{retry_seconds:.3f}"),) if retry_seconds else ()
         await context.abort(_status(code), what, (("barnraise-code", code.code), *later))
         raise AssertionError("abort raises")
 
+    async def _of_stranger(
+        self, context: Context, act: Callable[[Any, Passage], Awaitable[T]], *, cost: float = 1.0
+    ) -> T:
+        """A call that needs no session. Whoever has one goes first, unless it has asked for a lot."""
+        await self._turns.wait(STRANGERS_NUMBER, cost=cost)
+        return await act(await _message(context), self._caller(context))
+
+    async def _of_member(
+        self, context: Context, act: Callable[[Session, Any], Awaitable[T]], messages: Messages | None = None
+    ) -> T:
+        """A call of a session, while it runs. Whoever has called least of late goes first; what a call brings is read only
+        when its turn has come."""
+        session, now = self._session(context), time.monotonic()
+        if session is None:
+            await self._turns.wait(STRANGERS_NUMBER)
+            raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
+        session.heard = now
+        session.calls += 1
+        self._asked.take(session.node, now=now)
+        try:
+            if session.calls > CALLS_PER_NODE_MAX:
+                raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
+            self._calls.rate = quotas.share(self.gate.members)
+            wait_seconds = self._calls.take(session.node, now=now)
+            await self._turns.wait(self._asked.level(session.node, now=now))
+            quotas.check("calls of this node", wait_seconds)
+            self._check_welcome(session.node)
+            self._check_current(session)
+            return await act(session, await _message(context) if messages is None else messages)
+        finally:
+            session.calls -= 1
+
     # admission
 
-    async def _challenge(self, request: wire.ChallengeRequest, context: Context) -> wire.ChallengeReply:
+    async def _challenge(self, request: wire.ChallengeRequest, caller: Passage) -> wire.ChallengeReply:
         _check_version(request.protocol)
         node = _node(request.node)
         now_ms = self._desk.now_ms()
-        quotas.check(
-            "joins from this network, or from all", self._joins.take(self._caller(context).host, now=time.monotonic())
-        )
+        self._check_away(node)
+        quotas.check("joins from this network, or from all", self._joins.take(caller.host, now=time.monotonic()))
         while self._nonces and next(iter(self._nonces.values())).until_ms <= now_ms:
             self._nonces.popitem(last=False)
         if len(self._nonces) >= NONCES_MAX:
             quotas.check("challenges without an answer", NONCE_SECONDS)
         nonce = secrets.token_bytes(32)
-        self._nonces[nonce] = Nonce(node, self._caller(context), now_ms + NONCE_SECONDS * 1000)
+        self._nonces[nonce] = Nonce(node, caller, now_ms + NONCE_SECONDS * 1000)
         return wire.ChallengeReply(nonce=nonce, coordinator_ms=now_ms)
 
-    async def _open(self, request: wire.OpenRequest, context: Context) -> wire.OpenReply:
+    async def _open(self, request: wire.OpenRequest, caller: Passage) -> wire.OpenReply:
         _check_version(request.protocol)
         node, now_ms = _node(request.node), self._desk.now_ms()
-        self._check_answer(request, context, now_ms)
+        self._check_away(node)
+        self._check_answer(request, caller, now_ms)
         peer = self._check_peer(request)
         addresses = _addresses(request.addresses)
         _bounded("software", request.software, SOFTWARE_CHARACTERS_MAX)
@@ -283,14 +340,14 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             raise Refused(Code.FIELD, what)
         known = self._desk.store.node(node)
         self._check_welcome(node)
-        await self._check_alone(node, request.incarnation, self._caller(context))
+        await self._check_alone(node, request.incarnation, caller)
         token = known.invite if known else self._admit(request.invite, node, peer, now_ms)
         name = self._name(request.name, node, known)
         body = Pass(self._desk.manifest.manifest.run, node, peer, name, now_ms, now_ms + PASS_SECONDS * 1000)
         signed = identity.sign_pass(self._desk.key, body)
         admitted_ms = known.admitted_ms if known else now_ms
         self._desk.store.save_node(StoredNode(node, peer, name, token, signed, admitted_ms))
-        session = self._new_session(node, request.incarnation, self._caller(context))
+        session = self._new_session(node, request.incarnation, caller)
         self._joins.welcome(session.passage.host)
         life, silent = self._begin_life(session, request.life)
         forgot = silent is not None and silent != self._desk.state.silent.get(node)
@@ -302,7 +359,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             session=session.token,
             coordinator_ms=now_ms,
             manifest=canonical.to_bytes(self._desk.manifest),
-            roster=canonical.to_bytes(state.roster) if state.roster else b"",
+            roster=self._bytes_of(state.roster),
             base=canonical.to_bytes(self._desk.base()),
             rendezvous=self._desk.rendezvous,
             shards=[canonical.to_bytes(shard) for shard in self._desk.shards],
@@ -312,12 +369,12 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             **{"pass": canonical.to_bytes(signed)},  # a word of Python's
         )
 
-    def _check_answer(self, request: wire.OpenRequest, context: Context, now_ms: int) -> None:
+    def _check_answer(self, request: wire.OpenRequest, caller: Passage, now_ms: int) -> None:
         """The challenge is spent by the first answer, right or wrong."""
         nonce = self._nonces.pop(request.nonce, None)
         if nonce is None or nonce.until_ms <= now_ms:
             raise Refused(Code.CHALLENGE, f"an answer to no challenge of the last {NONCE_SECONDS} seconds")
-        if nonce.node != request.node or nonce.passage is not self._caller(context):
+        if nonce.node != request.node or nonce.passage is not caller:
             raise Refused(Code.CHALLENGE, "an answer to a challenge that another node or connection was given")
         identity.verify(request.node, "open", self._proof(request.nonce), request.signature.hex())
 
@@ -411,24 +468,24 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             self.gate.dismiss(older.passage)
         return older
 
-    @contextmanager
-    def _session(self, context: Context) -> Iterator[Session]:
-        """The session that the call belongs to, while it runs."""
-        token = dict(context.invocation_metadata() or ()).get("session", "")
+    def _session(self, context: Context) -> Session | None:
+        """That the call belongs to; none of another connection."""
+        token = next((value for name, value in context.invocation_metadata() or () if name == "session"), "")
         session = self._sessions.get(str(token))
-        if session is None or session.passage is not self._caller(context):
-            raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
-        self._check_welcome(session.node)
-        if session.calls >= CALLS_PER_NODE_MAX:
-            raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
-        self._calls.rate = quotas.share(self.gate.members)
-        quotas.check("calls of this node", self._calls.take(session.node, now=time.monotonic()))
-        session.calls += 1
-        session.heard = time.monotonic()
-        try:
-            yield session
-        finally:
-            session.calls -= 1
+        return session if session is not None and session.passage is self._passage(context) else None
+
+    def _check_current(self, session: Session) -> None:
+        if self._sessions.get(session.token) is not session:
+            raise Refused(Code.SESSION, "a newer session replaced this one")
+
+    def _keep_away(self, passage: Passage) -> None:
+        """A connection is hung up on: whoever had its session on it does not come back at once."""
+        now = time.monotonic()
+        self._away = {node: until for node, until in self._away.items() if until > now}
+        self._away |= {each.node: now + AWAY_SECONDS for each in self._sessions.values() if each.passage is passage}
+
+    def _check_away(self, node: NodeId) -> None:
+        quotas.check("refused calls of this node", max(0.0, self._away.get(node, 0.0) - time.monotonic()))
 
     def _check_welcome(self, node: NodeId) -> None:
         """Whoever is shut out is told by whom and why, and has no session from then on."""
@@ -442,20 +499,18 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
 
     # what a member may ask
 
-    async def _heartbeat(self, request: wire.HeartbeatRequest, context: Context) -> wire.HeartbeatReply:
-        with self._session(context) as session:
-            beat = _beat(session.node, request, session.passage.host)
-            wait_seconds = _number("wait_seconds", request.wait_seconds, high=math.inf)
-            if request.life > session.life:
-                self._begin_life(session, request.life)
-            self._desk.submit(beat)
-            end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
-            while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
-                await self._stirred(session, left)
-                self._check_welcome(session.node)
-                if self._sessions.get(session.token) is not session:
-                    raise Refused(Code.SESSION, "a newer session replaced this one")
-            return self._answer(session, request, beat)
+    async def _heartbeat(self, session: Session, request: wire.HeartbeatRequest) -> wire.HeartbeatReply:
+        beat = _beat(session.node, request, session.passage.host)
+        wait_seconds = _number("wait_seconds", request.wait_seconds, high=math.inf)
+        if request.life > session.life:
+            self._begin_life(session, request.life)
+        self._desk.submit(beat)
+        end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
+        while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
+            await self._stirred(session, left)
+            self._check_welcome(session.node)
+            self._check_current(session)
+        return self._answer(session, request, beat)
 
     async def _stirred(self, session: Session, seconds: float) -> None:
         """Returns when there may be news, for all or for this one."""
@@ -489,6 +544,14 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         signed = self._desk.state.roster
         return signed if signed is not None and signed.roster.epoch > beat.epoch else None
 
+    def _bytes_of(self, signed: SignedRoster | None) -> bytes:
+        """Its canonical form, written once however many ask for it."""
+        if signed is None:
+            return b""
+        if self._written is None or self._written[0] is not signed:
+            self._written = signed, canonical.to_bytes(signed)
+        return self._written[1]
+
     def _answer(
         self, session: Session, request: wire.HeartbeatRequest, beat: machine.HeartbeatArrived
     ) -> wire.HeartbeatReply:
@@ -500,7 +563,7 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         session.told_asked = frozenset(asked := self._transfers.asked(session.node))
         mine = {lease.lease_id for lease in state.leases.of(session.node)}
         return wire.HeartbeatReply(
-            roster=canonical.to_bytes(roster) if roster else b"",
+            roster=self._bytes_of(roster),
             head_round=state.head.round,
             wanted=wanted,
             asked=asked,
@@ -523,39 +586,37 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
             return 0
         return 1 + max(0, head.round - machine.FORK_UNDONE_MAX)
 
-    async def _acquire_leases(self, request: wire.LeaseRequest, context: Context) -> wire.LeaseReply:
-        with self._session(context) as session:
-            if not 1 <= request.sequences <= SEQUENCES_MAX:
-                raise Refused(Code.FIELD, f"sequences {request.sequences}, expected 1 to {SEQUENCES_MAX}")
-            effects = self._desk.submit(machine.LeasesAsked(session.node, request.sequences))
-            granted = (e for e in effects if isinstance(e, machine.GrantLeases) and e.node == session.node)
-            leases = (self._signed(lease) for grant in granted for lease in grant.leases)
-            return wire.LeaseReply(leases=map(canonical.to_bytes, leases))
+    async def _acquire_leases(self, session: Session, request: wire.LeaseRequest) -> wire.LeaseReply:
+        if not 1 <= request.sequences <= SEQUENCES_MAX:
+            raise Refused(Code.FIELD, f"sequences {request.sequences}, expected 1 to {SEQUENCES_MAX}")
+        effects = self._desk.submit(machine.LeasesAsked(session.node, request.sequences))
+        granted = (e for e in effects if isinstance(e, machine.GrantLeases) and e.node == session.node)
+        leases = (self._signed(lease) for grant in granted for lease in grant.leases)
+        return wire.LeaseReply(leases=map(canonical.to_bytes, leases))
 
     def _signed(self, lease: Lease) -> Lease:
         """With the grant that its node shows to the other members."""
         run = self._desk.manifest.manifest.run
         return replace(lease, signature=sign_grant(self._desk.key, run, lease.node, lease.range))
 
-    async def _read_log(self, request: wire.ReadLogRequest, context: Context) -> wire.ReadLogReply:
-        with self._session(context):
-            if request.from_round > NUMBER_MAX:
-                raise Refused(Code.FIELD, f"from_round {request.from_round}, expected at most {NUMBER_MAX}")
-            rollbacks = [canonical.to_bytes(each) for each in self._desk.state.rollbacks]
-            reply = wire.ReadLogReply(base=canonical.to_bytes(self._desk.base()), rollbacks=rollbacks)
-            rosters: dict[Epoch, bytes] = {}
-            if (newest := self._desk.state.roster) is not None:
-                rosters[newest.roster.epoch] = canonical.to_bytes(newest)
-            used = len(reply.base) + sum(map(len, rollbacks)) + sum(map(len, rosters.values()))
-            for entry in self._entries(request.from_round):
-                data, named = canonical.to_bytes(entry), self._rosters_of(entry)
-                used += len(data) + sum(len(signed) for epoch, signed in named.items() if epoch not in rosters)
-                if reply.entries and (used > PAGE_BYTES_MAX or len(reply.entries) >= PAGE_ENTRIES_MAX):
-                    break
-                reply.entries.append(data)
-                rosters |= named
-            reply.rosters.extend(rosters[epoch] for epoch in sorted(rosters))
-            return reply
+    async def _read_log(self, session: Session, request: wire.ReadLogRequest) -> wire.ReadLogReply:
+        if request.from_round > NUMBER_MAX:
+            raise Refused(Code.FIELD, f"from_round {request.from_round}, expected at most {NUMBER_MAX}")
+        rollbacks = [canonical.to_bytes(each) for each in self._desk.state.rollbacks]
+        reply = wire.ReadLogReply(base=canonical.to_bytes(self._desk.base()), rollbacks=rollbacks)
+        rosters: dict[Epoch, bytes] = {}
+        if (newest := self._desk.state.roster) is not None:
+            rosters[newest.roster.epoch] = self._bytes_of(newest)
+        used = len(reply.base) + sum(map(len, rollbacks)) + sum(map(len, rosters.values()))
+        for entry in self._entries(request.from_round):
+            data, named = canonical.to_bytes(entry), self._rosters_of(entry)
+            used += len(data) + sum(len(signed) for epoch, signed in named.items() if epoch not in rosters)
+            if reply.entries and (used > PAGE_BYTES_MAX or len(reply.entries) >= PAGE_ENTRIES_MAX):
+                break
+            reply.entries.append(data)
+            rosters |= named
+        reply.rosters.extend(rosters[epoch] for epoch in sorted(rosters))
+        return reply
 
     def _entries(self, start: int) -> Iterator[LogEntry]:
         while page := self._desk.store.entries(start, PAGE_STEP):
@@ -567,20 +628,19 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         epochs = {entry.record.epoch, entry.certificate.ballot.epoch}
         return {epoch: canonical.to_bytes(history[epoch]) for epoch in epochs if epoch in history}
 
-    async def _push_entry(self, request: wire.PushEntryRequest, context: Context) -> wire.PushEntryReply:
-        with self._session(context):
-            recalls = bool(request.rosters or request.rollbacks)
-            entry = None if recalls and not request.entry else canonical.from_bytes(LogEntry, request.entry)
-            rosters, rollbacks = self._unknown_rosters(request.rosters), self._unknown_rollbacks(request.rollbacks)
-            if rosters or rollbacks:
-                log.warning("nodes brought back what was forgotten", rosters=len(rosters), rollbacks=len(rollbacks))
-                self._desk.submit(machine.Recalled(rosters, rollbacks))
-            if entry is not None:
-                self._desk.submit(machine.EntryArrived(entry))
-            state = self._desk.state
-            return wire.PushEntryReply(
-                missing=[part.digest for part in state.wanted[:WANTED_MAX]], head_round=state.head.round
-            )
+    async def _push_entry(self, session: Session, request: wire.PushEntryRequest) -> wire.PushEntryReply:
+        recalls = bool(request.rosters or request.rollbacks)
+        entry = None if recalls and not request.entry else canonical.from_bytes(LogEntry, request.entry)
+        rosters, rollbacks = self._unknown_rosters(request.rosters), self._unknown_rollbacks(request.rollbacks)
+        if rosters or rollbacks:
+            log.warning("nodes brought back what was forgotten", rosters=len(rosters), rollbacks=len(rollbacks))
+            self._desk.submit(machine.Recalled(rosters, rollbacks))
+        if entry is not None:
+            self._desk.submit(machine.EntryArrived(entry))
+        state = self._desk.state
+        return wire.PushEntryReply(
+            missing=[part.digest for part in state.wanted[:WANTED_MAX]], head_round=state.head.round
+        )
 
     def _unknown_rosters(self, brought: Sequence[bytes]) -> tuple[SignedRoster, ...]:
         """Rosters that this coordinator signed and has no memory of: its database came from a backup."""
@@ -620,20 +680,19 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         if run != self._desk.manifest.manifest.run:
             raise Refused(Code.SIGNATURE, f"the {what} is of another run")
 
-    async def _report(self, request: wire.ReportRequest, context: Context) -> wire.ReportReply:
+    async def _report(self, session: Session, request: wire.ReportRequest) -> wire.ReportReply:
         """What is proved is judged, whoever shows it; what is not costs the reporter nothing, and is counted."""
-        with self._session(context) as session:
-            quotas.check("reports of this node", self._reports.take(session.node, now=time.monotonic()))
-            if request.complaint:
-                await self._hear(session.node, canonical.from_bytes(Complaint, request.complaint))
-                return wire.ReportReply()
-            evidence = canonical.from_bytes(Evidence, request.evidence)
-            if self._desk.store.node(evidence.said.node) is None:
-                raise Refused(Code.UNPROVED, "evidence of nobody who was ever admitted")
-            found = await asyncio.to_thread(prove, evidence, self._desk.manifest.manifest.run)
-            log.warning("a member lied", node=found.node[:16], what=found.what, reporter=session.node[:16])
-            self._desk.submit(machine.Struck(found.node, found.fault, found.round, found.what, found.evidence))
-            return wire.ReportReply(fault=found.fault.value)
+        quotas.check("reports of this node", self._reports.take(session.node, now=time.monotonic()))
+        if request.complaint:
+            await self._hear(session.node, canonical.from_bytes(Complaint, request.complaint))
+            return wire.ReportReply()
+        evidence = canonical.from_bytes(Evidence, request.evidence)
+        if self._desk.store.node(evidence.said.node) is None:
+            raise Refused(Code.UNPROVED, "evidence of nobody who was ever admitted")
+        found = await asyncio.to_thread(prove, evidence, self._desk.manifest.manifest.run)
+        log.warning("a member lied", node=found.node[:16], what=found.what, reporter=session.node[:16])
+        self._desk.submit(machine.Struck(found.node, found.fault, found.round, found.what, found.evidence))
+        return wire.ReportReply(fault=found.fault.value)
 
     async def _hear(self, accuser: NodeId, complaint: Complaint) -> None:
         """Let a member be asked for what it has signed, if it has, for a round in which it may still show it."""
@@ -652,36 +711,32 @@ class CoordinatorService(wire_grpc.CoordinatorServicer):
         if (accused := self._session_of.get(brought.node)) is not None:
             accused.roused.set()
 
-    async def _leave(self, request: wire.LeaveRequest, context: Context) -> wire.LeaveReply:
-        with self._session(context) as session:
-            _bounded("why", request.why, WHY_CHARACTERS_MAX)
-            for field in ("seal_round", "seal_epoch"):
-                _number(field, getattr(request, field), high=NUMBER_MAX)
-            seal = Seal(RoundNumber(request.seal_round), Epoch(request.seal_epoch)) if request.sealed else None
-            self._end_session(session.node)
-            self._desk.submit(machine.NodeLeft(session.node, visible(request.why) or "it said so", seal))
-            return wire.LeaveReply()
+    async def _leave(self, session: Session, request: wire.LeaveRequest) -> wire.LeaveReply:
+        _bounded("why", request.why, WHY_CHARACTERS_MAX)
+        for name in ("seal_round", "seal_epoch"):
+            _number(name, getattr(request, name), high=NUMBER_MAX)
+        seal = Seal(RoundNumber(request.seal_round), Epoch(request.seal_epoch)) if request.sealed else None
+        self._end_session(session.node)
+        self._desk.submit(machine.NodeLeft(session.node, visible(request.why) or "it said so", seal))
+        return wire.LeaveReply()
 
     # blobs
 
-    async def _read_blob(self, request: wire.ReadBlobRequest, context: Context) -> None:
-        with self._session(context) as session:
+    async def _read_blob(self, session: Session, request: wire.ReadBlobRequest, context: Context) -> None:
 
-            async def send(chunk: Chunk) -> None:
-                self._check_welcome(session.node)  # a model takes hours; a ban does not wait for its end
-                message = wire.BlobChunk(data=chunk.data, offset=chunk.offset, digest=chunk.digest, size=chunk.size)
-                await context.write(message)
+        async def send(chunk: Chunk) -> None:
+            self._check_welcome(session.node)  # a model takes hours; a ban does not wait for its end
+            message = wire.BlobChunk(data=chunk.data, offset=chunk.offset, digest=chunk.digest, size=chunk.size)
+            await context.write(message)
 
-            await self._transfers.send(session.node, request.digest, request.offset, send)
+        await self._transfers.send(session.node, request.digest, request.offset, send)
 
-    async def _read_leaves(self, request: wire.ReadLeavesRequest, context: Context) -> wire.ReadLeavesReply:
-        with self._session(context):
-            return wire.ReadLeavesReply(leaves=await self._transfers.leaves(request.digest))
+    async def _read_leaves(self, session: Session, request: wire.ReadLeavesRequest) -> wire.ReadLeavesReply:
+        return wire.ReadLeavesReply(leaves=await self._transfers.leaves(request.digest))
 
-    async def _write_blob(self, chunks: AsyncIterator[wire.BlobChunk], context: Context) -> wire.WriteBlobReply:
-        with self._session(context) as session:
-            pieces = (Chunk(each.data, each.offset, each.digest, each.size) async for each in chunks)
-            return wire.WriteBlobReply(stored=await self._transfers.receive(session.node, pieces))
+    async def _write_blob(self, session: Session, chunks: AsyncIterator[wire.BlobChunk]) -> wire.WriteBlobReply:
+        pieces = (Chunk(each.data, each.offset, each.digest, each.size) async for each in chunks)
+        return wire.WriteBlobReply(stored=await self._transfers.receive(session.node, pieces))
 
 
 _STATUS: Final = {
@@ -709,6 +764,17 @@ def _status(code: Code) -> grpc.StatusCode:
 
 def _clock_text(ms: int) -> str:
     return time.strftime("%H:%M UTC", time.gmtime(ms / 1000))
+
+
+async def _message(context: Context) -> Any:
+    """What a call brings that brings one message."""
+    try:
+        message = await context.read()
+    except DecodeError:
+        raise Refused(Code.FIELD, "the message is none of this call's") from None
+    if not isinstance(message, Message):  # grpc.aio.EOF
+        raise Refused(Code.FIELD, "no message came with this call")
+    return message
 
 
 def _check_version(theirs: int) -> None:

@@ -159,11 +159,13 @@ class State:
 
     def shut(self, node: NodeId, now: float) -> Mark | None:
         """The ban or the kick that keeps this node out."""
-        return strikes.shut(self.trails.get(node, ()), int(now * 1000))
+        trail = self.trails.get(node)  # hardly anybody has one, and everybody is asked about at each change
+        return strikes.shut(trail, int(now * 1000)) if trail else None
 
     def aside(self, node: NodeId) -> bool:
         """Whether it is left out of rosters for a while, for what was proved against it."""
-        return self.head.round < strikes.aside_until(self.trails.get(node, ()))
+        trail = self.trails.get(node)
+        return self.head.round < strikes.aside_until(trail) if trail else False
 
 
 # events
@@ -975,7 +977,7 @@ def _newest(state: State) -> SignedRoster | None:
 def _able(state: State, now: float, rules: Rules, activities: Set[str] = TAKES_PART) -> list[Node]:
     """Who can be rostered, of those who do this."""
     newest = _newest(state)
-    rostered = newest.roster.nodes if newest else ()
+    rostered = frozenset(newest.roster.nodes) if newest else frozenset[NodeId]()
     able = [
         n
         for n in state.nodes.values()
@@ -990,13 +992,13 @@ def _able(state: State, now: float, rules: Rules, activities: Set[str] = TAKES_P
 def _desired(state: State, now: float, rules: Rules) -> tuple[Member, ...]:
     """Who would be rostered if every step were safe."""
     able, newest = _able(state, now, rules), _newest(state)
-    rostered = newest.roster.nodes if newest else ()
+    rostered = {member.node: member for member in newest.roster.members} if newest else {}
     wide = reachability.is_wide(n.reach for n in state.nodes.values() if n.present(now, rules))
     if not state.history and sum(n.activity != HELPS for n in able) < rules.min_nodes:
         return ()
 
     def member_of(node: Node) -> Member:
-        return _member(node, newest.roster.member(node.node) if newest else None, rules, wide=wide)
+        return _member(node, rostered.get(node.node), rules, wide=wide)
 
     members = [member_of(node) for node in able]
     seats = seated(((n.node, n.invite or n.node) for n in able), rostered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ class Rate:
 CALLS_PER_SECOND: Final = 400.0  # of all members: some half of what one core answers
 CALLS_OF_A_MEMBER: Final = Rate(64, 4)  # at least: twice all that it may ask at once, and a round every few seconds
 CALLS_BURST_SECONDS: Final = 5.0
+IN_TURN: Final = Rate(
+    math.inf, CALLS_OF_A_MEMBER.per_second
+)  # counts what a member calls; who stays below it goes first
 REPORTS: Final = Rate(64, 0.1)  # of a member: all others may lie at once; one costs up to a second of one core
 REFUSALS: Final = Rate(128, 4)  # calls of a member's connection that are refused: all it may have at once, four times
 STRANGERS_REFUSALS: Final = Rate(32, 0.1)  # the same before a session is open: all at once, after a restart of ours
@@ -79,6 +83,10 @@ class Buckets:
             self._full_at[key] = full_at
             self._sweep(now)
         return wait_seconds
+
+    def level(self, key: Hashable, *, now: float) -> float:
+        """How much was taken of late: what the bucket lacks."""
+        return max(0.0, self._full_at.get(key, now) - now) * self.rate.per_second
 
     def _sweep(self, now: float) -> None:
         for _ in range(min(_SWEEP, len(self._full_at))):

@@ -164,6 +164,8 @@ def refusal(mark: Mark, now_ms: int) -> str:
 
 def notice(trail: Trail, head: RoundNumber) -> str:
     """One line for the volunteer; empty for a node without a fault."""
+    if not trail:
+        return ""
     said = " and ".join(filter(None, _counts(trail)))
     found = [mark for mark in current(trail) if mark.fault is not None and mark.kind is not Kind.BAN]
     if not found or found[-1].fault is None:

@@ -1,6 +1,7 @@
 """The coordinator's quotas, held by a real door against real links over TLS on loopback."""
 
 import asyncio
+import math
 import zlib
 
 import grpc
@@ -8,12 +9,13 @@ import pytest
 import test_service
 from test_service import refused, status_of
 
+from coordinator import service as door
 from coordinator import transfers
 from coordinator.core import quotas
 from coordinator.core.strikes import Kind
 from node import link as links
 from node.link import Beat
-from protocol import tls
+from protocol import canonical, tls
 from protocol.blobs import BlobStore
 from protocol.errors import Code
 from protocol.limits import PROTOCOL_VERSION
@@ -75,6 +77,81 @@ async def test_a_coordinator_that_is_busy_for_ever_is_given_up(world, monkeypatc
     monkeypatch.setattr(links, "BUSY_TRIES", 2)
     monkeypatch.setattr(links, "BUSY_SECONDS_MAX", 0.01)
     assert (await refused(link.read_log(0))).reason is Code.BUSY
+
+
+async def test_a_call_over_quota_is_refused_before_anything_that_it_brings_is_read(world, monkeypatch):
+    link = await world.member()
+    call = link._channel.stream_unary("/barnraise.v1.Coordinator/PushEntry")
+
+    async def nothing():
+        await asyncio.sleep(60)
+        yield b""
+
+    monkeypatch.setattr(quotas, "share", lambda members: quotas.Rate(1, 0.001))
+    await link.read_log(0)
+    assert await status_of(call(nothing(), metadata=link._metadata())) == (EXHAUSTED, Code.BUSY.code)
+
+
+@pytest.mark.parametrize("brought", [[], [b"\xff"]])
+async def test_a_call_that_brings_no_message_of_its_own_is_refused_by_name(world, brought):
+    link = await world.member()
+    call = link._channel.stream_unary("/barnraise.v1.Coordinator/Heartbeat")
+    answer = await status_of(call(iter(brought), metadata=link._metadata()))
+    assert answer == (grpc.StatusCode.INVALID_ARGUMENT, Code.FIELD.code)
+
+
+async def test_an_honest_heartbeat_overtakes_those_who_call_all_the_time(world, monkeypatch):
+    hostile, honest = [await world.member() for _ in range(3)], await world.member()
+    turns, served, whole = world.service._turns, [], world.service._heartbeat
+
+    async def heartbeat(session, request):
+        served.append(session.node)
+        return await whole(session, request)
+
+    async def stand_there(number):
+        while len(turns._waiting) < number:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(world.service, "_heartbeat", heartbeat)
+    world.service._asked = quotas.Buckets(quotas.Rate(math.inf, 0.001))  # as if all came in no time
+    monkeypatch.setattr(turns, "_per_second", 1e-6)
+    calls = [asyncio.create_task(link.heartbeat(Beat("training"))) for link in hostile for _ in range(20)]
+    await stand_there(59)  # and one is served
+    calls.append(asyncio.create_task(honest.heartbeat(Beat("training"))))
+    await stand_there(60)
+    monkeypatch.setattr(turns, "_per_second", 1e6)
+    turns._go_on()
+    await asyncio.gather(*calls)
+    assert served.index(honest._key.public) <= len(hostile)  # behind one of each at most
+
+
+async def test_a_member_that_is_hung_up_on_stays_away_for_a_while_and_others_need_not(world, monkeypatch):
+    monkeypatch.setattr(quotas, "REFUSALS", quotas.Rate(2, 0.01))
+    monkeypatch.setattr(links, "BUSY_TRIES", 1)
+    link = await world.member()
+    for expected in (Code.FIELD, Code.FIELD, Code.UNREACHABLE):
+        assert (await refused(link.acquire_leases(0))).reason is expected
+    refusal = await refused(world.again(link).open(life=2))
+    assert refusal.reason is Code.BUSY
+    assert 0 < refusal.retry_seconds <= door.AWAY_SECONDS
+    await world.member()
+
+
+async def test_a_roster_is_written_once_however_many_ask_for_it(world, monkeypatch):
+    await world.training()
+    others = [await world.member() for _ in range(3)]
+    signed, write, written = world.desk.state.roster, canonical.to_bytes, []
+
+    def to_bytes(value):
+        if value is signed:
+            written.append(value)
+        return write(value)
+
+    monkeypatch.setattr(canonical, "to_bytes", to_bytes)
+    world.service._written = None
+    for each in (*others, others[0]):
+        assert (await each.heartbeat(Beat("syncing"))).roster == signed
+    assert len(written) == 1
 
 
 async def test_a_node_that_downloads_the_run_over_and_over_has_to_wait(world, tmp_path, monkeypatch):

@@ -1397,17 +1397,20 @@ async def test_no_sequences_and_too_many_are_refused(world):
 
 
 async def test_a_message_over_the_cap_is_refused_and_the_connection_survives(world):
-    huge = wire.PushEntryRequest(entry=bytes(CONTROL_BYTES_MAX + (1 << 20)))
+    huge = wire.PushEntryRequest(entry=bytes(CONTROL_BYTES_MAX + (1 << 20))).SerializeToString()
     bare = grpc.aio.secure_channel(
         world.address,
         grpc.ssl_channel_credentials((world.desk.folder / "tls.pem").read_bytes()),
         [("grpc.ssl_target_name_override", tls.SERVER_NAME), ("grpc.max_send_message_length", -1)],
     )
     async with bare:
-        call = bare.unary_unary("/barnraise.v1.Coordinator/PushEntry")
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(huge.SerializeToString())
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for call, code in (
+            ("Challenge", grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ("PushEntry", grpc.StatusCode.UNAUTHENTICATED),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await bare.unary_unary(f"/barnraise.v1.Coordinator/{call}")(huge)
+            assert caught.value.code() is code  # what needs a session is not read without one
         ok = bare.unary_unary("/barnraise.v1.Coordinator/Challenge")
         asked = wire.ChallengeRequest(node=Key.generate().public, protocol=PROTOCOL_VERSION)
         assert await ok(asked.SerializeToString())
@@ -1634,10 +1637,10 @@ async def test_a_cut_download_goes_on_where_it_stopped(world, tmp_path, monkeypa
     store, ref, offsets = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob, []
     whole = world.service._read_blob
 
-    async def cut(request, context):
+    async def cut(session, request, context):
         offsets.append(request.offset)
         if len(offsets) > 2:
-            return await whole(request, context)
+            return await whole(session, request, context)
         data = (b"base" * 300_000)[request.offset :][:BLOB_CHUNK_BYTES]
         await context.write(wire.BlobChunk(data=data, offset=request.offset, digest=ref.digest, size=ref.size))
         return await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
@@ -1671,15 +1674,15 @@ async def test_a_wrong_answer_is_asked_for_again_from_the_last_right_byte(how, w
     store, ref, offsets = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob, []
     whole = world.service._read_blob
 
-    async def answer(request, context):
+    async def answer(session, request, context):
         offsets.append(request.offset)
         if len(offsets) == 2:
             for chunk in astray(how, request.offset, ref):
                 await context.write(chunk)
         else:
-            await (whole if len(offsets) > 2 else first)(request, context)
+            await (whole if len(offsets) > 2 else first)(session, request, context)
 
-    async def first(request, context):
+    async def first(session, request, context):
         data = b"base" * (BLOB_CHUNK_BYTES // 4)
         await context.write(wire.BlobChunk(data=data, offset=0, digest=ref.digest, size=ref.size))
         await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
@@ -1698,7 +1701,7 @@ async def test_a_server_that_keeps_answering_wrong_is_refused_and_nothing_of_it_
     link = await world.member()
     store, ref = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob
 
-    async def answer(request, context):
+    async def answer(session, request, context):
         for chunk in astray(how, request.offset, ref):
             await context.write(chunk)
 

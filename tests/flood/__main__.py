@@ -1,4 +1,6 @@
-"""make flood: every flood for some seconds, honest nodes beside it, and what it cost them and the coordinator."""
+"""make flood: every flood for some seconds, honest nodes beside it, and what it cost them and the coordinator.
+
+It fails where the honest nodes' heartbeats, or the memory, miss their goal."""
 
 from __future__ import annotations
 
@@ -141,6 +143,7 @@ def main() -> None:
         if seen.p99_ms > HEARTBEAT_P99_MS or seen.growth_bytes > GROWTH_BYTES_MAX or seen.lost:
             missed.append(name)
     print(f"\nGOAL MISSED: {'; '.join(missed)}" if missed else "\nno goal missed")
+    sys.exit(bool(missed))
 
 
 if __name__ == "__main__":
