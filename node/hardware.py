@@ -130,6 +130,16 @@ def choose_device(wanted: str, devices: Sequence[Device]) -> str:
     )
 
 
+def check_device(needed: int, name: str, devices: Sequence[Device], *, cap: int | None) -> None:
+    """Refuse what an accelerator of this name cannot hold, or may not."""
+    for device in devices:
+        whole = device.memory_bytes if cap is None else min(cap, device.memory_bytes)
+        if device.name == name and needed > whole:
+            of = "it has" if whole == device.memory_bytes else "max_vram leaves"
+            what = f"training needs {needed:,} bytes of {name}, {device.title}, {of} {whole:,}"
+            raise Refused(Code.MODEL_TOO_LARGE, what)
+
+
 def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
     """Processors' worth of time, from every cgroup above this process."""
     for folder in _own_folders(cgroups, own):

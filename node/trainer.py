@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from node import hardware, workloads
 from node.muon import Float32Muon
-from node.training import TrainerSpec, Vectors
+from node.training import STATE_BYTES, TrainerSpec, Vectors
 from protocol import canonical, model
 from protocol.errors import Code, Refused
 from protocol.order import sequence_at
@@ -36,7 +36,6 @@ from protocol.types import DataRange
 REPORT_SECONDS = 1.0  # what a person watching can follow
 REJECTED_MAX = 3  # one bad batch happens to everyone; three in a row do not
 MEMORY_SHARE = 0.5  # of the free memory for activations on the CPU; the rest of the machine needs some too
-STATE_BYTES = 16  # for each parameter: weight, gradient, two moments
 
 Order = Mapping[str, Any]
 Tell = Callable[[Order], None]
@@ -268,6 +267,7 @@ class Learner:
             raise Refused(Code.MODEL_BAD, what)
         needed = size.parameters * STATE_BYTES
         available = self._memory_available()
+        hardware.check_device(needed, self.device, hardware.torch_devices(), cap=spec.vram_cap)
         if self.device == "cpu" and needed > available:
             raise Refused(Code.MODEL_TOO_LARGE, f"training needs {needed:,} bytes of memory, {available:,} are free")
 

@@ -23,6 +23,7 @@ from protocol.types import DataRange, Digest
 
 T = TypeVar("T")
 MODULE = "node.trainer"
+STATE_BYTES = 16  # for each parameter: weight, gradient, two moments
 START_SECONDS_MAX = 900  # a first import of torch from a slow disk, and a large model to build and probe
 STOP_SECONDS = 10.0  # volunteers get their machine back within this
 ANSWER_SECONDS = 300.0  # for the longest inner step there is; a trainer that answers later than that hangs

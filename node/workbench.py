@@ -23,8 +23,8 @@ from node.journal import Journal
 from node.progress import Carry, Drop, Floats, Offer, Progress, ProgressFile, Settle, resume
 from node.pseudograd import PseudoGradient
 from node.replica import Replica
+from node.training import STATE_BYTES, Trainer, TrainerSpec, Vectors
 from node.training import Event as TrainerEvent
-from node.training import Trainer, TrainerSpec, Vectors
 from protocol import sandbox
 from protocol.blobs import BlobStore, digest_of
 from protocol.errors import Code, Refused
@@ -38,6 +38,7 @@ HELD_BYTES: Final = 16  # for each parameter: the state, what the trainer shares
 HELPER_BYTES: Final = 8  # where nothing is trained: the state, and what folding takes
 MOMENTUM_BYTES: Final = 4
 TRAINER_BYTES_MIN: Final = 1 << 30  # torch and transformers by themselves reserve half of it
+DEVICE_BYTES_MIN: Final = 1 << 30  # every device that torch knows holds so much: it is not asked then
 NICENESS: Final = 5  # the owner's own programs come first; a coordinator's evaluator on the same machine, at 10, last
 
 log = structlog.get_logger()
@@ -91,6 +92,7 @@ class Workbench:
             cap=settings.max_memory_bytes,
             training=settings.training,
         )
+        self._held = held
         self._memory_cap = None if settings.max_memory_bytes is None else settings.max_memory_bytes - held
         self._sandbox = sandbox.plan(
             settings.sandbox,
@@ -136,9 +138,16 @@ class Workbench:
         self._vectors.close()
 
     async def check_model(self) -> None:
-        """Refuse, before a download, a model that this machine's libraries do not build; a helper builds none."""
-        if self._settings.training:
-            await rehearsal.check_model(self._manifest, log=self._log_file("trainer"), sandbox=self._sandbox)
+        """Refuse, before a download, a model that this machine does not build or cannot hold; a helper builds none."""
+        if not self._settings.training:
+            return
+        await rehearsal.check_model(self._manifest, log=self._log_file("trainer"), sandbox=self._sandbox)
+        needed, device = self._manifest.parameters * STATE_BYTES, self._settings.device
+        if needed > DEVICE_BYTES_MIN and device != "cpu":
+            log, cap = self._log_file("trainer"), self._settings.max_vram_bytes
+            device = await rehearsal.choose_device(device, needed, cap=cap, log=log, sandbox=self._sandbox)
+        if device == "cpu":
+            _check_training_room(needed, self._held, self._scratch, cap=self._memory_cap)
 
     # the shared state
 
@@ -417,3 +426,12 @@ def _check_room(parameters: int, folder: Path, *, momentum: bool, cap: int | Non
         what = f"{needed:,} bytes beside training and {trainer:,} for it pass max_memory, {cap:,}"
         raise Refused(Code.MODEL_TOO_LARGE, what, fix="Raise max_memory, or choose a run with a smaller model.")
     return needed
+
+
+def _check_training_room(needed: int, held: int, folder: Path, *, cap: int | None) -> None:
+    """As the trainer itself, that finds `held` taken; `cap` is what its owner gives of the rest."""
+    free = max(0, hardware.measure(folder).memory_available_bytes - held)
+    room = free if cap is None else min(free, cap)
+    if needed > room:
+        what = f"training needs {needed:,} bytes of memory beside {held:,} of the node's, {room:,} are free for it"
+        raise Refused(Code.MODEL_TOO_LARGE, what)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from node import rehearsal
+from node.hardware import Device
 from protocol import model
 from protocol.errors import Code, Exit, Refused
 from protocol.process import Channel
@@ -37,11 +38,11 @@ async def test_another_version_that_builds_the_same_model_will_do_and_one_that_d
         assert caught.value.fix == "Run pip install transformers==4.99.0"
 
 
-async def in_here(config, log, sandbox):
+async def in_here(question, log, sandbox):
     """The child's part, where torch is imported already."""
     ours, theirs = socket.socketpair()
     parent, child = await Channel.over(ours), await Channel.over(theirs)
-    await parent.send({"config": config})
+    await parent.send(question)
     await rehearsal.answer(child)
     answered = (await parent.receive()).body
     parent.close()
@@ -69,3 +70,33 @@ async def test_a_config_that_keeps_the_rehearsal_busy_or_ends_it_is_refused(monk
     with pytest.raises(Refused, match=r"not built within|ended") as caught:
         await rehearsal.check_model(MADE_ELSEWHERE)
     assert caught.value.reason is Code.VERSION
+
+
+HELD = (Device("cuda:0", "A small GPU", 8 << 30, bf16=True), Device("cuda:1", "A large GPU", 80 << 30, bf16=True))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cap", "what"),
+    [
+        ("auto", None, "training needs 10,737,418,240 bytes of cuda:0, A small GPU, it has 8,589,934,592"),
+        (
+            "cuda:1",
+            4 << 30,
+            "training needs 10,737,418,240 bytes of cuda:1, A large GPU, max_vram leaves 4,294,967,296",
+        ),
+    ],
+)
+async def test_a_device_that_cannot_hold_the_model_is_refused_before_the_download(monkeypatch, wanted, cap, what):
+    monkeypatch.setattr(rehearsal, "_ask", in_here)
+    monkeypatch.setattr(rehearsal.hardware, "torch_devices", lambda: HELD)
+    with pytest.raises(Refused) as caught:
+        await rehearsal.choose_device(wanted, 10 << 30, cap=cap)
+    assert (caught.value.reason, caught.value.what) == (Code.MODEL_TOO_LARGE, what)
+    assert await rehearsal.choose_device("cuda:1", 10 << 30, cap=None) == "cuda:1"
+
+
+async def test_a_device_is_looked_for_in_a_process_of_its_own():
+    assert await rehearsal.choose_device("auto", 1, cap=None)
+    with pytest.raises(Refused, match="device 'cuda:99' not found") as caught:
+        await rehearsal.choose_device("cuda:99", 1, cap=None)
+    assert caught.value.reason is Code.DEVICE_MISSING

@@ -1,9 +1,11 @@
 """The workbench with real vectors, files and folds, and a trainer made of a few lines: in which order things happen."""
 
 import asyncio
+import contextlib
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -508,6 +510,31 @@ async def test_a_part_that_is_lost_between_vote_and_fold_comes_once_more(stand, 
     with pytest.raises(Refused, match="is not here"):
         await Daemon._fold_whole(node, again)
     assert stand.rounds.head.round == 1, "nothing of it was applied"
+
+
+async def test_what_this_machine_cannot_train_is_refused_before_the_download(stand, monkeypatch):
+    bench, needed = stand.bench, workbench.STATE_BYTES * SIZE
+    machine = hardware.measure(stand.folder)
+    asked = []
+
+    async def choose(wanted, bytes_needed, *, cap, log, sandbox):
+        asked.append((wanted, bytes_needed, cap))
+        return "cpu"
+
+    monkeypatch.setattr(workbench.rehearsal, "choose_device", choose)
+    monkeypatch.setattr(workbench.rehearsal, "check_model", AsyncMock())
+    monkeypatch.setattr(workbench, "DEVICE_BYTES_MIN", needed - 1)
+    bench._settings = replace(bench._settings, device="auto", max_vram_bytes=1 << 40)
+    for missing, refused in ((0, contextlib.nullcontext()), (1, pytest.raises(Refused))):
+        room = replace(machine, memory_available_bytes=workbench.HELD_BYTES * SIZE + needed - missing)
+        monkeypatch.setattr(hardware, "measure", lambda folder, room=room: room)
+        with refused as caught:
+            await bench.check_model()
+    assert caught.value.reason is Code.MODEL_TOO_LARGE and f"training needs {needed:,} bytes" in caught.value.what
+    assert asked == [("auto", needed, 1 << 40)] * 2
+    bench._settings = replace(bench._settings, training=False)
+    await bench.check_model()
+    assert len(asked) == 2, "a helper trains nothing"
 
 
 def test_a_model_that_this_machine_cannot_hold_is_refused_before_anything_is_allocated(stand, monkeypatch):
