@@ -25,9 +25,8 @@ class Rate:
 CALLS_PER_SECOND: Final = 400.0  # of all members: some half of what one core answers
 CALLS_OF_A_MEMBER: Final = Rate(64, 4)  # at least: twice all that it may ask at once, and a round every few seconds
 CALLS_BURST_SECONDS: Final = 5.0
-IN_TURN: Final = Rate(
-    math.inf, CALLS_OF_A_MEMBER.per_second
-)  # counts what a member calls; who stays below it goes first
+# Counts what a member calls: who stays below it goes first.
+IN_TURN: Final = Rate(math.inf, CALLS_OF_A_MEMBER.per_second)
 REPORTS: Final = Rate(64, 0.1)  # of a member: all others may lie at once; one costs up to a second of one core
 REFUSALS: Final = Rate(128, 4)  # calls of a member's connection that are refused: all it may have at once, four times
 STRANGERS_REFUSALS: Final = Rate(32, 0.1)  # the same before a session is open: all at once, after a restart of ours
