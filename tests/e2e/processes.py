@@ -21,7 +21,7 @@ from node.control import ask
 from protocol.errors import Refused
 
 MARK = "BARNRAISE_E2E"  # in the environment of everything that a world starts
-PATIENCE_SECONDS = 120.0  # the machine may be shared; on two quiet cores nothing here takes a tenth of it
+PATIENCE_SECONDS = 240.0  # the machine may be shared; on two quiet cores nothing here takes a tenth of it
 POLL_SECONDS = 0.1
 PORTS_OF_A_PROCESS = 100  # between finding a port and listening there another process may find it as well
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])

@@ -14,7 +14,7 @@ from node.config import Home
 from protocol import invite as invites
 from protocol import sandbox
 from protocol.errors import Code
-from tests.e2e.processes import TEXT, TINY, Node, Run, World, free_ports, gone, until, words_of
+from tests.e2e.processes import PATIENCE_SECONDS, TEXT, TINY, Node, Run, World, free_ports, gone, until, words_of
 
 ROUNDS_OF_A_FRACTION_OF_A_SECOND = {"rounds": {**TINY["rounds"], "inner_steps": [[1, 12]]}}
 
@@ -295,7 +295,7 @@ def test_a_node_that_sends_what_no_codec_reads_is_struck_told_and_left_out(share
 def test_a_node_that_was_asked_to_finish_brings_its_work_and_ends(run, pair):
     ash, birch = pair
     birch.tell("finish")
-    assert birch.process.wait(120) == 0
+    assert birch.process.wait(PATIENCE_SECONDS) == 0
     last = birch.last_words()
     assert last["activity"] == "stopped" and last["recent"][-1]["outcome"] == "accepted"
     ash.reaches(last["round"] + 1)
@@ -305,7 +305,7 @@ def test_a_node_that_was_asked_to_finish_brings_its_work_and_ends(run, pair):
 def test_leave_with_purge_removes_the_files_and_keeps_the_key(pair):
     ash, _ = pair
     out, _ = ash.tell("leave", "--purge")
-    assert ash.process.wait(120) == 0 and "freed" in out
+    assert ash.process.wait(PATIENCE_SECONDS) == 0 and "freed" in out
     assert sorted(path.name for path in ash.home.iterdir()) == [".barnraise", "node.key", "transport.key"]
 
 
@@ -329,7 +329,7 @@ def test_a_demo_that_is_ended_leaves_no_process(world, order, code):
     assert demo.poll() is None, world.log("demo").read_text()
     family = world.family()
     demo.send_signal(order)
-    assert demo.wait(120) == code
+    assert demo.wait(PATIENCE_SECONDS) == code
     gone(family)
     if order is signal.SIGINT:
         world.nothing_is_left()
