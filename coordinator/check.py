@@ -78,11 +78,7 @@ def plan_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
                 "",
                 f"a node trains on {plan['sequences_first']:,} sequences at first, {plan['sequences_last']:,} at last",
             ),
-            (
-                "memory",
-                f"a node's trainer takes {size(plan['memory_trainer_bytes'])} and its activations,"
-                f" its other processes {size(plan['memory_helpers_bytes'])}",
-            ),
+            memory_row(plan),
         ]
     if (data := facts.get("data")) is not None:
         rows.append(("data", f"{data['tokens']:,} tokens in {data['sequences']:,} sequences of {data['context']}"))
@@ -92,6 +88,12 @@ def plan_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         passes = f", {plan['passes']:.2f} times the data" if plan["passes"] is not None else ""
         rows.append(("planned", "without end" if planned is None else f"{planned:,} tokens{passes}"))
     return rows
+
+
+def memory_row(plan: Mapping[str, Any]) -> tuple[str, str]:
+    size = console.size_text
+    trainer, others = size(plan["memory_trainer_bytes"]), size(plan["memory_helpers_bytes"])
+    return "memory", f"a node's trainer takes {trainer} and its activations, its other processes {others}"
 
 
 def _codec_rows(plan: Mapping[str, Any], size: Callable[[float], str]) -> list[tuple[str, str]]:

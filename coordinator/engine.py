@@ -96,7 +96,7 @@ async def run(folder: RunFolder, *, stopper: Stopper, on_ready: Any = None) -> i
     async with AsyncExitStack() as owned:
         coordinator = await Coordinator.open(folder, owned)
         if on_ready is not None:
-            on_ready(coordinator.ports)
+            on_ready(coordinator.ports, coordinator.manifest.manifest)
         await coordinator.run(stopper)
     return 130
 

@@ -189,13 +189,10 @@ def _handlers(service: CoordinatorService) -> grpc.GenericRpcHandler[Any, Any]:
     named = wire.DESCRIPTOR.services_by_name["Coordinator"]
     handlers = {}
     for method in named.methods:
-        answers_a_stream = method.server_streaming
-        make = grpc.stream_stream_rpc_method_handler if answers_a_stream else grpc.stream_unary_rpc_method_handler
-        read, write = (
-            GetMessageClass(method.input_type).FromString,
-            GetMessageClass(method.output_type).SerializeToString,
-        )
-        handlers[method.name] = make(getattr(service, method.name), read, write)
+        streams = method.server_streaming
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        asked, answered = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        handlers[method.name] = make(getattr(service, method.name), asked.FromString, answered.SerializeToString)
     return grpc.method_handlers_generic_handler(named.full_name, handlers)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator.check import memory_row
 from coordinator.output import rows_text, to_json
 from coordinator.reach import spelled
 from protocol import console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from coordinator.folder import RunFolder
     from protocol.address import Address
     from protocol.runspec import RunSpec
+    from protocol.types import Manifest
 
 
 class Stopper:
@@ -42,11 +44,12 @@ async def serve(folder: RunFolder, spec: RunSpec, *, as_json: bool, named: Path 
         asyncio.get_running_loop().add_signal_handler(number, stopper.ask)
     from coordinator.engine import run
 
-    def ready(ports: Mapping[str, int]) -> None:
-        print(
-            to_json({"run": spec.run.name, **ports}) if as_json else rows_text(_ready_rows(spec, ports, named)),
-            flush=True,
-        )
+    def ready(ports: Mapping[str, int], manifest: Manifest) -> None:
+        from coordinator.plan import plan
+
+        planned = vars(plan(spec, parameters=manifest.parameters, vocabulary=manifest.vocabulary, sequences=0))
+        rows = [*_ready_rows(spec, ports, named), memory_row(planned)]
+        print(to_json({"run": spec.run.name, **ports}) if as_json else rows_text(rows), flush=True)
 
     return await run(folder, stopper=stopper, on_ready=ready)
 

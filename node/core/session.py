@@ -9,9 +9,7 @@ LEASE_ASK_SECONDS = 2.0  # between two requests for data when none was granted
 RELEASE_SECONDS = 120.0  # of a pause: then the trainer ends, and the device has its memory back
 RELEASE_AGAIN_SECONDS = 10.0  # a round was about to take what it made
 RESTART_SECONDS = (1.0, 5.0, 30.0)  # waits before a child process is started again
-RESTARTS_MAX = (
-    5  # in the window below; then a node stops and explains, or rests if only its trainer fails after it worked
-)
+RESTARTS_MAX = 5  # in the window below; then the node ends and says why, or rests where a trainer fails that has worked
 RESTART_WINDOW_SECONDS = 600.0
 RECOVERY_SECONDS = 3600.0  # of such a rest: a device may be reset meanwhile, or cool down
 

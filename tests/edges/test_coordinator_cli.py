@@ -787,8 +787,9 @@ def test_a_coordinator_serves_until_it_is_asked_to_stop_and_invites_work_beside_
         text=True,
     ) as process:
         try:
-            lines = [process.stdout.readline() for _ in range(4)]
+            lines = [process.stdout.readline() for _ in range(5)]
             said = "".join(lines)
+            assert "a node's trainer takes" in lines[-1], said
             page = re.search(r"http://127\.0\.0\.1:(\d+)", said)
             assert page and "invite create" in said, said
             socket.create_connection(("127.0.0.1", int(page[1])), timeout=5).close()
