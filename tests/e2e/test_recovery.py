@@ -121,28 +121,32 @@ def put_back(node, backup):
     (node.home / "runtime").mkdir(mode=0o700, exist_ok=True)
 
 
+@pytest.mark.long
 def test_a_node_whose_disk_came_from_a_backup_begins_as_a_new_member_would(run, nodes, backups):
     ash, birch, cedar = nodes
     brings(run, cedar, cedar.status()["round"])
+    known = rollbacks(run)[0]
     put_back(cedar, backups[cedar.name])
     cedar.start()
     until(lambda: run.page("status") and "older disk" in str(run.page("status")["events"]), "the coordinator notices")
     until(lambda: list(Home(cedar.home).journal.glob("*/silence.json")), "it promises to sign under newer rosters only")
     brings(run, cedar, max(node.status()["round"] for node in (ash, birch)))
-    assert len(rollbacks(run)[0]) == 1
+    assert rollbacks(run)[0] == known
 
 
+@pytest.mark.long
 def test_when_a_majority_has_older_disks_everybody_goes_on_on_another_branch(run, nodes, backups):
     """One of the disks comes back a second time: what it promised meanwhile is gone as well."""
     ash, *others = nodes
+    known = len(rollbacks(run)[0])
     for node in others:
         brings(run, node, node.status()["round"])
     for node in others:
         put_back(node, backups[node.name])
     for node in others:
         node.start()
-    until(lambda: len(rollbacks(run)[0]) == 2, "the coordinator begins another branch")
-    assert "forgot" in rollbacks(run)[0][1].rollback.reason
+    until(lambda: len(rollbacks(run)[0]) > known, "the coordinator begins another branch")
+    assert "forgot" in rollbacks(run)[0][known].rollback.reason
     for node in nodes:
         brings(run, node, ash.status()["round"])
 
