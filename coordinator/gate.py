@@ -224,8 +224,12 @@ class _Outer(_End):
         if self._passage is None:
             self.transport.abort()
             return
+        # Before 3.11.4 Python begins to read after this method, whatever was paused in it; and reads nothing before the next.
+        asyncio.get_running_loop().call_soon(self._come_in, self._passage)
+
+    def _come_in(self, passage: Passage) -> None:
         self.transport.pause_reading()
-        self._coming = asyncio.create_task(self._passage.to_the_door(self))
+        self._coming = asyncio.create_task(passage.to_the_door(self))
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
