@@ -224,7 +224,7 @@ class _Outer(_End):
         if self._passage is None:
             self.transport.abort()
             return
-        # Before 3.11.4 Python begins to read after this method, whatever was paused in it; and reads nothing before the next.
+        # Python 3.11.2 begins to read after this method, whatever was paused in it; and reads nothing before the next.
         asyncio.get_running_loop().call_soon(self._come_in, self._passage)
 
     def _come_in(self, passage: Passage) -> None:
