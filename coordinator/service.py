@@ -77,9 +77,6 @@ GOODBYE_SECONDS: Final = 1.0  # for the reason to arrive before the connection o
 NONCES_MAX: Final = 4096  # unanswered challenges: nearly twice what all networks together may ask for in that time
 PASS_SECONDS: Final = 30 * 86400  # renewed with every session
 WAIT_SECONDS_MAX: Final = 30.0  # of a heartbeat: proxies and routers forget a silent connection after a minute
-AWAY_SECONDS: Final = 30.0  # of whoever was hung up on: an honest node would keep its place in the roster meanwhile
-OPENING_COST: Final = 6.0  # calls: it is written down three times; so it has half of our time at most
-STRANGERS_NUMBER: Final = 8.0  # their place among members: of one that has just called so often
 CALLS_PER_NODE_MAX: Final = 32  # at the same time
 CALLS_MAX: Final = 4096
 PAGE_ENTRIES_MAX: Final = 256
@@ -192,7 +189,7 @@ def _handlers(service: CoordinatorService) -> grpc.GenericRpcHandler[Any, Any]:
         streams = method.server_streaming
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         asked, answered = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-        handlers[method.name] = make(getattr(service, method.name), asked.FromString, answered.SerializeToString)
+        handlers[method.name] = make(partial(service.answer, method.name), asked.FromString, answered.SerializeToString)
     return grpc.method_handlers_generic_handler(named.full_name, handlers)
 
 
@@ -214,51 +211,31 @@ class CoordinatorService:
         self._away: dict[NodeId, float] = {}  # until when nothing is heard from those who were hung up on
         self._turns = Turns(quotas.CALLS_PER_SECOND)
         self._joins = quotas.Crowd(quotas.JOINS_OF_A_BLOCK, quotas.JOINS)
-        self._calls = quotas.Buckets(quotas.share(1))
+        self._shares = quotas.Buckets(quotas.share(1))
         self._asked = quotas.Buckets(quotas.IN_TURN)
         self._reports = quotas.Buckets(quotas.REPORTS)
         self._transfers = Transfers(desk)
         self._written: tuple[SignedRoster, bytes] | None = None
+        stranger, member = self._of_stranger, self._of_member
+        self._calls: dict[str, Callable[[Messages, Context], Awaitable[Any]]] = {
+            "Challenge": lambda _, context: stranger(context, self._challenge),
+            "Open": lambda _, context: stranger(context, self._open, cost=quotas.OPENING_COST),
+            "Heartbeat": lambda _, context: member(context, self._heartbeat),
+            "AcquireLeases": lambda _, context: member(context, self._acquire_leases),
+            "ReadLog": lambda _, context: member(context, self._read_log),
+            "PushEntry": lambda _, context: member(context, self._push_entry),
+            "ReadBlob": lambda _, context: member(context, partial(self._read_blob, context=context)),
+            "ReadLeaves": lambda _, context: member(context, self._read_leaves),
+            "WriteBlob": lambda messages, context: member(context, self._write_blob, messages),
+            "Report": lambda _, context: member(context, self._report),
+            "Leave": lambda _, context: member(context, self._leave),
+        }
 
-    # what gRPC calls
-
-    async def Challenge(self, _messages: Messages, context: Context) -> wire.ChallengeReply:  # noqa: N802
-        return await self._guarded(context, self._of_stranger(context, self._challenge))
-
-    async def Open(self, _messages: Messages, context: Context) -> wire.OpenReply:  # noqa: N802
-        return await self._guarded(context, self._of_stranger(context, self._open, cost=OPENING_COST))
-
-    async def Heartbeat(self, _messages: Messages, context: Context) -> wire.HeartbeatReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._heartbeat))
-
-    async def AcquireLeases(self, _messages: Messages, context: Context) -> wire.LeaseReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._acquire_leases))
-
-    async def ReadLog(self, _messages: Messages, context: Context) -> wire.ReadLogReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._read_log))
-
-    async def PushEntry(self, _messages: Messages, context: Context) -> wire.PushEntryReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._push_entry))
-
-    async def ReadBlob(self, _messages: Messages, context: Context) -> None:  # noqa: N802
-        await self._guarded(context, self._of_member(context, partial(self._read_blob, context=context)))
-
-    async def ReadLeaves(self, _messages: Messages, context: Context) -> wire.ReadLeavesReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._read_leaves))
-
-    async def WriteBlob(self, messages: Messages, context: Context) -> wire.WriteBlobReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._write_blob, messages))
-
-    async def Report(self, _messages: Messages, context: Context) -> wire.ReportReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._report))
-
-    async def Leave(self, _messages: Messages, context: Context) -> wire.LeaveReply:  # noqa: N802
-        return await self._guarded(context, self._of_member(context, self._leave))
-
-    async def _guarded(self, context: Context, answer: Awaitable[T]) -> T:
-        """A refusal travels with its code; a surprise is logged under an id, and says nothing of us."""
+    async def answer(self, call: str, messages: Messages, context: Context) -> Any:
+        """What gRPC calls, with the name of the call. A refusal travels with its code; a surprise is logged under an id, and
+        says nothing of us."""
         try:
-            return await answer
+            return await self._calls[call](messages, context)
         except Refused as refusal:
             code, what = refusal.reason, canonical.shown(refusal.what)[:REFUSAL_CHARACTERS_MAX]
             retry_seconds = refusal.retry_seconds
@@ -267,7 +244,7 @@ class CoordinatorService:
         except Exception:
             code, what = Code.INTERNAL, f"a failure of the coordinator, id {secrets.token_hex(4)}"
             retry_seconds = 0.0
-            log.exception("a call failed", id=what[-8:])
+            log.exception("a call failed", call=call, id=what[-8:])
         self.refusals[code.code] += 1
         if (passage := self._passage(context)) is not None and self.gate.blame(passage):
             self._keep_away(passage)
@@ -279,7 +256,7 @@ class CoordinatorService:
         self, context: Context, act: Callable[[Any, Passage], Awaitable[T]], *, cost: float = 1.0
     ) -> T:
         """A call that needs no session. Whoever has one goes first, unless it has asked for a lot."""
-        await self._turns.wait(STRANGERS_NUMBER, cost=cost)
+        await self._turns.wait(quotas.STRANGERS_NUMBER, cost=cost)
         return await act(await _message(context), self._caller(context))
 
     async def _of_member(
@@ -289,7 +266,7 @@ class CoordinatorService:
         when its turn has come."""
         session, now = self._session(context), time.monotonic()
         if session is None:
-            await self._turns.wait(STRANGERS_NUMBER)
+            await self._turns.wait(quotas.STRANGERS_NUMBER)
             raise Refused(Code.SESSION, "the session is unknown, of another connection, or was replaced by a newer one")
         session.heard = now
         session.calls += 1
@@ -297,8 +274,8 @@ class CoordinatorService:
         try:
             if session.calls > CALLS_PER_NODE_MAX:
                 raise Refused(Code.LIMIT, f"{session.calls} calls at the same time")
-            self._calls.rate = quotas.share(self.gate.members)
-            wait_seconds = self._calls.take(session.node, now=now)
+            self._shares.rate = quotas.share(self.gate.members)
+            wait_seconds = self._shares.take(session.node, now=now)
             await self._turns.wait(self._asked.level(session.node, now=now))
             quotas.check("calls of this node", wait_seconds)
             self._check_welcome(session.node)
@@ -479,7 +456,9 @@ class CoordinatorService:
         """A connection is hung up on: whoever had its session on it does not come back at once."""
         now = time.monotonic()
         self._away = {node: until for node, until in self._away.items() if until > now}
-        self._away |= {each.node: now + AWAY_SECONDS for each in self._sessions.values() if each.passage is passage}
+        self._away |= {
+            each.node: now + quotas.AWAY_SECONDS for each in self._sessions.values() if each.passage is passage
+        }
 
     def _check_away(self, node: NodeId) -> None:
         quotas.check("refused calls of this node", max(0.0, self._away.get(node, 0.0) - time.monotonic()))

@@ -30,7 +30,8 @@ class Exchange(Enum):
 
 
 class Fault(Enum):
-    """What was proved against a node, or said by most of the others. No crash, no bad network and no slow machine makes an honest node do so."""
+    """What was proved against a node, or said by most of the others. No crash, no bad network and no slow machine makes an
+    honest node do so."""
 
     FORGED = "forged"  # it put into a record what the member it names had not signed
     REDUCED_WRONG = "reduced-wrong"  # its mean is not that of the contributions which it says are inside

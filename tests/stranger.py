@@ -13,9 +13,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 NOISE = b"Noise_XX_25519_ChaChaPoly_SHA256"
 MULTISTREAM = b"\x13/multistream/1.0.0\n"
 FRAME_BYTES_MAX = 65535 - 16  # of a Noise message
-WAITING = MULTISTREAM + b"\xe8\x07/".ljust(
-    900, b"x"
-)  # most of the name of a protocol: a stream is kept until it has come
+# Most of the name of a protocol: a stream is kept until all of it has come.
+WAITING = MULTISTREAM + b"\xe8\x07/".ljust(900, b"x")
 DATA, SYN = 0, 1
 
 
@@ -61,11 +60,8 @@ class Stranger:
 
     async def _shake_hands(self):
         """-> e, <- e ee s es, -> s se: section 7.5 of the Noise specification. We believe whoever answers."""
-        ephemeral, static, identity = (
-            X25519PrivateKey.generate(),
-            X25519PrivateKey.generate(),
-            Ed25519PrivateKey.generate(),
-        )
+        ephemeral, static = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        identity = Ed25519PrivateKey.generate()
         chaining = mixed = NOISE
         mixed = hashlib.sha256(mixed).digest()
         public = ephemeral.public_key().public_bytes_raw()

@@ -30,7 +30,7 @@ KEPT audits, POINTS_MAX points are an accusation.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from statistics import fmean, median_low
@@ -63,8 +63,10 @@ REPLAY_ROUNDS: Final = 256  # whose digests are remembered: 2 MB for 64 members
 SAMPLED: Final = 64  # sequences of a contribution's data, and as many of the others': more would see the same
 SEQUENCES_MIN: Final = 8  # of a contribution: the spread of fewer says little, and so light a work harms little
 COMPLAINTS_SHARE: Final = 0.5  # of a round's members are asked for what others could not read: liars are a minority
-VAIN_ROUNDS: Final = 64  # nobody is heard so long after a complaint that came to nothing: it made another show its work
-WORD_ROUNDS: Final = 64  # a word counts for so long
+WORD_ROUNDS: Final = 64  # a word counts for so long; nor is another heard about the same member if it came to nothing
+
+
+Pair = tuple[NodeId, NodeId]  # accuser and accused
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Kind(Enum):
     UNANSWERED = "unanswered"  # it never shows what it signed
 
 
-FAULTS: Final = {  # all others: Fault.TRAINED_WRONG
+_FAULTS: Final = {  # all others: Fault.TRAINED_WRONG
     Kind.GARBLED: Fault.GARBLED,
     Kind.SLANDERED: Fault.SLANDERED,
     Kind.UNANSWERED: Fault.WITHHELD,
@@ -152,7 +154,7 @@ class Accusation:
 
     @property
     def fault(self) -> Fault:
-        return FAULTS.get(self.kind, Fault.TRAINED_WRONG)
+        return _FAULTS.get(self.kind, Fault.TRAINED_WRONG)
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ class History(inquiries.History):
 class Audits(Inquiries[Ask, History]):
     seen: Mapping[Digest, tuple[RoundNumber, NodeId]] = field(default_factory=dict)
     complaints: frozenset[tuple[RoundNumber, NodeId]] = frozenset()  # those heard, whom they are about
-    words: Mapping[tuple[NodeId, NodeId], RoundNumber] = field(default_factory=dict)  # accuser and accused: the newest
-    vain: Mapping[tuple[NodeId, NodeId], RoundNumber] = field(default_factory=dict)  # accuser and accused: the newest
+    words: Mapping[Pair, RoundNumber] = field(default_factory=dict)  # the newest of an accuser about an accused
+    vain: Mapping[Pair, RoundNumber] = field(default_factory=dict)  # the same of those that came to nothing
 
     def gone_back(self, to: RoundNumber) -> Self:
         """What is undone is neither measured nor held against anybody: the same work may rightly be brought again."""
@@ -292,7 +294,7 @@ def complained(state: Audits, complaint: Complaint, accuser: NodeId, members: fr
     accused, at = complaint.contribution.node, complaint.round
     state = replace(state, words={**state.words, (accuser, accused): at})
     vain = state.vain.get((accuser, accused))
-    if (at, accused) in state.complaints or (vain is not None and at < vain + VAIN_ROUNDS):
+    if (at, accused) in state.complaints or (vain is not None and at < vain + WORD_ROUNDS):
         return state
     if sum(each == at for each, _ in state.complaints) >= math.ceil(COMPLAINTS_SHARE * len(members)):
         return state
@@ -328,13 +330,18 @@ def _disbelieved(state: Audits, ask: Ask, accuser: NodeId) -> tuple[Audits, Accu
     if 2 * len(accused) <= len(ask.members):
         return state, None
     reason = f"it complained about {len(accused)} of {len(ask.members)} members, who showed what they had signed"
-    words, vain = ({pair: at for pair, at in each.items() if pair[0] != accuser} for each in (state.words, state.vain))
-    return replace(state, words=words, vain=vain), Accusation(accuser, ask.round, Kind.SLANDERED, reason, ask.update)
+    state = _without(state, lambda by, _: by == accuser)
+    return state, Accusation(accuser, ask.round, Kind.SLANDERED, reason, ask.update)
 
 
 def _settled(state: Audits, accused: NodeId) -> Audits:
     """It is found out: nobody complained in vain, and the next time it takes as many words again."""
-    words, vain = ({pair: at for pair, at in each.items() if pair[1] != accused} for each in (state.words, state.vain))
+    return _without(state, lambda _, about: about == accused)
+
+
+def _without(state: Audits, gone: Callable[[NodeId, NodeId], bool]) -> Audits:
+    """Without some words, by accuser and accused, and without what came of them."""
+    words, vain = ({pair: at for pair, at in each.items() if not gone(*pair)} for each in (state.words, state.vain))
     return replace(state, words=words, vain=vain)
 
 
@@ -395,8 +402,8 @@ def expired(
     state = replace(
         state,
         complaints=frozenset(each for each in state.complaints if each[0] + ANSWER_ROUNDS >= newest),
-        vain={pair: at for pair, at in state.vain.items() if at + VAIN_ROUNDS >= newest},
-        words={pair: at for pair, at in state.words.items() if at + WORD_ROUNDS >= newest},
+        words=_lasting(state.words, newest),
+        vain=_lasting(state.vain, newest),
     )
     reason = f"{UNANSWERED_MAX} times in a row it did not show the update that it had signed"
     accused = [Accusation(ask.node, ask.round, Kind.UNANSWERED, reason, ask.update) for ask in withheld]
@@ -404,6 +411,10 @@ def expired(
         state, found = _believed(state, ask)
         accused += [found] if found else []
     return state, tuple(accused)
+
+
+def _lasting(words: Mapping[Pair, RoundNumber], newest: RoundNumber) -> dict[Pair, RoundNumber]:
+    return {pair: at for pair, at in words.items() if at + WORD_ROUNDS >= newest}
 
 
 def alarmed(state: Audits) -> Audits:

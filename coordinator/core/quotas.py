@@ -27,9 +27,12 @@ CALLS_OF_A_MEMBER: Final = Rate(64, 4)  # at least: twice all that it may ask at
 CALLS_BURST_SECONDS: Final = 5.0
 # Counts what a member calls: who stays below it goes first.
 IN_TURN: Final = Rate(math.inf, CALLS_OF_A_MEMBER.per_second)
+STRANGERS_NUMBER: Final = 8.0  # their place among members: of one that has just called so often
+OPENING_COST: Final = 6.0  # calls: it is written down three times; so it has half of our time at most
 REPORTS: Final = Rate(64, 0.1)  # of a member: all others may lie at once; one costs up to a second of one core
 REFUSALS: Final = Rate(128, 4)  # calls of a member's connection that are refused: all it may have at once, four times
 STRANGERS_REFUSALS: Final = Rate(32, 0.1)  # the same before a session is open: all at once, after a restart of ours
+AWAY_SECONDS: Final = 30.0  # of whoever was hung up on: an honest node would keep its place in the roster meanwhile
 # One join is two connections (the first looks at the certificate) and one challenge; coming back is one of each.
 JOINS_OF_A_BLOCK: Final = Rate(64, 1)  # a laboratory behind one address starts at once, or is in within minutes
 JOINS: Final = Rate(256, 64)  # each takes seven turns (coordinator/turns.py): a thousand nodes need 18 s

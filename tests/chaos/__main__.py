@@ -9,11 +9,8 @@ import subprocess
 import sys
 
 PARTS = ("faults", "storm", "goodput")
-MORE = (
-    "nat",
-    "lines",
-    "alternative",
-)  # routers; bad lines; the same faults against others' software: only when asked for
+# Only when asked for: routers, bad lines, the same faults against others' software.
+MORE = ("nat", "lines", "alternative")
 
 
 def main():

@@ -352,7 +352,7 @@ def test_who_complained_in_vain_is_not_heard_about_that_member_for_long_and_othe
     state = complained(Audits(), 5)
     state, accusation = audits.read(state, state.open[0], None)
     assert accusation is None and not any(history.points for history in state.histories.values())
-    until = 5 + audits.VAIN_ROUNDS
+    until = 5 + audits.WORD_ROUNDS
     assert complained(state, until - 1).open == ()
     assert len(complained(state, 6, accuser=NODES[1]).open) == len(complained(state, 6, accused=NODES[6]).open) == 1
     state, _ = audits.expired(state, RoundNumber(until), heard=NODES, answered=[])

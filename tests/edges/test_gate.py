@@ -167,7 +167,7 @@ async def test_whoever_goes_on_after_refusals_is_hung_up_on(world, monkeypatch):
 
 async def test_a_member_that_was_hung_up_on_comes_back_with_its_leases_and_its_place(world, monkeypatch):
     monkeypatch.setattr(quotas, "REFUSALS", quotas.Rate(2, 0.01))
-    monkeypatch.setattr(door, "AWAY_SECONDS", 0.3)
+    monkeypatch.setattr(quotas, "AWAY_SECONDS", 0.3)
     link, roster = await world.training()
     (lease,) = await link.acquire_leases(4)
     for _ in range(2):

@@ -9,7 +9,6 @@ import pytest
 import test_service
 from test_service import refused, status_of
 
-from coordinator import service as door
 from coordinator import transfers
 from coordinator.core import quotas
 from coordinator.core.strikes import Kind
@@ -133,7 +132,7 @@ async def test_a_member_that_is_hung_up_on_stays_away_for_a_while_and_others_nee
         assert (await refused(link.acquire_leases(0))).reason is expected
     refusal = await refused(world.again(link).open(life=2))
     assert refusal.reason is Code.BUSY
-    assert 0 < refusal.retry_seconds <= door.AWAY_SECONDS
+    assert 0 < refusal.retry_seconds <= quotas.AWAY_SECONDS
     await world.member()
 
 
