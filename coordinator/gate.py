@@ -27,6 +27,8 @@ FILES_KEPT: Final = 768  # descriptors for the page's 512 connections, databases
 FILES_OF_A_CONNECTION: Final = 3  # two here, one in gRPC
 FILES_MAX: Final = 1 << 16  # that we ask of the system: 21,000 connections
 LAST_BYTES_SECONDS: Final = 10.0
+# On their way to a slow line, in the system and as often here. What is behind them can still be overtaken.
+BYTES_AHEAD: Final = 16 << 10
 BACKLOG: Final = 512
 DOOR: Final = "door"  # the server's socket, in the folder of the passages' own
 
@@ -149,6 +151,19 @@ class Passage:
         self._gate = gate
         self._outer = outer
         self._inner: asyncio.Transport | None = None
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def room(self) -> None:
+        """Returns while its line takes what it is given: whoever sends much asks before each piece, so that little waits
+        ahead of a ping or an answer. gRPC itself takes as much as it is given, and the system some 200 KiB of that."""
+        await self._room.wait()
+
+    def has_room(self, *, has: bool) -> None:
+        if has:
+            self._room.set()
+        else:
+            self._room.clear()
 
     async def to_the_door(self, end: _End) -> None:
         loop = asyncio.get_running_loop()
@@ -229,7 +244,20 @@ class _Outer(_End):
 
     def _come_in(self, passage: Passage) -> None:
         self.transport.pause_reading()
+        self.transport.set_write_buffer_limits(high=BYTES_AHEAD)
+        line = self.transport.get_extra_info("socket")
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, BYTES_AHEAD)
         self._coming = asyncio.create_task(passage.to_the_door(self))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._passage is not None:
+            self._passage.has_room(has=False)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._passage is not None:
+            self._passage.has_room(has=True)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)

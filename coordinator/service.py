@@ -80,7 +80,7 @@ WAIT_SECONDS_MAX: Final = 30.0  # of a heartbeat: proxies and routers forget a s
 CALLS_PER_NODE_MAX: Final = 32  # at the same time
 CALLS_MAX: Final = 4096
 PAGE_ENTRIES_MAX: Final = 256
-PAGE_BYTES_MAX: Final = 3 << 20  # leaves a quarter of a control message for its frame
+PAGE_BYTES_MAX: Final = 64 << 10  # four seconds of the slowest line: a ping waits behind it
 PAGE_STEP: Final = 16  # entries read from the store at a time
 WANTED_MAX: Final = 1024  # parts named in one answer: those of 16 rounds of a full roster
 SEQUENCES_MAX: Final = 1 << 31
@@ -703,6 +703,7 @@ class CoordinatorService:
         async def send(chunk: Chunk) -> None:
             self._check_welcome(session.node)  # a model takes hours; a ban does not wait for its end
             message = wire.BlobChunk(data=chunk.data, offset=chunk.offset, digest=chunk.digest, size=chunk.size)
+            await session.passage.room()
             await context.write(message)
 
         await self._transfers.send(session.node, request.digest, request.offset, send)

@@ -22,6 +22,8 @@ from protocol.types import BlobRef, Digest, NodeId
 CHUNK_SECONDS_MAX: Final = 60.0  # so long a line may be silent, or slower than the next line says
 BYTES_PER_SECOND_MIN: Final = 16 << 10  # of uploads and downloads: no slower line can take part in a round
 DOWNLOAD_HOUR_BYTES_MIN: Final = 1 << 30  # what a node may download in an hour; of a larger run, all of it twice
+PIECE_BYTES: Final = 32 << 10  # of a download, in one message: two seconds of the slowest line; more each time
+PIECE_SECONDS: Final = 0.1  # that one takes no longer than this
 LEAVES_BYTES_MAX: Final = 2 << 20  # of a blob of 16 GiB; larger ones are checked at their end
 LEAVES_KEPT: Final = 64  # blobs whose hashes are remembered, some 10 KB each
 
@@ -56,12 +58,15 @@ class Transfers:
             if offset > size:
                 raise Refused(Code.FIELD, f"offset {offset}, the blob has {size} bytes")
             file.seek(offset)
-            due = time.monotonic() + CHUNK_SECONDS_MAX
-            while data := await asyncio.to_thread(file.read, BLOB_CHUNK_BYTES):
+            now = time.monotonic()
+            due, piece = now + CHUNK_SECONDS_MAX, PIECE_BYTES
+            while data := await asyncio.to_thread(file.read, piece):
                 self._charge(node, len(data))
                 await _in_time(send(Chunk(data, offset, digest, size)), until=due)
                 offset += len(data)
-                due = min(due + len(data) / BYTES_PER_SECOND_MIN, time.monotonic() + CHUNK_SECONDS_MAX)
+                began, now = now, time.monotonic()
+                due = min(due + len(data) / BYTES_PER_SECOND_MIN, now + CHUNK_SECONDS_MAX)
+                piece = min(piece + PIECE_BYTES, BLOB_CHUNK_BYTES) if now - began < PIECE_SECONDS else PIECE_BYTES
         # A model, a shard or the tokenizer: few, and worth a line.
         if not start and not self._desk.store.has_part(digest):
             log.info("a node has downloaded a blob", node=node[:16], digest=digest[:16], bytes=size)

@@ -2,10 +2,12 @@
 pause, and whatever comes behind it waits. `make chaos PART=lines` has lines that really lose packets."""
 
 import asyncio
+import socket
 from random import Random
 
 SEGMENT_BYTES = 1400
 RETRANSMIT_SECONDS = 0.2  # what Linux waits at least before it sends a segment again
+QUEUE_BYTES = 8192  # of a line that is full: what is more waits with whoever sends it
 
 
 class Line:
@@ -29,7 +31,12 @@ class Line:
         self._server.close()
 
     async def _meet(self, reader, writer):
-        inner_reader, inner_writer = await asyncio.open_connection(*self._there)
+        there = socket.socket()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUE_BYTES)
+        there.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
+        there.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(there, self._there)
+        inner_reader, inner_writer = await asyncio.open_connection(sock=there, limit=SEGMENT_BYTES)
         await asyncio.gather(self._pass(reader, inner_writer), self._pass(inner_reader, writer))
 
     async def _pass(self, reader, writer):

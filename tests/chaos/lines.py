@@ -52,6 +52,7 @@ KINDS = {
     ),
     "all: 1 Mbit/s up": Kind(up=Weather(delay=0.02, bits_per_second=1e6)),
     "one: 300 ms, 20 % lost": Kind(one=Weather(delay=0.15, loss=0.2)),
+    "one: 128 kbit/s, 200 ms": Kind(one=Weather(delay=0.1, bits_per_second=128e3, queue=2.0)),
     "one: 64 kbit/s, 200 ms": Kind(one=Weather(delay=0.1, bits_per_second=64e3, queue=2.0)),
     "one: IPv6 only": Kind(v6_only="one"),
     "all: IPv6 only": Kind(v6_only="all"),

@@ -1,12 +1,15 @@
 """A real link and door over a line that is slow, late and lossy; and what the lines of `make chaos PART=lines` do."""
 
+import asyncio
 import os
 
 import pytest
 import test_service
 
+from coordinator import transfers
+from coordinator.transfers import Transfers
 from node.link import Beat
-from protocol.blobs import digest_of
+from protocol.blobs import BlobStore, digest_of
 from tests.bad_line import Line
 from tests.chaos.line import Way, Weather
 
@@ -33,6 +36,41 @@ async def test_over_a_bad_line_a_node_joins_and_what_it_does_counts_once(world):
     assert desk.state.head.round == 1 == len(desk.store.entries()) and desk.store.has_part(digest_of(part))
     assert not desk.state.leases.of(link._key.public), "the one that it used is in the record"
     assert line.lost > 0, "else nothing was tried"
+
+
+async def test_while_a_model_comes_over_the_slowest_line_a_heartbeat_is_answered_and_little_is_ahead_of_it(
+    world, tmp_path, monkeypatch
+):
+    """All of it was handed over at once before, and the connection given up as its pings waited behind that."""
+    line, handed, ahead = (
+        Line(round_trip=0.1, jitter=0.1, loss=0.0, bytes_per_second=transfers.BYTES_PER_SECOND_MIN),
+        [],
+        [],
+    )
+    port = await line.lead("127.0.0.1", world.server.port)
+    send = Transfers.send
+
+    async def counted(self, node, text, offset, act):
+        async def counting(chunk):
+            await act(chunk)
+            handed.append(len(chunk.data))
+
+        await send(self, node, text, offset, counting)
+
+    monkeypatch.setattr(Transfers, "send", counted)
+    try:
+        link = world.link(addresses=(f"127.0.0.1:{port}",))
+        await link.open(life=1, invite=world.invite())
+        store, ref = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob
+        coming = asyncio.create_task(link.fetch_blob(ref, store, lambda done, _: ahead.append(sum(handed) - done)))
+        while sum(handed) < 192 << 10:
+            await asyncio.sleep(0.1)
+        await link.heartbeat(Beat("syncing"))
+        assert not coming.done()
+        coming.cancel()
+    finally:
+        line.close()
+    assert ahead and max(ahead) < 128 << 10
 
 
 @pytest.mark.parametrize(

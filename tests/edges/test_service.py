@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import grpc
@@ -1628,7 +1629,7 @@ async def test_a_blob_is_fetched_whole_with_progress(world, tmp_path):
     await link.fetch_blob(ref, store, lambda done, size: seen.append((done, size)))
     assert store.read(ref.digest) == b"base" * 300_000
     assert seen[-1] == (ref.size, ref.size)
-    assert len(seen) == 5
+    assert all(later[0] > earlier[0] for earlier, later in pairwise(seen))
     await link.fetch_blob(ref, store, lambda *_: pytest.fail("it is here already"))
 
 
@@ -1725,7 +1726,7 @@ async def test_a_download_that_was_stopped_goes_on_with_another_process(world, t
         await link.fetch_blob(ref, BlobStore(tmp_path / "node"), stop)
     store = BlobStore(tmp_path / "node")
     await link.fetch_blob(ref, store, lambda done, size: offsets.append(done))
-    assert offsets[0] == 4 * BLOB_CHUNK_BYTES
+    assert offsets[0] == 2 * BLOB_CHUNK_BYTES + transfers.PIECE_BYTES  # whole chunks are kept
     assert store.has(ref.digest)
 
 
@@ -1757,7 +1758,7 @@ async def test_bytes_that_are_not_the_leaves_are_stopped_at_the_first_wrong_chun
     world.desk.blobs.path(ref.digest).write_bytes(data)
     refusal = await refused(link.fetch_blob(ref, store, lambda done, size: seen.append(done)))
     assert refusal.reason is Code.BLOB_CORRUPT
-    assert seen == [BLOB_CHUNK_BYTES]
+    assert BLOB_CHUNK_BYTES <= max(seen) < 2 * BLOB_CHUNK_BYTES
     assert not store.has(ref.digest)
     world.desk.blobs.path(ref.digest).write_bytes(b"base" * 300_000)
     await link.fetch_blob(ref, store)
