@@ -35,6 +35,9 @@ class Desk(Protocol):
     def base(self) -> BaseCheckpoint: ...
     def now_ms(self) -> int: ...
     def finished(self) -> bool: ...
+    def check_deciding(self) -> None:
+        """Refuses where nothing is decided any more."""
+
     def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
         """Step the machine, carry out the effects, and tell which they were."""
 

@@ -67,6 +67,8 @@ IDENTITY = "p2p.identity"
 DOOR = "door"  # the folder of the door's own sockets
 TICK_SECONDS = 0.5
 RENDEZVOUS_AGAIN_SECONDS = 5.0  # before another is started
+DISK_SECONDS = 10.0  # between two looks whether it can be written to again
+STATE_BYTES = 4  # of a checkpoint, for each parameter
 LOG_SECONDS = 60.0  # between two looks at how large the logs are
 MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
@@ -92,12 +94,14 @@ class Stopper(Protocol):
 
 
 async def run(folder: RunFolder, *, stopper: Stopper, on_ready: Any = None) -> int:
-    """Serve one run until asked to stop. Returns the exit code."""
-    async with AsyncExitStack() as owned:
-        coordinator = await Coordinator.open(folder, owned)
-        if on_ready is not None:
-            on_ready(coordinator.ports, coordinator.manifest.manifest)
-        await coordinator.run(stopper)
+    """Serve one run until asked to stop; from the start again where its disk was full meanwhile. Returns the exit code."""
+    again = True
+    while again:
+        async with AsyncExitStack() as owned:
+            coordinator = await Coordinator.open(folder, owned)
+            if on_ready is not None:
+                on_ready(coordinator.ports, coordinator.manifest.manifest)
+            again = await coordinator.run(stopper)
     return 130
 
 
@@ -129,6 +133,7 @@ class Coordinator:
         self._news = asyncio.Event()  # the same, of what nodes are told
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._trouble: Refused | None = None  # of the disk, while nothing is decided
         self._rendezvous: Rendezvous | None = None
         self._evaluator: Evaluator | None = None
         self._to_measure: list[tuple[Floats, Evaluation, int]] = []  # parameters, what is known of them, their branch
@@ -304,7 +309,8 @@ class Coordinator:
 
     # the loop
 
-    async def run(self, stopper: Stopper) -> None:
+    async def run(self, stopper: Stopper) -> bool:
+        """Until asked to stop. True: the disk could not be written to, and can be now; another has to go on from what it has."""
         self._queue_evaluation(self._replica.round)  # first: what nodes have brought meanwhile is folded from here on
         self._spawn(self._tick())
         self._spawn(self._cap_logs())
@@ -316,7 +322,34 @@ class Coordinator:
         await self._tell_rendezvous()
         self._spawn(self._keep_rendezvous())
         self._spawn(self._stop_when_asked(stopper))
-        await self._ended
+        try:
+            await self._ended
+        except Refused:
+            if self._trouble is None:
+                raise
+            await self._stand_still(self._trouble, stopper)
+            return not stopper.polite.is_set()
+        return False
+
+    async def _stand_still(self, trouble: Refused, stopper: Stopper) -> None:
+        """Decide nothing until the disk can be written to, and say so: what is in memory is ahead of it. Nodes may have what
+        it holds meanwhile."""
+        for task in self._tasks:
+            task.cancel()
+        self._show()
+        self._call_all()
+        log.error(f"{trouble}. {trouble.fix}")
+        log.error("Nothing is decided until the disk can be written to; from then on the run goes on by itself")
+        while not stopper.polite.is_set() and not self._can_write():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopper.polite.wait(), DISK_SECONDS)
+
+    def _can_write(self) -> bool:
+        """Whether there is room for a checkpoint, and the database takes a word."""
+        with suppress(Refused):
+            self.store.set("written", b"%d" % self.now_ms())
+            return self.blobs.has_room(STATE_BYTES * self.manifest.manifest.parameters)
+        return False
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:
         await stopper.polite.wait()
@@ -335,6 +368,8 @@ class Coordinator:
 
     def _fail(self, error: BaseException) -> None:
         if not self._ended.done():
+            if isinstance(error, Refused) and error.reason in (Code.DISK_CAP, Code.DISK_BAD):
+                self._trouble = error
             self._ended.set_exception(error)
 
     async def _close(self) -> None:
@@ -377,10 +412,16 @@ class Coordinator:
         """The last round is certified, archived and folded: nobody is needed any more."""
         return machine.run_is_over(self.state, self._rules) and self.state.replica == self.state.head
 
-    def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
-        """Step the machine and carry out what follows; what must last is in the database when this returns."""
+    def check_deciding(self) -> None:
+        """Refuse whatever would need a decision, where there are none any more."""
+        if self._trouble is not None:
+            raise Refused(Code.UNREACHABLE, "the coordinator cannot write to its disk", retry_seconds=DISK_SECONDS)
         if self._ended.done():
             raise Refused(Code.UNREACHABLE, "the coordinator is ending")
+
+    def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
+        """Step the machine and carry out what follows; what must last is in the database when this returns."""
+        self.check_deciding()
         newest = self.state.events[-1] if self.state.events else None
         try:
             self.state, effects = machine.step(self.state, event, self._now(), self._rules)
@@ -389,6 +430,8 @@ class Coordinator:
                 self._carry_out(effect)
         except Exception as error:
             self._fail(error)  # what is in memory is ahead of what is on disk: only a new start brings them together
+            if self._trouble is not None:
+                self.check_deciding()  # our folder is none of the asker's business
             raise
         self._show()
         return effects
@@ -433,10 +476,14 @@ class Coordinator:
             case machine.Fold() | machine.Evaluate() | machine.ArchiveBase() | machine.Rewind():
                 self._work.put_nowait(effect)
             case machine.Announce():
-                self._news.set()
-                self._news = asyncio.Event()
+                self._call_all()
             case machine.GrantLeases():
                 pass  # the door that asked finds it in what submit returns
+
+    def _call_all(self) -> None:
+        """Who waits for news looks whether there are any."""
+        self._news.set()
+        self._news = asyncio.Event()
 
     def _show(self) -> None:
         self._changed.set()
@@ -793,6 +840,8 @@ class Coordinator:
     def _sentence(self) -> str:
         """The run's state in one sentence."""
         state = self.state
+        if self._trouble is not None:
+            return f"{self._trouble.reason.code} · nothing is decided until the run's disk can be written to"
         if machine.run_is_over(state, self._rules):
             behind = not self.finished() or self._measured < state.head.round
             return "finishing: the last round is being measured" if behind else "finished"

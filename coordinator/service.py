@@ -87,6 +87,7 @@ SEQUENCES_MAX: Final = 1 << 31
 REFUSAL_CHARACTERS_MAX: Final = 300  # HTTP/2 trailers are small
 WHY_CHARACTERS_MAX: Final = 80
 SOFTWARE_CHARACTERS_MAX: Final = 200
+READS: Final = {"ReadBlob", "ReadLeaves"}  # decide nothing, and write nothing down
 ACTIVITIES: Final = machine.TAKES_PART | machine.RESTS | {"joining", "syncing"}
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", CONTROL_BYTES_MAX + (64 << 10)),
@@ -235,6 +236,8 @@ class CoordinatorService:
         """What gRPC calls, with the name of the call. A refusal travels with its code; a surprise is logged under an id, and
         says nothing of us."""
         try:
+            if call not in READS:
+                self._desk.check_deciding()
             return await self._calls[call](messages, context)
         except Refused as refusal:
             code, what = refusal.reason, canonical.shown(refusal.what)[:REFUSAL_CHARACTERS_MAX]
@@ -484,6 +487,7 @@ class CoordinatorService:
         end = time.monotonic() + min(wait_seconds, WAIT_SECONDS_MAX)
         while not self._news(session, request, beat) and (left := end - time.monotonic()) > 0:
             await self._stirred(session, left)
+            self._desk.check_deciding()
             self._check_welcome(session.node)
             self._check_current(session)
         return self._answer(session, request, beat)

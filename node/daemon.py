@@ -481,8 +481,14 @@ class Daemon:
         if self._blobs.has(ref.digest):
             return
 
+        began, first = time.monotonic(), 0
+
         def progress(done: int, size: int) -> None:
-            self._tally.download = {"what": what, "done": done, "size": size}
+            nonlocal began, first
+            if not first:  # an earlier download may have brought most of it
+                began, first = time.monotonic(), done
+            pace = (done - first) / max(0.001, time.monotonic() - began)
+            self._tally.download = {"what": what, "done": done, "size": size, "bytes_per_second": pace}
 
         try:
             async with self._line:

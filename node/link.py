@@ -348,7 +348,7 @@ class Link:
                     if refusal.reason is Code.BLOB_CORRUPT and writer.is_open and writer.position != wrong_at:
                         wrong_at = writer.position
                         continue
-                    if refusal.reason is not Code.UNREACHABLE or writer.position == before:
+                    if refusal.reason not in (Code.UNREACHABLE, Code.LIMIT) or writer.position == before:
                         raise
                 if writer.position == before:
                     raise Refused(Code.BLOB_CORRUPT, f"blob {ref.digest[:12]} ends at {before:,} of {ref.size:,} bytes")

@@ -145,7 +145,7 @@ class LiveScreen:
         if goal:
             width = min(50, max(10, self._live.console.width - 4))
             parts += [Text(what), ProgressBar(total=goal, completed=min(done, goal), width=width)]
-        parts += [Text(line) for line in more]
+        parts += [Text(line) for line in more if line != what]
         recent = [_outcome(each) for each in _list(status, "recent")[-3:]]
         parts += [Text(f"  {line}", style="dim") for line in recent]
         verbs = "status, finish" if status.get("trains") is False else "pause, status, finish"
@@ -174,6 +174,8 @@ def status_lines(status: Status) -> list[str]:
     lines = [_joined(first)]
     if reason := _text(status, "reason"):
         lines.append(f"  {reason}")
+    if status.get("download") is not None:
+        lines.append(_progress(status)[2])
     lines += [f"  {line}" for line in (_joined(_numbers(status)), _joined(_machine(status))) if line]
     if confinement := _text(status, "sandbox"):
         lines.append(f"  {confinement}")
@@ -239,8 +241,10 @@ def _progress(status: Status) -> tuple[float, float, str]:
     """How far the thing at hand is: (done, goal, what). A goal of 0 is no bar."""
     download = status.get("download")
     if isinstance(download, Mapping):
-        done, size = _number(download, "done") or 0.0, _number(download, "size") or 0.0
-        return done, size, f"  getting {_text(download, 'what')}: {size_text(done)} of {size_text(size)}"
+        done, size, pace = (_number(download, key) or 0.0 for key in ("done", "size", "bytes_per_second"))
+        number = size_text if "bytes_per_second" in download else number_text
+        at = f" at {size_text(pace)}/s" if pace else ""
+        return done, size, f"  getting {_text(download, 'what')}: {number(done)} of {number(size)}{at}"
     goal = _number(status, "round_steps_goal") or 0.0
     return _number(status, "round_steps") or 0.0, goal, "  this round"
 

@@ -25,7 +25,7 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     stepped: Stepped | None = None
     losses: list[float] = field(default_factory=list)  # since the last heartbeat
-    download: dict[str, Any] | None = None  # what is being fetched: what, done, size
+    download: dict[str, Any] | None = None  # what is being fetched: what, done, size; of bytes their pace
     recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
     credit_tokens: int = 0  # certified since this start
     sent: int = 0  # bytes to and from peers

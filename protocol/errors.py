@@ -56,7 +56,7 @@ class Code(Enum):
         "It was refused; nothing was changed. Fetch another base checkpoint.",
     )
     DISK_CAP = ("E-DISK-001", Exit.RESOURCE, "Free some space or raise --max-disk.")
-    DISK_BAD = ("E-DISK-002", Exit.RESOURCE, "See that the disk is in order and may be written to, then start again.")
+    DISK_BAD = ("E-DISK-002", Exit.RESOURCE, "See that the disk is in order and may be written to.")
     DATA_BAD = ("E-DATA-001", Exit.BAD_INPUT, "Mend the place named, or go on with --skip-bad.")
     DATA_EMPTY = ("E-DATA-002", Exit.BAD_INPUT, "Add more text with: barnraise-coordinator data add PATH")
     DATA_FORMAT = ("E-DATA-003", Exit.BAD_INPUT, "Use txt, md, source files, jsonl, jsonl.gz, jsonl.zst or parquet.")

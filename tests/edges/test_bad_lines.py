@@ -10,6 +10,7 @@ from coordinator import transfers
 from coordinator.transfers import Transfers
 from node.link import Beat
 from protocol.blobs import BlobStore, digest_of
+from protocol.errors import Code
 from tests.bad_line import Line
 from tests.chaos.line import Way, Weather
 
@@ -71,6 +72,25 @@ async def test_while_a_model_comes_over_the_slowest_line_a_heartbeat_is_answered
     finally:
         line.close()
     assert ahead and max(ahead) < 128 << 10
+
+
+async def test_a_node_whose_line_is_too_slow_for_us_is_hung_up_on_and_has_its_model_all_the_same(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transfers, "CHUNK_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(transfers, "BYTES_PER_SECOND_MIN", 1 << 20)
+    line = Line(round_trip=0.02, jitter=0.1, loss=0.0, bytes_per_second=400_000)
+    port = await line.lead("127.0.0.1", world.server.port)
+    try:
+        link = world.link(addresses=(f"127.0.0.1:{port}",))
+        await link.open(life=1, invite=world.invite())
+        store, ref = BlobStore(tmp_path / "node"), world.desk.checkpoint.blob
+        await link.fetch_blob(ref, store)
+        store.verify(ref.digest)
+        await link.close()
+    finally:
+        line.close()
+    assert world.service.refusals[Code.LIMIT.code] >= 2
 
 
 @pytest.mark.parametrize(

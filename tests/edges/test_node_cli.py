@@ -439,6 +439,22 @@ def test_status_says_how_the_node_and_the_others_come_together(roles, said):
     assert _reach(Roster("run", 0, tuple(members), 0), "another") is None
 
 
+@pytest.mark.parametrize(
+    ("download", "said"),
+    [
+        (
+            {"what": "the model", "done": 2_100_000, "size": 4_300_000, "bytes_per_second": 8000.0},
+            "  getting the model: 2.1 MB of 4.3 MB at 8 kB/s",
+        ),
+        ({"what": "data", "done": 32_768, "size": 1e9, "bytes_per_second": 0.0}, "  getting data: 32.8 kB of 1 GB"),
+        ({"what": "rounds", "done": 9, "size": 144}, "  getting rounds: 9 of 144"),
+    ],
+)
+def test_status_says_how_far_a_download_is_and_how_fast_the_line(download, said):
+    assert said in screen.status_lines({**STATUS, "download": download})
+    assert not any("getting" in line for line in screen.status_lines({**STATUS, "download": None}))
+
+
 @pytest.mark.parametrize(("failed", "said"), [(0, ""), (1, "1 attempt at a round failed, the last one because why")])
 def test_status_counts_attempts_that_failed(failed, said):
     state = Rounds(Head(3, "0" * 64), "1" * 64, Consumed(), attempts_failed=failed, last_failure="why" * failed)

@@ -143,6 +143,7 @@ class RealDesk:
         self.auditor = self.audits(share=0.0)
         self.recounter = self.recounts(share=0.0)
         self.nobody_callable = False
+        self.check_deciding = lambda: None
 
     def audits(self, share):
         """An auditor without an evaluator: it asks, and measures nothing."""
