@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 THREADS_MAX: Final = 4096
 BATCH_MAX: Final = 65536
+CELSIUS_MIN: Final = 40  # many machines at rest are no colder
+CELSIUS_MAX: Final = 110  # beyond, processors switch themselves off
 MEGABITS_UP_MIN: Final = 1.0  # with less, the archive is filled more slowly than a coordinator waits for
 LISTEN_DEFAULT: Final = "[::]:0"  # IPv6 and IPv4: peers may have one of them only; port 0 is any free one
 MARKER: Final = ".barnraise"  # only a folder with this file in it is ever written to or removed from
@@ -59,11 +61,13 @@ class Settings:
     max_vram_bytes: int | None = None  # of an NVIDIA device
     hours: tuple[Hours, ...] = ()  # when it may train; none: always
     on_battery: bool = False
+    on_metered: bool = False
+    max_celsius: float | None = None
     training: bool = True  # else it votes, and averages for those who train
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.hours, self.on_battery)
+        return Policy(self.hours, self.on_battery, self.on_metered, self.max_celsius)
 
     @property
     def runtime(self) -> Path:
@@ -364,6 +368,13 @@ def _megabits(value: object) -> float:
     return float(text)
 
 
+def _celsius(value: object) -> float:
+    text = str(value).strip() if isinstance(value, int | float | str) and not isinstance(value, bool) else ""
+    if not re.fullmatch(r"[0-9]{2,3}(\.[0-9]{1,3})?", text) or not CELSIUS_MIN <= float(text) <= CELSIUS_MAX:
+        raise _wrong(value, f"degrees Celsius from {CELSIUS_MIN} to {CELSIUS_MAX}, such as 85")
+    return float(text)
+
+
 def _listen(value: object) -> str:
     found = _parsed(value)
     if found is None or not _is_ip(found.host):
@@ -441,6 +452,8 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "max_vram": _size,
     "hours": _hours,
     "on_battery": _truth,
+    "on_metered": _truth,
+    "max_celsius": _celsius,
     "training": _truth,
 }
 

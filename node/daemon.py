@@ -363,19 +363,20 @@ class Daemon:
         """What the owner's policy says, whenever that changes."""
         before = ""
         while True:
-            obstacle = self._obstacle()
+            obstacle = await self._obstacle()
             if obstacle != before:
                 log.info("policy", obstacle=obstacle or "none")
                 self._decider.post(session.ObstacleChanged(obstacle))
             before = obstacle
             await asyncio.sleep(POLICY_SECONDS)
 
-    def _obstacle(self) -> str:
+    async def _obstacle(self) -> str:
         """Why not to train now; where nothing is trained, why not to average: what is averaged has to be kept."""
         if not self._settings.training:
             room = self._blobs.has_room(self._update_bytes)
             return "" if room else "--max-disk, or the disk, leaves no room for another round"
-        obstacle = schedule.obstacle(self._settings.policy, hardware.conditions(self._settings.home))
+        conditions = await asyncio.to_thread(hardware.conditions, self._settings.home)
+        obstacle = schedule.obstacle(self._settings.policy, conditions)
         return obstacle if obstacle or self._blobs.has_room(0) else "this node's files have reached --max-disk"
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +22,12 @@ from protocol.limits import DISK_FREE_BYTES_MIN
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes about 2^63 for "no limit"
+_MANAGER = "org.freedesktop.NetworkManager"
+_METERED = ("busctl", "get-property", _MANAGER, "/org/freedesktop/NetworkManager", _MANAGER, "Metered")
+_METERED_SECONDS = 2.0
+_PROCESSORS = frozenset(
+    {"coretemp", "k10temp", "zenpower", "cpu_thermal", "amdgpu"}
+)  # as the kernel names their sensors
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,31 @@ def has_room(folder: Path) -> bool:
 
 
 def conditions(folder: Path) -> Conditions:
-    """How things are now; a machine without a battery, or whose system does not tell, is not on it."""
+    """How things are now; a machine without a battery, or whose system does not tell, is not on it; the same of its line."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     clock = time.localtime()
     return Conditions(
         minute=clock.tm_hour * 60 + clock.tm_min,
         on_battery=battery is not None and battery.power_plugged is False,
+        on_metered=_is_metered(),
+        celsius=_celsius(),
         disk_free_bytes=shutil.disk_usage(_existing(folder)).free,
     )
+
+
+def _is_metered() -> bool:
+    """Whether NetworkManager knows, or guesses, that the line costs what goes over it."""
+    try:
+        told = subprocess.run(_METERED, capture_output=True, text=True, timeout=_METERED_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return told.stdout.strip() in ("u 1", "u 3")
+
+
+def _celsius() -> float | None:
+    """Of the hottest processor."""
+    sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    return max((each.current for name in _PROCESSORS & set(sensors) for each in sensors[name]), default=None)
 
 
 def usable_threads(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:

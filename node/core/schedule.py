@@ -30,6 +30,8 @@ class Policy:
 
     hours: Sequence[Hours] = ()  # none: always
     on_battery: bool = False
+    on_metered: bool = False
+    max_celsius: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Conditions:
 
     minute: int  # since midnight
     on_battery: bool
+    on_metered: bool  # a line that is paid by what goes over it, such as a telephone's
+    celsius: float | None  # of the hottest processor; none where nothing tells
     disk_free_bytes: int
 
 
@@ -47,6 +51,10 @@ def obstacle(policy: Policy, now: Conditions) -> str:
         return f"outside of your hours, {', '.join(map(str, policy.hours))}"
     if now.on_battery and not policy.on_battery:
         return "this machine runs on its battery"
+    if now.on_metered and not policy.on_metered:
+        return "this machine's line is metered"
+    if policy.max_celsius is not None and now.celsius is not None and now.celsius >= policy.max_celsius:
+        return f"a processor has {now.celsius:.0f} °C, and may have {policy.max_celsius:g}"
     if now.disk_free_bytes < DISK_FREE_BYTES_MIN:
         return f"the disk has less than {DISK_FREE_BYTES_MIN >> 30} GiB left"
     return ""

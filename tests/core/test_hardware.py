@@ -107,6 +107,30 @@ def test_a_machine_is_on_its_battery_when_that_says_so(tmp_path, monkeypatch, ba
     assert not hardware.conditions(tmp_path).on_battery
 
 
+@pytest.mark.parametrize(("told", "on_it"), [("u 1", True), ("u 3", True), ("u 2", False), ("u 4", False), ("", False)])
+def test_a_line_is_metered_when_networkmanager_says_or_guesses_so(tmp_path, monkeypatch, told, on_it):
+    """As busctl prints it, seen with NetworkManager 1.42: 1 and 2 for what its owner said, 3 and 4 for guesses, 0 for neither."""
+    (tmp_path / "busctl").write_text(f'#!/bin/sh\ntest "$5" = Metered && echo "{told}"\n')
+    (tmp_path / "busctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert hardware.conditions(tmp_path).on_metered == on_it
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert not hardware.conditions(tmp_path).on_metered
+
+
+def test_a_machine_is_as_hot_as_its_hottest_processor(tmp_path, monkeypatch):
+    def sensor(*degrees):
+        return [SimpleNamespace(current=each, high=None, critical=None) for each in degrees]
+
+    told = {"coretemp": sensor(61.0, 72.5), "amdgpu": sensor(70.0), "nvme": sensor(93.0)}
+    monkeypatch.setattr(hardware.psutil, "sensors_temperatures", lambda: told, raising=False)
+    assert hardware.conditions(tmp_path).celsius == 72.5
+    told.clear()
+    assert hardware.conditions(tmp_path).celsius is None
+    monkeypatch.delattr(hardware.psutil, "sensors_temperatures")
+    assert hardware.conditions(tmp_path).celsius is None
+
+
 def test_what_starts_children_has_no_torch_in_it():
     """Nothing is forked after CUDA: each child is an interpreter of its own, and who starts them opens no device."""
     code = "import sys, node.daemon; sys.exit(bool({'torch', 'hivemind', 'multiprocessing.popen_fork'} & set(sys.modules)))"

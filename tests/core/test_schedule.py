@@ -1,4 +1,4 @@
-"""When a machine may train: its owner's hours, its battery, its disk."""
+"""When a machine may train: its owner's hours, its battery, its line, its heat, its disk."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 from node.core.schedule import Conditions, Hours, Policy, obstacle
 from protocol.limits import DISK_FREE_BYTES_MIN
 
-FINE = Conditions(minute=12 * 60, on_battery=False, disk_free_bytes=DISK_FREE_BYTES_MIN)
+FINE = Conditions(minute=12 * 60, on_battery=False, on_metered=False, celsius=None, disk_free_bytes=DISK_FREE_BYTES_MIN)
 NIGHT, LUNCH = Hours(22 * 60, 7 * 60), Hours(12 * 60, 13 * 60)
 
 
@@ -38,6 +38,25 @@ def test_on_its_battery_it_rests_unless_its_owner_allows_it():
     unplugged = replace(FINE, on_battery=True)
     assert "battery" in obstacle(Policy(), unplugged)
     assert obstacle(Policy(on_battery=True), unplugged) == ""
+
+
+def test_on_a_metered_line_it_rests_unless_its_owner_allows_it():
+    on_a_telephone = replace(FINE, on_metered=True)
+    assert "metered" in obstacle(Policy(), on_a_telephone)
+    assert obstacle(Policy(on_metered=True), on_a_telephone) == ""
+
+
+@pytest.mark.parametrize(
+    ("most", "celsius", "said"),
+    [
+        (85, 84.9, ""),
+        (85, 85, "a processor has 85 °C, and may have 85"),
+        (None, 105, ""),
+        (85, None, ""),
+    ],
+)
+def test_it_rests_while_it_is_hotter_than_its_owner_likes(most, celsius, said):
+    assert obstacle(Policy(max_celsius=most), replace(FINE, celsius=celsius)) == said
 
 
 def test_it_rests_while_the_disk_is_almost_full():

@@ -25,14 +25,14 @@ NEVER = Policy(hours=(Hours(0, 0),))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_node_that_trains_nothing_needs_room_for_a_round_and_no_leave_to_train(tmp_path, training):
+async def test_a_node_that_trains_nothing_needs_room_for_a_round_and_no_leave_to_train(tmp_path, training):
     blobs = BlobStore(tmp_path / "blobs", 4096)
     settings = SimpleNamespace(training=training, policy=NEVER, home=tmp_path)
     daemon = SimpleNamespace(_settings=settings, _blobs=blobs, _update_bytes=3000)
-    assert Daemon._obstacle(daemon) == ("outside of your hours, 00:00-00:00" if training else "")
+    assert await Daemon._obstacle(daemon) == ("outside of your hours, 00:00-00:00" if training else "")
     blobs.put_bytes(random.Random(0).randbytes(2000))
-    settings.policy = Policy(on_battery=True)
-    said = Daemon._obstacle(daemon)
+    settings.policy = Policy(on_battery=True, on_metered=True)
+    said = await Daemon._obstacle(daemon)
     assert said == ("" if training else "--max-disk, or the disk, leaves no room for another round")
 
 

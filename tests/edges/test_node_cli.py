@@ -596,6 +596,20 @@ def test_hours_are_read_as_people_write_them(tmp_path, written, meant):
     assert ", ".join(map(str, found.policy.hours)) == meant and found.policy.on_battery
 
 
+@pytest.mark.parametrize(("written", "meant"), [("85", 85.0), ("77.5", 77.5), ('"90"', 90.0)])
+def test_what_else_its_owner_allows_is_read(tmp_path, written, meant):
+    (tmp_path / "config.toml").write_text(f"max_celsius = {written}\non_metered = true")
+    policy = settings(Home(tmp_path), {}, {}).policy
+    assert policy.max_celsius == meant and policy.on_metered
+
+
+@pytest.mark.parametrize("written", ["20", "350", '"85 C"', "true", "nan"])
+def test_degrees_that_no_processor_has_are_refused_with_an_example(tmp_path, written):
+    (tmp_path / "config.toml").write_text(f"max_celsius = {written}")
+    with pytest.raises(Refused, match="such as 85"):
+        settings(Home(tmp_path), {}, {})
+
+
 @pytest.mark.parametrize(
     "written", ['""', '"night"', '"22-7"', '"22:00"', '"25:00-26:00"', '"08:00-08:00"', "8", '"8:60-9:00"']
 )
