@@ -68,7 +68,7 @@ DOOR = "door"  # the folder of the door's own sockets
 TICK_SECONDS = 0.5
 RENDEZVOUS_AGAIN_SECONDS = 5.0  # before another is started
 DISK_SECONDS = 10.0  # between two looks whether it can be written to again
-STATE_BYTES = 4  # of a checkpoint, for each parameter
+CHECKPOINT_BYTES = 4  # for each parameter
 LOG_SECONDS = 60.0  # between two looks at how large the logs are
 MISSED_HEARTBEATS = 3  # a node unheard of for so many is gone
 WEIGHT_CAP = 1 << 40  # tokens of one node in one round; the run's robust rules bound what they do
@@ -348,7 +348,7 @@ class Coordinator:
         """Whether there is room for a checkpoint, and the database takes a word."""
         with suppress(Refused):
             self.store.set("written", b"%d" % self.now_ms())
-            return self.blobs.has_room(STATE_BYTES * self.manifest.manifest.parameters)
+            return self.blobs.has_room(CHECKPOINT_BYTES * self.manifest.manifest.parameters)
         return False
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:

@@ -239,14 +239,13 @@ class _Outer(_End):
         if self._passage is None:
             self.transport.abort()
             return
+        self.transport.set_write_buffer_limits(high=BYTES_AHEAD)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, BYTES_AHEAD)
         # Python 3.11.2 begins to read after this method, whatever was paused in it; and reads nothing before the next.
         asyncio.get_running_loop().call_soon(self._come_in, self._passage)
 
     def _come_in(self, passage: Passage) -> None:
         self.transport.pause_reading()
-        self.transport.set_write_buffer_limits(high=BYTES_AHEAD)
-        line = self.transport.get_extra_info("socket")
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, BYTES_AHEAD)
         self._coming = asyncio.create_task(passage.to_the_door(self))
 
     def pause_writing(self) -> None:

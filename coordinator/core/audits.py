@@ -65,7 +65,6 @@ SEQUENCES_MIN: Final = 8  # of a contribution: the spread of fewer says little, 
 COMPLAINTS_SHARE: Final = 0.5  # of a round's members are asked for what others could not read: liars are a minority
 WORD_ROUNDS: Final = 64  # a word counts for so long; nor is another heard about the same member if it came to nothing
 
-
 Pair = tuple[NodeId, NodeId]  # accuser and accused
 
 
