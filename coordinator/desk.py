@@ -9,6 +9,7 @@ from coordinator.core import machine
 from coordinator.recounter import Recounter
 from coordinator.store import Store
 from protocol.blobs import BlobStore
+from protocol.errors import Refused
 from protocol.identity import Key
 from protocol.types import BaseCheckpoint, Digest, Shard, SignedManifest
 
@@ -38,6 +39,9 @@ class Desk(Protocol):
 
     def check_deciding(self) -> None:
         """Refuses where nothing is decided any more."""
+
+    def stand_still(self, trouble: Refused) -> None:
+        """The disk takes nothing: refuse, with what is told to others, and decide nothing until it does."""
 
     def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
         """Step the machine, carry out the effects, and tell which they were."""

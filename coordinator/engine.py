@@ -30,7 +30,7 @@ from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
 from protocol import address, console, p2pd
 from protocol.address import Address
-from protocol.blobs import BlobStore
+from protocol.blobs import BlobStore, full_disk_refused
 from protocol.errors import Code, Refused
 from protocol.exchange import packing_of
 from protocol.fold import fold, outer_of
@@ -327,11 +327,11 @@ class Coordinator:
         except Refused:
             if self._trouble is None:
                 raise
-            await self._stand_still(self._trouble, stopper)
+            await self._wait_for_the_disk(self._trouble, stopper)
             return not stopper.polite.is_set()
         return False
 
-    async def _stand_still(self, trouble: Refused, stopper: Stopper) -> None:
+    async def _wait_for_the_disk(self, trouble: Refused, stopper: Stopper) -> None:
         """Decide nothing until the disk can be written to, and say so: what is in memory is ahead of it. Nodes may have what
         it holds meanwhile."""
         for task in self._tasks:
@@ -367,10 +367,15 @@ class Coordinator:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        if not self._ended.done():
-            if isinstance(error, Refused) and error.reason in (Code.DISK_CAP, Code.DISK_BAD):
-                self._trouble = error
-            self._ended.set_exception(error)
+        if self._ended.done():
+            return
+        try:
+            with full_disk_refused(self._folder.path):
+                raise error
+        except BaseException as named:
+            if isinstance(named, Refused) and named.reason in (Code.DISK_CAP, Code.DISK_BAD):
+                self._trouble = named
+            self._ended.set_exception(named)
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -418,6 +423,11 @@ class Coordinator:
             raise Refused(Code.UNREACHABLE, "the coordinator cannot write to its disk", retry_seconds=DISK_SECONDS)
         if self._ended.done():
             raise Refused(Code.UNREACHABLE, "the coordinator is ending")
+
+    def stand_still(self, trouble: Refused) -> None:
+        """The disk takes nothing: refuse, with what is told to others, and decide nothing until it does."""
+        self._fail(trouble)
+        self.check_deciding()
 
     def submit(self, event: machine.Event) -> tuple[machine.Effect, ...]:
         """Step the machine and carry out what follows; what must last is in the database when this returns."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import sandbox
+from protocol.blobs import full_disk_refused
 from protocol.errors import Code, Refused
 from protocol.process import ChannelClosed, Child
 
@@ -22,10 +23,9 @@ STOP_SECONDS: Final = 2.0  # it holds nothing that would need saving
 class Evaluator:
     """Held-out loss and samples, one at a time. Whoever starts it must `stop` it; after CHILD_DIED start another."""
 
-    def __init__(self, child: Child, vector: Path, parameters: int) -> None:
+    def __init__(self, child: Child, vector: Path) -> None:
         self._child = child
         self._path = vector
-        self._vector = np.memmap(vector, np.float32, "r+", shape=(parameters,))
         self._turn = asyncio.Lock()
         self._exchanges: set[asyncio.Task[Mapping[str, Any]]] = set()
 
@@ -62,7 +62,7 @@ class Evaluator:
         except BaseException:
             Path(name).unlink()
             raise
-        evaluator = cls(child, Path(name), parameters)
+        evaluator = cls(child, Path(name))
         try:
             await evaluator._ask(
                 {
@@ -127,12 +127,17 @@ class Evaluator:
     async def _exchange(self, order: Mapping[str, Any], parameters: NDArray[np.float32] | None) -> Mapping[str, Any]:
         async with self._turn:
             if parameters is not None:
-                await asyncio.to_thread(np.copyto, self._vector, parameters)
+                await asyncio.to_thread(self._write, parameters)
             try:
                 await self._child.channel.send(order)
                 return (await self._child.channel.receive()).body
             except ChannelClosed as error:
                 raise Refused(Code.CHILD_DIED, "the evaluator ended in the middle of its work") from error
+
+    def _write(self, parameters: NDArray[np.float32]) -> None:
+        """Where its process has mapped them. Through a map of ours, a full disk would end us by a signal."""
+        with full_disk_refused(self._path.parent), self._path.open("r+b") as file:
+            file.write(np.ascontiguousarray(parameters, np.float32).data)
 
     def _ended(self, exchange: asyncio.Task[Mapping[str, Any]]) -> None:
         self._exchanges.discard(exchange)

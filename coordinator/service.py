@@ -236,9 +236,7 @@ class CoordinatorService:
         """What gRPC calls, with the name of the call. A refusal travels with its code; a surprise is logged under an id, and
         says nothing of us."""
         try:
-            if call not in READS:
-                self._desk.check_deciding()
-            return await self._calls[call](messages, context)
+            return await self._act(call, messages, context)
         except Refused as refusal:
             code, what = refusal.reason, canonical.shown(refusal.what)[:REFUSAL_CHARACTERS_MAX]
             retry_seconds = refusal.retry_seconds
@@ -254,6 +252,17 @@ class CoordinatorService:
         later = (("retry-after", f"{retry_seconds:.3f}"),) if retry_seconds else ()
         await context.abort(_status(code), what, (("barnraise-code", code.code), *later))
         raise AssertionError("abort raises")
+
+    async def _act(self, call: str, messages: Messages, context: Context) -> Any:
+        """A disk of ours that takes nothing is ours to mend, and not the caller's."""
+        if call not in READS:
+            self._desk.check_deciding()
+        try:
+            return await self._calls[call](messages, context)
+        except Refused as refused:
+            if refused.reason in (Code.DISK_CAP, Code.DISK_BAD) and call not in (*READS, "WriteBlob"):
+                self._desk.stand_still(refused)
+            raise
 
     async def _of_stranger(
         self, context: Context, act: Callable[[Any, Passage], Awaitable[T]], *, cost: float = 1.0

@@ -1,7 +1,10 @@
 """A whole coordinator whose disk is full: what it still does, and how it goes on."""
 
 import asyncio
+import os
 import secrets
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from protocol.errors import Code, Refused
 from protocol.identity import Key
 from protocol.v1 import barnraise_pb2 as wire
 
+ROOT = test_coordinator_cli.ROOT
 published_once, published = test_coordinator_cli.published_once, test_coordinator_cli.published
 
 
@@ -85,6 +89,8 @@ async def test_a_coordinator_whose_disk_is_full_lets_nodes_have_blobs_says_so_an
                 assert await said(asked) == "the coordinator cannot write to its disk"
             sentence = lives.newest._sentence()
             assert sentence.startswith(Code.DISK_CAP.code) and str(published.path) not in sentence
+            newcomer = Link(Door.of(invite.decode(text)), key=Key.generate(), transport_key=Key.generate())
+            assert await said(newcomer.open(life=1, invite=text)) == "the coordinator cannot write to its disk"
             base = lives.newest.base().blob
             assert await read(link, base) == lives.newest.blobs.read(base.digest)
             await asyncio.sleep(1)  # it has looked ten times
@@ -108,6 +114,46 @@ async def said(asked):
 async def read(link, ref):
     call = link._stub.ReadBlob(wire.ReadBlobRequest(digest=ref.digest), metadata=link._metadata())
     return b"".join([chunk.data async for chunk in call])
+
+
+async def test_who_comes_first_to_a_coordinator_with_a_full_disk_is_not_told_of_a_disk_of_its_own(
+    published, monkeypatch
+):
+    monkeypatch.setattr(blobs, "DISK_FREE_BYTES_MIN", 0)
+    async with Lives(published, monkeypatch) as lives:
+        text = lives.invite()
+        link = Link(Door.of(invite.decode(text)), key=Key.generate(), transport_key=Key.generate())
+        with files_of_at_most(2048):
+            assert await said(link.open(life=1, invite=text)) == "the coordinator cannot write to its disk"
+            assert lives.newest._sentence().startswith(Code.DISK_CAP.code)
+            await link.close()
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+import numpy as np
+from coordinator.evaluation import Evaluator
+from protocol.errors import Code, Refused
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+path = folder / "vector"
+path.touch()
+try:
+    Evaluator(None, path)._write(np.ones(1 << 20, np.float32))
+except Refused as refused:
+    assert refused.reason is Code.DISK_CAP, refused
+else:
+    raise AssertionError("it was written")
+"""
+
+
+def test_the_evaluators_numbers_are_refused_by_a_full_disk_and_no_signal_ends_the_coordinator(tmp_path):
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no mounts in a namespace of one's own here")
+    inside = ["unshare", "-rm", sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(inside, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_coordinator_that_waits_for_its_disk_ends_when_it_is_asked_to(published, monkeypatch):
