@@ -70,7 +70,7 @@ class Code(Enum):
     UPDATE_BAD = ("E-UPDATE-001", Exit.INTEGRITY, "The part was dropped; the round goes on without it.")
     RECORD_BAD = ("E-LOG-001", Exit.INTEGRITY, "The record was refused; nothing was changed.")
     STATE_MISMATCH = ("E-LOG-002", Exit.INTEGRITY, "Run barnraise leave --purge and join again; tell the researcher.")
-    UNREACHABLE = ("E-NET-001", Exit.NETWORK, "Check the connection; the node keeps trying.")
+    UNREACHABLE = ("E-NET-001", Exit.NETWORK, "Check the connection; a node that is in the run keeps trying.")
     PORT_IN_USE = ("E-NET-002", Exit.NETWORK, "Use another port, or stop the program that holds it.")
     NOBODY_CALLABLE = (
         "E-NET-003",
