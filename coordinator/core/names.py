@@ -11,6 +11,7 @@ from typing import Final
 from protocol.limits import NAME_CHARACTERS_MAX
 from protocol.types import NodeId
 
+MARKS_MAX: Final = 2  # on one letter
 _ANIMALS: Final = re.findall(
     r"\w+",
     """
@@ -40,10 +41,12 @@ def visible(text: str) -> str:
     kept, marks = [], 0
     for character in unicodedata.normalize("NFC", text[:1024]):
         kind = unicodedata.category(character)
-        marks = marks + 1 if kind.startswith("M") else 0
         if kind.startswith("Z") or character in "\t\n\r":
-            kept.append(" ")
-        elif not kind.startswith("C") and marks <= 2 and character not in "\u115f\u1160\u3164\uffa0\u2800":
+            character = " "
+        elif kind.startswith("C") or character in "\u115f\u1160\u3164\uffa0\u2800":
+            continue  # and the marks around it stand on one letter
+        marks = marks + 1 if kind.startswith("M") else 0
+        if marks <= MARKS_MAX:
             kept.append(character)
     return unicodedata.normalize("NFC", " ".join("".join(kept).split()))
 
