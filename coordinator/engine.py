@@ -67,6 +67,7 @@ IDENTITY = "p2p.identity"
 DOOR = "door"  # the folder of the door's own sockets
 TICK_SECONDS = 0.5
 RENDEZVOUS_AGAIN_SECONDS = 5.0  # before another is started
+ENDING_SECONDS = 5.0  # another may be there by then
 DISK_SECONDS = 10.0  # between two looks whether it can be written to again
 CHECKPOINT_BYTES = 4  # for each parameter
 LOG_SECONDS = 60.0  # between two looks at how large the logs are
@@ -422,7 +423,7 @@ class Coordinator:
         if self._trouble is not None:
             raise Refused(Code.UNREACHABLE, "the coordinator cannot write to its disk", retry_seconds=DISK_SECONDS)
         if self._ended.done():
-            raise Refused(Code.UNREACHABLE, "the coordinator is ending")
+            raise Refused(Code.UNREACHABLE, "the coordinator is ending", retry_seconds=ENDING_SECONDS)
 
     def stand_still(self, trouble: Refused) -> None:
         """The disk takes nothing: refuse, with what is told to others, and decide nothing until it does."""

@@ -739,6 +739,7 @@ _STATUS: Final = {
     Code.LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.INTERNAL: grpc.StatusCode.INTERNAL,
+    Code.UNREACHABLE: grpc.StatusCode.UNAVAILABLE,
 }
 _STATUS_OF_EXIT: Final = {
     Exit.REFUSED: grpc.StatusCode.PERMISSION_DENIED,

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -77,6 +78,7 @@ STALL_SECONDS: Final = 60.0  # a download from which nothing comes for so long i
 LEAVE_SECONDS: Final = 5.0  # whoever leaves does not wait for long
 BUSY_TRIES: Final = 6  # of one call, some minutes in all: as long as a network of many nodes takes to be let in
 BUSY_SECONDS_MAX: Final = 60.0  # of one wait, whatever the coordinator says
+PIN_SECONDS: Final = 30.0  # some tries
 UPLOAD_BYTES_PER_SECOND_MIN: Final = 16 << 10
 RECONNECT_MS: Final = (
     500,
@@ -226,6 +228,9 @@ class Link:
         self._silent_epoch: Epoch | None = None
         self._manifest: Manifest | None = None
         self._opening = asyncio.Lock()
+        self._pins: dict[
+            address.Address, tuple[tls.Pinned, float]
+        ] = {}  # what each address has shown, and until when it counts
 
     def expect(self, manifest: Manifest) -> None:
         """What this coordinator said its run is: it may not say anything else from here on."""
@@ -242,7 +247,9 @@ class Link:
         async with self._opening:
             self._hello = _Hello(invite, name, tuple(addresses)[:ADDRESSES_MAX], software, life)
             await self._connect()
-            return await self._enter()
+            opened = await self._enter()
+            self._pins.clear()  # who comes back later looks anew
+            return opened
 
     async def heartbeat(self, beat: Beat, *, wait_seconds: float = 0.0) -> News:
         """Say how things are; answered at once when there is news, else after about `wait_seconds`."""
@@ -404,14 +411,7 @@ class Link:
             if found is None:
                 continue
             try:
-                pinned = await asyncio.to_thread(
-                    tls.fetch_pinned,
-                    found,
-                    self.door.fingerprint,
-                    self.door.run,
-                    newest=self.door.endorsed,
-                    timeout_seconds=CONNECT_SECONDS,
-                )
+                pinned = await self._pinned(found)
             except Refused as refusal:
                 failures.append(refusal)
                 continue
@@ -425,6 +425,16 @@ class Link:
             return
         impostors = [refusal for refusal in failures if refusal.reason is Code.PIN_MISMATCH]
         raise next(iter(impostors + failures), Refused(Code.UNREACHABLE, "no address of the coordinator is known"))
+
+    async def _pinned(self, at: address.Address) -> tls.Pinned:
+        """The certificate that this address shows. Who tries again soon does not look again: a coordinator to which everybody
+        comes at once has half as many connections to take."""
+        known, until = self._pins.get(at, (None, 0.0))
+        if known is None or time.monotonic() > until or known.number < self.door.endorsed:
+            fetching = partial(tls.fetch_pinned, newest=self.door.endorsed, timeout_seconds=CONNECT_SECONDS)
+            known = await asyncio.to_thread(fetching, at, self.door.fingerprint, self.door.run)
+            self._pins[at] = known, time.monotonic() + PIN_SECONDS
+        return known
 
     async def _enter(self) -> Opened:
         """Answer a challenge with both keys; then check all that is said in return."""

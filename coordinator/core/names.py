@@ -6,12 +6,14 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from protocol.limits import NAME_CHARACTERS_MAX
 from protocol.types import NodeId
 
 MARKS_MAX: Final = 2  # on one letter
+NAMES_KEPT: Final = 4096  # as people see them: whoever comes is compared with all who have
 _ANIMALS: Final = re.findall(
     r"\w+",
     """
@@ -66,6 +68,7 @@ def generated_name(node: NodeId) -> str:
     return f"{_ADJECTIVES[seed[0] % len(_ADJECTIVES)]}-{_ANIMALS[seed[1] % len(_ANIMALS)]}"
 
 
+@lru_cache(maxsize=NAMES_KEPT)
 def _skeleton(name: str) -> str:
     """What a hurried reader sees: equal for names that look alike."""
     plain = unicodedata.normalize("NFKD", name).casefold()

@@ -13,12 +13,14 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import grpc
 import structlog
 
 import node.link
-from node.link import Door, Link
+from node.core.backoff import wait_seconds
+from node.link import Beat, Door, Link
 from protocol import tls
 from protocol.errors import Refused
 from protocol.identity import Key
@@ -211,17 +213,43 @@ async def event_readers(told, until, count):
     await asyncio.sleep(max(0.0, until - time.monotonic()))
 
 
+async def herd(told, until, count):
+    """Honest nodes after an outage, all at once: each waits as it is told, until its first heartbeat is answered."""
+    door = Door((f"127.0.0.1:{told['door']}",), told["fingerprint"], told["run"])
+
+    links = []  # they stay
+
+    async def node(number):
+        link = Link(door, key=Key.generate(), transport_key=Key.generate())
+        failures, luck = 0, Random(number)
+        while time.monotonic() < until:
+            try:
+                await link.open(life=1, invite=told["invites"][number])
+                await link.heartbeat(Beat("syncing"))
+            except Refused as refused:
+                done[refused.reason.code] += 1
+                failures += 1
+                await asyncio.sleep(wait_seconds(failures=failures, luck=luck.random()))
+            else:
+                done["in"] += 1
+                links.append(link)
+                return
+
+    await in_parallel(node, at_once=count)
+
+
 ATTACKS = {
     each.__name__: each
     for each in (
         joins_of_one, joins_of_many, calls_of_strangers, calls_of_members, slow_door, slow_page, huge_messages,
-        event_readers,
+        event_readers, herd,
     )
 }  # fmt: skip
 
 
 async def main() -> None:
-    name, told, seconds, count = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    name, seconds, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    told = json.load(sys.stdin)
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # what is printed here is one line
     began = time.monotonic()
     with suppress(TimeoutError):
