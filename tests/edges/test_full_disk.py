@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import test_coordinator_cli
 from test_durability import files_of_at_most
@@ -89,6 +90,11 @@ async def test_a_coordinator_whose_disk_is_full_lets_nodes_have_blobs_says_so_an
                 assert await said(asked) == "the coordinator cannot write to its disk"
             sentence = lives.newest._sentence()
             assert sentence.startswith(Code.DISK_CAP.code) and str(published.path) not in sentence
+            call = link._stub.Heartbeat(wire.HeartbeatRequest(activity="training"), metadata=link._metadata())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert ("retry-after", "0.100") in tuple(caught.value.trailing_metadata())
             newcomer = Link(Door.of(invite.decode(text)), key=Key.generate(), transport_key=Key.generate())
             assert await said(newcomer.open(life=1, invite=text)) == "the coordinator cannot write to its disk"
             base = lives.newest.base().blob

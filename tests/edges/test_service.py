@@ -1,6 +1,7 @@
 """The door and the link: real gRPC over TLS on loopback, a real store, real blobs, the real machine."""
 
 import asyncio
+import math
 import re
 import socket
 import ssl
@@ -30,7 +31,7 @@ from node.core.session import LinkLost
 from node.liaison import Liaison
 from node.link import Beat, Door, Link
 from node.membership import STANDING, Membership
-from protocol import canonical, contribution, identity, invite, tls
+from protocol import address, canonical, contribution, identity, invite, tls
 from protocol.blobs import BlobStore, digest_of
 from protocol.codec import codec
 from protocol.contribution import Complaint, grant_of
@@ -1812,6 +1813,22 @@ def test_a_name_that_looks_like_anothers_gets_a_part_of_the_key(twin):
     name = distinct_name(twin, "ab" * 32, ["heron"])
     assert name.endswith("-abababab")
     assert len(name) <= 40
+
+
+async def test_who_tries_again_soon_does_not_look_at_the_certificate_again_until_it_was_let_in(world, monkeypatch):
+    looks, look = [], tls.fetch_pinned
+    monkeypatch.setattr(tls, "fetch_pinned", lambda *given, **more: looks.append(1) or look(*given, **more))
+    link = world.link()
+    for _ in range(2):
+        assert (await refused(link.open(life=1))).reason is Code.NOT_ADMITTED
+    await link.open(life=1, invite=world.invite())
+    assert len(looks) == 1
+    await link.open(life=2)
+    assert len(looks) == 2
+    link.door = replace(link.door, endorsed=10**15)  # it has heard of a newer one meanwhile
+    link._pins[address.parse(link.door.addresses[0])] = tls.Pinned(b"", "", 7), math.inf
+    assert (await refused(link.open(life=3))).reason is Code.PIN_MISMATCH
+    assert len(looks) == 3
 
 
 def test_nobody_is_called_coordinator():
