@@ -32,7 +32,7 @@ class Row:
     lacking: str = ""  # what no test shows; or why the row does not apply
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in sets
 class Outcomes:
     """A pytest plugin: what became of each test, whatever its parameters."""
 

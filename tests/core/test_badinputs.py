@@ -50,3 +50,7 @@ def test_every_test_that_the_threats_name_is_there():
         else:
             assert name in functions_of(path), f"{path}::{name}"
     assert len(set(numbers)) == len(numbers) > 0
+
+
+def test_what_counts_the_outcomes_can_be_kept_in_a_set_as_pytest_does_where_tests_come_from_several_folders():
+    assert len({badinputs.Outcomes(), badinputs.Outcomes()}) == 2
