@@ -30,7 +30,7 @@ from coordinator.rendezvous import Rendezvous
 from coordinator.store import Evaluation, Order, Store, backup_of
 from protocol import address, console, p2pd
 from protocol.address import Address
-from protocol.blobs import BlobStore, full_disk_refused
+from protocol.blobs import BlobStore, disk_refusal
 from protocol.errors import Code, Refused
 from protocol.exchange import packing_of
 from protocol.fold import fold, outer_of
@@ -370,13 +370,8 @@ class Coordinator:
     def _fail(self, error: BaseException) -> None:
         if self._ended.done():
             return
-        try:
-            with full_disk_refused(self._folder.path):
-                raise error
-        except BaseException as named:
-            if isinstance(named, Refused) and named.reason in (Code.DISK_CAP, Code.DISK_BAD):
-                self._trouble = named
-            self._ended.set_exception(named)
+        self._trouble = disk_refusal(error, self._folder.path)
+        self._ended.set_exception(self._trouble or error)
 
     async def _close(self) -> None:
         for task in self._tasks:

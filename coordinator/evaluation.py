@@ -51,6 +51,9 @@ class Evaluator:
         handle, name = tempfile.mkstemp(prefix="evaluator-", suffix=".f32", dir=folder)
         try:
             os.truncate(handle, 4 * parameters)
+        except BaseException:
+            Path(name).unlink()
+            raise
         finally:
             os.close(handle)
         reads = [path for path in (Path(name), heldout, tokenizer, *audited) if path is not None]

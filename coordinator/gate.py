@@ -159,11 +159,11 @@ class Passage:
         ahead of a ping or an answer. gRPC itself takes as much as it is given, and the system some 200 KiB of that."""
         await self._room.wait()
 
-    def has_room(self, *, has: bool) -> None:
-        if has:
-            self._room.set()
-        else:
-            self._room.clear()
+    def filled(self) -> None:
+        self._room.clear()
+
+    def drained(self) -> None:
+        self._room.set()
 
     async def to_the_door(self, end: _End) -> None:
         loop = asyncio.get_running_loop()
@@ -240,7 +240,7 @@ class _Outer(_End):
             self.transport.abort()
             return
         self.transport.set_write_buffer_limits(high=BYTES_AHEAD)
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, BYTES_AHEAD)
+        self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, BYTES_AHEAD)
         # Python 3.11.2 begins to read after this method, whatever was paused in it; and reads nothing before the next.
         asyncio.get_running_loop().call_soon(self._come_in, self._passage)
 
@@ -251,12 +251,12 @@ class _Outer(_End):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._passage is not None:
-            self._passage.has_room(has=False)
+            self._passage.filled()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._passage is not None:
-            self._passage.has_room(has=True)
+            self._passage.drained()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)

@@ -41,7 +41,7 @@ from coordinator.transfers import Chunk, Transfers
 from coordinator.turns import Turns
 from protocol import address, canonical, identity, invite, p2pd
 from protocol.contribution import Complaint, check_genuine, check_shape, sign_grant
-from protocol.errors import Code, Exit, Refused
+from protocol.errors import DISK_CODES, Code, Exit, Refused
 from protocol.identity import peer_id_of
 from protocol.limits import (
     ADDRESSES_MAX,
@@ -260,7 +260,7 @@ class CoordinatorService:
         try:
             return await self._calls[call](messages, context)
         except Refused as refused:
-            if refused.reason in (Code.DISK_CAP, Code.DISK_BAD) and call not in (*READS, "WriteBlob"):
+            if refused.reason in DISK_CODES and call not in (*READS, "WriteBlob"):
                 self._desk.stand_still(refused)
             raise
 

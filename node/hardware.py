@@ -25,9 +25,8 @@ _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes about 2^63 for "no limit"
 _MANAGER = "org.freedesktop.NetworkManager"
 _METERED = ("busctl", "get-property", _MANAGER, "/org/freedesktop/NetworkManager", _MANAGER, "Metered")
 _METERED_SECONDS = 2.0
-_PROCESSORS = frozenset(
-    {"coretemp", "k10temp", "zenpower", "cpu_thermal", "amdgpu"}
-)  # as the kernel names their sensors
+# As the kernel names their sensors.
+_PROCESSORS = frozenset({"coretemp", "k10temp", "zenpower", "cpu_thermal", "amdgpu"})
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,8 @@ class Link:
         self._silent_epoch: Epoch | None = None
         self._manifest: Manifest | None = None
         self._opening = asyncio.Lock()
-        self._pins: dict[
-            address.Address, tuple[tls.Pinned, float]
-        ] = {}  # what each address has shown, and until when it counts
+        # What each address has shown, and until when that counts.
+        self._pins: dict[address.Address, tuple[tls.Pinned, float]] = {}
 
     def expect(self, manifest: Manifest) -> None:
         """What this coordinator said its run is: it may not say anything else from here on."""

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import BinaryIO, Final
 
 from protocol.canonical import shown
-from protocol.errors import Code, Refused
+from protocol.errors import DISK_CODES, Code, Refused
 from protocol.limits import BLOB_BYTES_MAX, BLOB_CHUNK_BYTES, DISK_FREE_BYTES_MIN
 from protocol.types import BlobRef, Digest
 
@@ -93,11 +93,21 @@ def full_disk_refused(folder: Path, *, fix: str | None = None) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno in _FAILS:
-            raise Refused(Code.DISK_BAD, f"the disk fails: {folder}: {error.strerror}") from None
-        if error.errno not in _NO_ROOM:
+        refusal = disk_refusal(error, folder, fix=fix)
+        if refusal is None:
             raise
-        raise Refused(Code.DISK_CAP, f"no room to write to {folder}: {error.strerror}", fix=fix) from None
+        raise refusal from None
+
+
+def disk_refusal(error: BaseException, folder: Path, *, fix: str | None = None) -> Refused | None:
+    """The refusal for a disk that is full, fails, or became read-only, as it is or of what the system says; none for others."""
+    if isinstance(error, Refused) and error.reason in DISK_CODES:
+        return error
+    if isinstance(error, OSError) and error.errno in _FAILS:
+        return Refused(Code.DISK_BAD, f"the disk fails: {folder}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return Refused(Code.DISK_CAP, f"no room to write to {folder}: {error.strerror}", fix=fix)
+    return None
 
 
 class BlobStore:

@@ -126,6 +126,7 @@ class Code(Enum):
         return self.value[2]
 
 
+DISK_CODES = frozenset({Code.DISK_CAP, Code.DISK_BAD})  # of a disk that takes nothing
 _BY_CODE = {member.code: member for member in Code}
 
 

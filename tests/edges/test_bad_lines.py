@@ -43,11 +43,8 @@ async def test_while_a_model_comes_over_the_slowest_line_a_heartbeat_is_answered
     world, tmp_path, monkeypatch
 ):
     """All of it was handed over at once before, and the connection given up as its pings waited behind that."""
-    line, handed, ahead = (
-        Line(round_trip=0.1, jitter=0.1, loss=0.0, bytes_per_second=transfers.BYTES_PER_SECOND_MIN),
-        [],
-        [],
-    )
+    line = Line(round_trip=0.1, jitter=0.1, loss=0.0, bytes_per_second=transfers.BYTES_PER_SECOND_MIN)
+    handed, ahead = [], []
     port = await line.lead("127.0.0.1", world.server.port)
     send = Transfers.send
 

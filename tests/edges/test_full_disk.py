@@ -97,6 +97,7 @@ async def test_a_coordinator_whose_disk_is_full_lets_nodes_have_blobs_says_so_an
             assert ("retry-after", "0.100") in tuple(caught.value.trailing_metadata())
             newcomer = Link(Door.of(invite.decode(text)), key=Key.generate(), transport_key=Key.generate())
             assert await said(newcomer.open(life=1, invite=text)) == "the coordinator cannot write to its disk"
+            await newcomer.close()
             base = lives.newest.base().blob
             assert await read(link, base) == lives.newest.blobs.read(base.digest)
             await asyncio.sleep(1)  # it has looked ten times

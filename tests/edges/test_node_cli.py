@@ -192,9 +192,7 @@ def test_help_and_status_take_little_of_the_processor(running, words):
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     home, _ = running
-    libraries = cpu_seconds(
-        code="import asyncio, pydantic, typer"
-    )  # what they cannot do without: 0.2 s on a quiet machine
+    libraries = cpu_seconds(code="import asyncio, pydantic, typer")  # what they cannot do without
     assert cpu_seconds(*words) < 4 * libraries  # torch alone would be ten times as much
 
 

@@ -1815,6 +1815,17 @@ def test_a_name_that_looks_like_anothers_gets_a_part_of_the_key(twin):
     assert len(name) <= 40
 
 
+def test_nobody_is_called_coordinator():
+    assert distinct_name("C\u043eordinator", "ab" * 32, []) != "C\u043eordinator"
+    assert len(distinct_name("x" * 40, "ab" * 32, ["x" * 40])) == 40
+    assert distinct_name("heron", "ab" * 32, ["otter"]) == "heron"
+
+
+def test_generated_names_are_two_words_that_stay():
+    assert generated_name("ab" * 32) == generated_name("ab" * 32)
+    assert visible(generated_name("cd" * 32)).count("-") == 1
+
+
 async def test_who_tries_again_soon_does_not_look_at_the_certificate_again_until_it_was_let_in(world, monkeypatch):
     looks, look = [], tls.fetch_pinned
     monkeypatch.setattr(tls, "fetch_pinned", lambda *given, **more: looks.append(1) or look(*given, **more))
@@ -1829,17 +1840,6 @@ async def test_who_tries_again_soon_does_not_look_at_the_certificate_again_until
     link._pins[address.parse(link.door.addresses[0])] = tls.Pinned(b"", "", 7), math.inf
     assert (await refused(link.open(life=3))).reason is Code.PIN_MISMATCH
     assert len(looks) == 3
-
-
-def test_nobody_is_called_coordinator():
-    assert distinct_name("C\u043eordinator", "ab" * 32, []) != "C\u043eordinator"
-    assert len(distinct_name("x" * 40, "ab" * 32, ["x" * 40])) == 40
-    assert distinct_name("heron", "ab" * 32, ["otter"]) == "heron"
-
-
-def test_generated_names_are_two_words_that_stay():
-    assert generated_name("ab" * 32) == generated_name("ab" * 32)
-    assert visible(generated_name("cd" * 32)).count("-") == 1
 
 
 def test_a_door_is_kept_and_found_again(tmp_path):

@@ -216,7 +216,6 @@ async def event_readers(told, until, count):
 async def herd(told, until, count):
     """Honest nodes after an outage, all at once: each waits as it is told, until its first heartbeat is answered."""
     door = Door((f"127.0.0.1:{told['door']}",), told["fingerprint"], told["run"])
-
     links = []  # they stay
 
     async def node(number):
