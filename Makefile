@@ -21,12 +21,12 @@ demo: $(STAMP)
 	$(BIN)/barnraise demo $(ARGS)
 
 # The longest files first, then the quick ones; whole swarms (tests/e2e) last and one at a time: each wants both cores.
-# Not among them: ARGS="tests/e2e -m long", and what make chaos does.
+# Not among them: ARGS="tests -m long", and what make chaos does.
 test: $(STAMP)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/sim tests/edges tests/core
+	$(BIN)/python -m pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder tests/sim tests/edges tests/core
 	$(BIN)/python -m pytest -m "not long" tests/e2e
 endif
 

@@ -50,7 +50,8 @@ def ledger_text(books: Books, now_ms: int) -> str:
             f"{each['tokens']:,}",
             f"{each['undone_tokens']:,}" if each["undone_tokens"] else "",
             f"{each['rounds']:,}",
-            _frozen_text(each),
+            f"{each['frozen_tokens']:,}" if each["frozen_tokens"] else "",
+            console.printable(each["shut_out"] or "yes") if each["shut_out"] is not None else "",
         )
         for each in facts["nodes"]
     ]
@@ -60,17 +61,12 @@ def ledger_text(books: Books, now_ms: int) -> str:
     if facts["undone_records"]:
         undone = f"{counted(facts['undone_records'], 'record')} and {facts['undone_tokens']:,} tokens"
         total += f"; {counted(len(facts['rollbacks']), 'rollback')} undid {undone} of them, credited all the same"
-    head: tuple[str, ...] = ("NAME", "NODE", "TOKENS", "UNDONE", "ROUNDS", "SHUT OUT")
-    if not any(row[-1] for row in rows):
+    if facts["frozen_tokens"]:
+        total += f"; {facts['frozen_tokens']:,} of them are frozen: audits found them void, or their node was shut out before"
+    head: tuple[str, ...] = ("NAME", "NODE", "TOKENS", "UNDONE", "ROUNDS", "FROZEN", "SHUT OUT")
+    while not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return f"{table_text(head, rows)}\n{total}."
-
-
-def _frozen_text(each: Mapping[str, Any]) -> str:
-    """Why a node is shut out, and what of its credit came after that; empty for any other."""
-    if each["shut_out"] is None:
-        return ""
-    return console.printable(each["shut_out"] or "yes") + f"; {each['frozen_tokens']:,} tokens since then are frozen"
 
 
 def verdict_text(verdict: Verdict) -> str:

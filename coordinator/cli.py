@@ -21,7 +21,7 @@ import typer
 
 from coordinator.accounts import SHORT_ID, ledger_facts, ledger_text, rollback_facts, rollback_text, verdict_text
 from coordinator.check import corpus_facts, corpus_rows, examine, plan_rows
-from coordinator.core.strikes import Kind
+from coordinator.core.strikes import Kind, by_node, void
 from coordinator.output import loss_text, rows_text, table_text, to_json, when_text
 from coordinator.reach import helper_command, listening, reachable
 from coordinator.serving import configure_log, serve
@@ -732,9 +732,11 @@ def _export(folder: RunFolder, spec: RunSpec, store: Store, to: Path, round_numb
     state = rebuild(store, blobs, manifest, round_number)
     digest = state.digest()
     credit: dict[Any, int] = {}
+    nothing = {node: void(trail) for node, trail in by_node(store.marks()).items()}
     for entry in store.entries(0, state.round):
         for each in entry.record.contributions:
-            credit[each.node] = credit.get(each.node, 0) + each.tokens
+            if each.update not in nothing.get(each.node, ()):
+                credit[each.node] = credit.get(each.node, 0) + each.tokens
     names = store.names()
     ranked = sorted(credit.items(), key=lambda item: (-item[1], item[0]))
     measured = {row.round: row.heldout for row in store.history()}

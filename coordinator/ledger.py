@@ -42,7 +42,7 @@ from protocol.types import (
 
 T = TypeVar("T")
 
-SCHEMA: Final = 3  # of coordinator/store.py
+SCHEMA: Final = 4  # of coordinator/store.py
 LOOKS_MAX: Final = 3  # a checkpoint that goes while it is being read is no finding
 _SUM_BYTES: Final = 4  # CRC-32 before each value
 _BUSY_SECONDS: Final = 5.0

@@ -67,7 +67,7 @@ from protocol.types import (
     SignedRoster,
 )
 
-SCHEMA: Final = 3  # raised when an older program could misread a newer database
+SCHEMA: Final = 4  # raised when an older program could misread a newer database
 EVENTS_KEPT: Final = 10_000  # lines of history; older ones go
 BUSY_SECONDS: Final = 5.0  # another command, such as `invite create`, holds the database for milliseconds
 _SUM_BYTES: Final = 4  # a checksum before each value: SQLite has none, and sees no rot inside a row

@@ -63,11 +63,12 @@ class Settings:
     on_battery: bool = False
     on_metered: bool = False
     max_celsius: float | None = None
+    rest_beside: tuple[str, ...] = ()  # names of programs: while one of them runs, it does not train
     training: bool = True  # else it votes, and averages for those who train
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.hours, self.on_battery, self.on_metered, self.max_celsius)
+        return Policy(self.hours, self.on_battery, self.on_metered, self.max_celsius, self.rest_beside)
 
     @property
     def runtime(self) -> Path:
@@ -375,6 +376,13 @@ def _celsius(value: object) -> float:
     return float(text)
 
 
+def _programs(value: object) -> tuple[str, ...]:
+    names = tuple(name.strip().lower().removesuffix(".exe") for name in _string(value).split(","))
+    if not all(names) or any("/" in name or "\\" in name for name in names):
+        raise _wrong(value, "names of programs without a path, such as blender, or several with commas between them")
+    return names
+
+
 def _listen(value: object) -> str:
     found = _parsed(value)
     if found is None or not _is_ip(found.host):
@@ -454,6 +462,7 @@ _PARSERS: Final[Mapping[str, Callable[[object], Any]]] = {
     "on_battery": _truth,
     "on_metered": _truth,
     "max_celsius": _celsius,
+    "rest_beside": _programs,
     "training": _truth,
 }
 

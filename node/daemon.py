@@ -363,20 +363,24 @@ class Daemon:
         """What the owner's policy says, whenever that changes."""
         before = ""
         while True:
-            obstacle = await self._obstacle()
+            obstacle = await self._obstacle(rests=bool(before))
             if obstacle != before:
                 log.info("policy", obstacle=obstacle or "none")
                 self._decider.post(session.ObstacleChanged(obstacle))
             before = obstacle
             await asyncio.sleep(POLICY_SECONDS)
 
-    async def _obstacle(self) -> str:
+    async def _obstacle(self, *, rests: bool = False) -> str:
         """Why not to train now; where nothing is trained, why not to average: what is averaged has to be kept."""
         if not self._settings.training:
             room = self._blobs.has_room(self._update_bytes)
             return "" if room else "--max-disk, or the disk, leaves no room for another round"
-        conditions = await asyncio.to_thread(hardware.conditions, self._settings.home)
-        obstacle = schedule.obstacle(self._settings.policy, conditions)
+        policy = self._settings.policy
+        heat = policy.max_celsius is not None
+        conditions = await asyncio.to_thread(
+            hardware.conditions, self._settings.home, heat=heat, programs=policy.rest_beside
+        )
+        obstacle = schedule.obstacle(policy, conditions, rests=rests)
         return obstacle if obstacle or self._blobs.has_room(0) else "this node's files have reached --max-disk"
 
     async def _stop_when_asked(self, stopper: Stopper) -> None:

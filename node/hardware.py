@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes about 2^63 for "no limit"
 _MANAGER = "org.freedesktop.NetworkManager"
 _METERED = ("busctl", "get-property", _MANAGER, "/org/freedesktop/NetworkManager", _MANAGER, "Metered")
 _METERED_SECONDS = 2.0
+_NVIDIA = ("nvidia-smi", "--query-gpu=temperature.gpu", "--format=csv,noheader,nounits")
+_NVIDIA_SECONDS = 4.0  # it loads the driver where nothing else has
 # As the kernel names their sensors.
 _PROCESSORS = frozenset({"coretemp", "k10temp", "zenpower", "cpu_thermal", "amdgpu"})
 
@@ -83,32 +85,48 @@ def has_room(folder: Path) -> bool:
     return shutil.disk_usage(_existing(folder)).free >= DISK_FREE_BYTES_MIN
 
 
-def conditions(folder: Path) -> Conditions:
-    """How things are now; a machine without a battery, or whose system does not tell, is not on it; the same of its line."""
+def conditions(folder: Path, *, heat: bool = True, programs: Collection[str] = ()) -> Conditions:
+    """How things are now; a machine without a battery, or whose system does not tell, is not on it; the same of its line.
+
+    Without `heat` nobody is asked how hot it is. `programs` are looked for, in small letters and without ".exe"."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     clock = time.localtime()
     return Conditions(
         minute=clock.tm_hour * 60 + clock.tm_min,
         on_battery=battery is not None and battery.power_plugged is False,
         on_metered=_is_metered(),
-        celsius=_celsius(),
+        celsius=_celsius() if heat else None,
         disk_free_bytes=shutil.disk_usage(_existing(folder)).free,
+        programs=frozenset(programs) & _running() if programs else frozenset(),
     )
+
+
+def _running() -> set[str]:
+    """Names of all processes that this user may see."""
+    names = (each.info["name"] or "" for each in psutil.process_iter(["name"]))
+    return {name.lower().removesuffix(".exe") for name in names}
 
 
 def _is_metered() -> bool:
     """Whether NetworkManager knows, or guesses, that the line costs what goes over it."""
-    try:
-        told = subprocess.run(_METERED, capture_output=True, text=True, timeout=_METERED_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return told.stdout.strip() in ("u 1", "u 3")
+    return _told(*_METERED, seconds=_METERED_SECONDS).strip() in ("u 1", "u 3")
 
 
 def _celsius() -> float | None:
-    """Of the hottest processor."""
+    """Of the hottest processor or GPU."""
     sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-    return max((each.current for name in _PROCESSORS & set(sensors) for each in sensors[name]), default=None)
+    found = [each.current for name in _PROCESSORS & set(sensors) for each in sensors[name]]
+    told = _told(*_NVIDIA, seconds=_NVIDIA_SECONDS).split()
+    return max([*found, *(float(each) for each in told if each.isdecimal())], default=None)  # some GPUs say [N/A]
+
+
+def _told(*command: str, seconds: float) -> str:
+    """What a program of this machine prints; nothing where there is none, where it fails or takes too long."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ended.stdout if ended.returncode == 0 else ""
 
 
 def usable_threads(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:

@@ -145,6 +145,7 @@ class Accusation:
     kind: Kind
     reason: str  # for its author's eyes, and the researcher's
     evidence: Digest  # the contribution
+    void: tuple[Digest, ...] = ()  # contributions that brought nothing, or harm
 
     @property
     def proved(self) -> bool:
@@ -159,6 +160,7 @@ class Accusation:
 @dataclass(frozen=True)
 class History(inquiries.History):
     points: tuple[int, ...] = ()  # of its newest audits, the newest last
+    updates: tuple[Digest, ...] = ()  # what each of these looked at
     traces: tuple[float, ...] = ()  # in those of the others, where theirs were clear
     newest: Measured | None = None
     measured_in: RoundNumber = RoundNumber(0)  # that one's round
@@ -194,7 +196,7 @@ def certified(state: Audits, record: Record, rules: Rules) -> tuple[Audits, tupl
             continue
         if known[1] == each.node:
             reason = f"it brought the same update in rounds {known[0]} and {record.round}"
-            accused.append(Accusation(each.node, record.round, Kind.REPLAYED, reason, each.update))
+            accused.append(Accusation(each.node, record.round, Kind.REPLAYED, reason, each.update, (each.update,)))
             continue
         if known[0] == record.round:  # one of them has copied: which, their traces say
             for node in (known[1], each.node):
@@ -345,18 +347,19 @@ def _without(state: Audits, gone: Callable[[NodeId, NodeId], bool]) -> Audits:
 
 
 def _unreadable(ask: Ask, result: Broken) -> Accusation:
-    return Accusation(ask.node, ask.round, Kind.BROKEN, f"nobody can read its update: {result.what}", ask.update)
+    reason = f"nobody can read its update: {result.what}"
+    return Accusation(ask.node, ask.round, Kind.BROKEN, reason, ask.update, (ask.update,))
 
 
 def _marked(
     node: NodeId, round_number: RoundNumber, history: History, points: int, what: str, evidence: Digest
 ) -> tuple[History, Accusation | None]:
-    history = replace(history, points=(*history.points, points)[-KEPT:])
+    history = replace(history, points=(*history.points, points)[-KEPT:], updates=(*history.updates, evidence)[-KEPT:])
     if not points or sum(history.points) < POINTS_MAX:
         return history, None
-    bad = sum(map(bool, history.points))
-    reason = f"{bad} of its newest {len(history.points)} audits were bad; in round {round_number} {what}"
-    return history, Accusation(node, round_number, Kind.POINTS, reason, evidence)
+    bad = tuple(update for found, update in zip(history.points, history.updates, strict=True) if found)
+    reason = f"{len(bad)} of its newest {len(history.points)} audits were bad; in round {round_number} {what}"
+    return history, Accusation(node, round_number, Kind.POINTS, reason, evidence, bad)
 
 
 def _traces(

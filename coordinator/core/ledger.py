@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core.leases import Leases
 from coordinator.core.rosters import may_follow
-from coordinator.core.strikes import Mark, shut
+from coordinator.core.strikes import Mark, shut, void
 from protocol import canonical, identity
 from protocol.errors import Refused
 from protocol.log import (
@@ -112,7 +112,7 @@ class Balance:
     undone_tokens: int
     rounds: int
     undone_rounds: int
-    frozen_tokens: int = 0  # of records of the line that were certified after it was shut out
+    frozen_tokens: int = 0  # of contributions that audits found void, and of all on the line after it was shut out
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,13 @@ def balances(books: Books, now_ms: int = 0) -> tuple[Balance, ...]:
     """Credit per node, the largest first."""
     sums: dict[NodeId, list[int]] = {node: [0, 0, 0, 0, 0] for node in books.credit}
     out = {node: mark for node, trail in books.trails.items() if (mark := shut(trail, now_ms)) is not None}
+    nothing = {node: void(trail) for node, trail in books.trails.items()}
     for row in books.entries:
         undone = int(row.undone_by is not None)
         for each in row.entry.record.contributions:
             mine = sums.setdefault(each.node, [0, 0, 0, 0, 0])
-            frozen = each.node in out and not undone and row.round >= out[each.node].round
+            late = each.node in out and not undone and row.round >= out[each.node].round
+            frozen = late or each.update in nothing.get(each.node, ())
             for place, more in enumerate((each.tokens, undone * each.tokens, 1, undone, frozen * each.tokens)):
                 mine[place] += more
     found = (Balance(node, books.names.get(node, ""), *mine) for node, mine in sums.items())

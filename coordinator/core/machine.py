@@ -224,6 +224,7 @@ class Struck:
     round: RoundNumber
     reason: str  # what exactly, in a few words
     evidence: Digest
+    void: tuple[Digest, ...] = ()  # its contributions that this is about
 
 
 @dataclass(frozen=True)
@@ -645,6 +646,7 @@ def _struck(state: State, event: Struck, now: float) -> Outcome:
         reason=event.reason,
         evidence=event.evidence,
         now_ms=int(now * 1000),
+        void=event.void,
     )
     return _marked(state, known, marks, now)
 

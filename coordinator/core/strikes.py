@@ -45,6 +45,7 @@ class Mark:
     evidence: Digest | None = None  # of what proves the fault
     until_ms: int | None = None  # of a kick
     aside_until: RoundNumber = RoundNumber(0)  # out of the rosters before this round
+    void: tuple[Digest, ...] = ()  # contributions that the fault is about: they count for nothing
 
 
 Trail = Sequence[Mark]  # of one node, in order
@@ -111,6 +112,7 @@ def judge(
     reason: str,
     evidence: Digest,
     now_ms: int,
+    void: tuple[Digest, ...] = (),
 ) -> tuple[Mark, ...]:
     """What follows from a fault that was proved: marks for its trail, none if it is known already.
 
@@ -125,7 +127,7 @@ def judge(
     struck = sum(mark.kind is Kind.STRIKE for mark in recent)
     kind = Kind.WARNING if warned < policy.warnings else Kind.STRIKE
     aside = RoundNumber(head + ASIDE_ROUNDS[min(len(recent), len(ASIDE_ROUNDS) - 1)])
-    mark = Mark(node, kind, reason, By.COORDINATOR, now_ms, round_number, fault, evidence, aside_until=aside)
+    mark = Mark(node, kind, reason, By.COORDINATOR, now_ms, round_number, fault, evidence, None, aside, void)
     if kind is Kind.WARNING or struck + 1 < policy.strikes or shut(trail, now_ms) is not None:
         return (mark,)
     return mark, Mark(node, Kind.BAN, f"it {policy.what} ({reason})", By.COORDINATOR, now_ms, head, fault, evidence)
@@ -142,6 +144,11 @@ def shut(trail: Trail, now_ms: int) -> Mark | None:
     orders = [mark for mark in current(trail) if mark.kind in (Kind.BAN, Kind.KICK)]
     lasting = (mark for mark in orders if mark.until_ms is None or now_ms < mark.until_ms)
     return max(lasting, key=lambda mark: mark.kind is Kind.BAN, default=None)
+
+
+def void(trail: Trail) -> frozenset[Digest]:
+    """The contributions for which it has no credit."""
+    return frozenset(update for mark in current(trail) for update in mark.void)
 
 
 def aside_until(trail: Trail) -> RoundNumber:

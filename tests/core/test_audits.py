@@ -107,7 +107,10 @@ def test_a_newcomer_that_harms_is_out_after_two_audits_and_an_idle_one_after_fou
     state, accused, count = play({NODES[6]: result, NODES[7]: result}, 20)
     assert {each.node for each in accused} == {NODES[6], NODES[7]}
     assert all(each.kind is Kind.POINTS and not each.proved and each.round <= most for each in accused)
-    assert sum(state.histories[NODES[7]].points) == audits.POINTS_MAX
+    history = state.histories[NODES[7]]
+    assert sum(history.points) == audits.POINTS_MAX
+    bad = tuple(update for points, update in zip(history.points, history.updates, strict=True) if points)
+    assert [each.void for each in accused if each.node == NODES[7]] == [bad] and len(bad) in (2, 4)
     assert count[NODES[7]] <= (
         5 if result in (ZERO, STRANGER, NOISE) else 3
     )  # the first may come before others are known
@@ -169,7 +172,7 @@ def test_beside_a_suspect_others_are_measured_in_the_same_round_and_no_more_ofte
     state, _, _ = play({}, 12)
     due = {node: RoundNumber(1000) for node in NODES} | {NODES[0]: RoundNumber(12)}
     histories = {node: replace(each, due=due[node]) for node, each in state.histories.items()}
-    histories[NODES[0]] = replace(histories[NODES[0]], points=(1,))
+    histories[NODES[0]] = replace(histories[NODES[0]], points=(1,), updates=("ab" * 32,))
     state, _ = audits.certified(replace(state, histories=histories), record(12), RULES)
     assert len(state.open) == 1 + audits.CONTROLS and state.open[0].node == NODES[0]
     for ask in state.open[1:]:

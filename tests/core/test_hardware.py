@@ -1,6 +1,7 @@
 """What the node believes about its machine: limits win over counts, and no device is ever replaced in silence."""
 
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -118,14 +119,40 @@ def test_a_line_is_metered_when_networkmanager_says_or_guesses_so(tmp_path, monk
     assert not hardware.conditions(tmp_path).on_metered
 
 
-def test_a_machine_is_as_hot_as_its_hottest_processor(tmp_path, monkeypatch):
+def test_programs_are_seen_by_their_names_while_they_run(tmp_path):
+    game = tmp_path / "Barn-Dance.exe"
+    shutil.copy(shutil.which("sleep"), game)
+    running = subprocess.Popen([game, "60"])
+    try:
+        wanted = ("barn-dance", "a-game-that-nobody-has")
+        assert hardware.conditions(tmp_path, programs=wanted).programs == {"barn-dance"}
+    finally:
+        running.kill()
+        running.wait()
+    assert hardware.conditions(tmp_path, programs=wanted).programs == frozenset()
+
+
+def test_a_machine_is_as_hot_as_its_hottest_processor_or_gpu(tmp_path, monkeypatch):
+    """nvidia-smi as its manual says it: a line for each GPU, and [N/A] where one does not tell."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
     def sensor(*degrees):
         return [SimpleNamespace(current=each, high=None, critical=None) for each in degrees]
 
     told = {"coretemp": sensor(61.0, 72.5), "amdgpu": sensor(70.0), "nvme": sensor(93.0)}
     monkeypatch.setattr(hardware.psutil, "sensors_temperatures", lambda: told, raising=False)
     assert hardware.conditions(tmp_path).celsius == 72.5
+    assert hardware.conditions(tmp_path, heat=False).celsius is None
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\ntest "$1" = --query-gpu=temperature.gpu && printf "64\\n[N/A]\\n81\\n"\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert hardware.conditions(tmp_path).celsius == 81
     told.clear()
+    assert hardware.conditions(tmp_path).celsius == 81
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' 99\nexit 9\n")
+    assert hardware.conditions(tmp_path).celsius is None
+    (tmp_path / "nvidia-smi").unlink()
     assert hardware.conditions(tmp_path).celsius is None
     monkeypatch.delattr(hardware.psutil, "sensors_temperatures")
     assert hardware.conditions(tmp_path).celsius is None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from coordinator.core import leases as data
 from coordinator.core.leases import Cursor, Leases
 from coordinator.core.ledger import Books, EntryRow, EvaluationRow, balances, check, first_wrong
+from coordinator.core.strikes import By, Kind, Mark, by_node
 from protocol import canonical, identity
 from protocol.contribution import sign, sign_grant
 from protocol.identity import Key, peer_id_of
@@ -21,6 +22,7 @@ from protocol.types import (
     Certificate,
     Contribution,
     DataRange,
+    Fault,
     Grant,
     LogEntry,
     Manifest,
@@ -516,6 +518,20 @@ def test_credit_is_the_sum_over_certified_records_undone_ones_included():
     assert found[NODES[0]].tokens == 320 and found[NODES[0]].undone_tokens == 64
     assert [each.tokens for each in balances(TRUE)] == sorted((each.tokens for each in balances(TRUE)), reverse=True)
     assert sum(each.tokens for each in balances(TRUE)) == sum(TRUE.credit.values())
+
+
+def test_frozen_is_what_audits_found_void_undone_or_not_and_what_came_on_the_line_after_a_ban():
+    liar, banned, free = NODES[:3]
+    strike = Mark(liar, Kind.STRIKE, "", By.COORDINATOR, 1, 9, Fault.TRAINED_WRONG, void=("22" * 32,))
+    others = Mark(free, Kind.STRIKE, "", By.COORDINATOR, 1, 9, Fault.TRAINED_WRONG, void=("33" * 32,))
+    ban = Mark(banned, Kind.BAN, "", By.COORDINATOR, 1, 3)
+    before = {each.node: each for each in balances(TRUE)}
+    after = {each.node: each for each in balances(replace(TRUE, trails=by_node((strike, others, ban))))}
+    assert {each.frozen_tokens for each in before.values()} == {0}
+    assert after[liar].frozen_tokens == after[liar].tokens > after[liar].undone_tokens > 0
+    late = [row for row in TRUE.entries if row.undone_by is None and row.round >= 3]
+    brought = sum(banned in {each.node for each in row.entry.record.contributions} for row in late)
+    assert after[banned].frozen_tokens == 32 * brought > 0 and after[free].frozen_tokens == 0
 
 
 def test_a_rollback_that_a_deeper_one_overtook_needs_no_records():

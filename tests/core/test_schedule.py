@@ -8,6 +8,7 @@ from node.core.schedule import Conditions, Hours, Policy, obstacle
 from protocol.limits import DISK_FREE_BYTES_MIN
 
 FINE = Conditions(minute=12 * 60, on_battery=False, on_metered=False, celsius=None, disk_free_bytes=DISK_FREE_BYTES_MIN)
+HOT = "a processor or GPU has reached 85 °C, and has to cool below 80"
 NIGHT, LUNCH = Hours(22 * 60, 7 * 60), Hours(12 * 60, 13 * 60)
 
 
@@ -47,16 +48,27 @@ def test_on_a_metered_line_it_rests_unless_its_owner_allows_it():
 
 
 @pytest.mark.parametrize(
-    ("most", "celsius", "said"),
+    ("most", "celsius", "rests", "said"),
     [
-        (85, 84.9, ""),
-        (85, 85, "a processor has 85 °C, and may have 85"),
-        (None, 105, ""),
-        (85, None, ""),
+        (85, 84.9, False, ""),
+        (85, 85, False, HOT),
+        (85, 80, True, HOT),
+        (85, 79.9, True, ""),
+        (None, 105, True, ""),
+        (85, None, True, ""),
     ],
 )
-def test_it_rests_while_it_is_hotter_than_its_owner_likes(most, celsius, said):
-    assert obstacle(Policy(max_celsius=most), replace(FINE, celsius=celsius)) == said
+def test_it_rests_from_when_it_is_as_hot_as_its_owner_allows_until_it_is_cooler(most, celsius, rests, said):
+    assert obstacle(Policy(max_celsius=most), replace(FINE, celsius=celsius), rests=rests) == said
+
+
+def test_it_rests_beside_programs_that_its_owner_names():
+    policy = Policy(rest_beside=("blender", "a game"))
+    assert obstacle(policy, FINE) == ""
+    assert obstacle(policy, replace(FINE, programs=frozenset({"a game"}))) == "a game is running"
+    assert (
+        obstacle(policy, replace(FINE, programs=frozenset({"a game", "blender"}))) == "blender and a game are running"
+    )
 
 
 def test_it_rests_while_the_disk_is_almost_full():

@@ -9,7 +9,7 @@ from protocol.types import Fault
 NODE = "a" * 64
 
 
-def judge(trail, fault, round_number, *, evidence=None, now_ms=1000):
+def judge(trail, fault, round_number, *, evidence=None, now_ms=1000, void=()):
     """The trail with whatever follows from this fault."""
     head = round_number + 1
     more = strikes.judge(
@@ -21,6 +21,7 @@ def judge(trail, fault, round_number, *, evidence=None, now_ms=1000):
         reason="seen",
         evidence=evidence or f"{fault.value} {round_number}",
         now_ms=now_ms,
+        void=void,
     )
     return (*trail, *more)
 
@@ -71,6 +72,14 @@ def test_one_fault_counts_once_however_many_report_it():
     trail = judge((), Fault.TRAINED_WRONG, 3)
     assert judge(trail, Fault.TRAINED_WRONG, 3, evidence="another witness") == trail
     assert judge(trail, Fault.TRAINED_WRONG, 4, evidence="trained-wrong 3") == trail
+
+
+def test_credit_is_gone_for_the_contributions_that_a_strike_names_until_it_is_forgiven():
+    trail = judge((), Fault.TRAINED_WRONG, 3, void=("one", "two"))
+    trail = judge(trail, Fault.TRAINED_WRONG, 50, void=("two", "three"))
+    assert strikes.void(trail) == {"one", "two", "three"}
+    assert strikes.void((*trail, order(Kind.BAN))) == {"one", "two", "three"}
+    assert strikes.void((*trail, order(Kind.UNBAN))) == frozenset()
 
 
 def test_an_unban_forgives_all_before_it_and_the_trail_keeps_it():

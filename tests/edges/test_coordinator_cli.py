@@ -737,6 +737,18 @@ def test_the_export_is_the_state_of_the_log(published, store, tmp_path, capsys):
     assert call("export", tmp_path / "model", "--round", "3", "--run", published.path) == 3
     assert call("export", tmp_path / "text", "--run", published.path) == 0
 
+    first = store.entries()[0].record.contributions[0]
+    store.add_marks([mark(first.node, Kind.STRIKE, fault=Fault.TRAINED_WRONG, void=(first.update,))])
+    assert call("export", tmp_path / "model", "--run", published.path) == 0
+    left = json.loads((tmp_path / "model/barnraise.json").read_text())["facts"]["tokens"]
+    assert left == 192 - sum(
+        each.tokens
+        for entry in store.entries()
+        for each in entry.record.contributions
+        if (each.node, each.update) == (first.node, first.update)
+    )
+    assert left < 192
+
 
 def test_a_run_that_never_started_has_no_export(ready, tmp_path, capsys):
     assert call("export", tmp_path / "model", "--run", ready.path) == 3
@@ -1189,7 +1201,7 @@ def test_the_ledger_freezes_what_a_banned_node_was_credited_with_since(kept, kep
     kept_store.add_marks([replace(mark(ann, Kind.BAN, "it lied"), round=2)])
     assert call("ledger", "--run", kept.path) == 0
     said = capsys.readouterr().out
-    assert re.search(r"ann +\w{8} +160 +64 +5 +it lied; 32 tokens since then are frozen\n", said)
+    assert re.search(r"ann +\w{8} +160 +64 +5 +32 +it lied\n", said) and "; 32 of them are frozen" in said
     assert call("ledger", "--json", "--run", kept.path) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["frozen_tokens"] == 32

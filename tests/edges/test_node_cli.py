@@ -601,6 +601,15 @@ def test_what_else_its_owner_allows_is_read(tmp_path, written, meant):
     assert policy.max_celsius == meant and policy.on_metered
 
 
+def test_programs_to_rest_beside_are_named_without_case_and_suffix_and_never_by_a_path(tmp_path):
+    (tmp_path / "config.toml").write_text('rest_beside = "Blender, A Game.exe"')
+    assert settings(Home(tmp_path), {}, {}).policy.rest_beside == ("blender", "a game")
+    for written in ('"/usr/bin/blender"', '"blender,"', '""', "3", '["blender"]'):
+        (tmp_path / "config.toml").write_text(f"rest_beside = {written}")
+        with pytest.raises(Refused, match=r"such as blender|text in quotes|neither text"):
+            settings(Home(tmp_path), {}, {})
+
+
 @pytest.mark.parametrize("written", ["20", "350", '"85 C"', "true", "nan"])
 def test_degrees_that_no_processor_has_are_refused_with_an_example(tmp_path, written):
     (tmp_path / "config.toml").write_text(f"max_celsius = {written}")
