@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 
@@ -143,4 +144,7 @@ class Refused(Exception):
     @classmethod
     def from_wire(cls, code: str, what: str, retry_seconds: float = 0.0) -> Refused:
         """Rebuild a refusal that another machine named; an unknown code becomes a refusal of its own kind."""
-        return cls(_BY_CODE.get(code, Code.FIELD), what, retry_seconds=retry_seconds)
+        reason, fix = _BY_CODE.get(code, Code.FIELD), None
+        if reason is Code.UNREACHABLE and retry_seconds:
+            fix = f"Try again in {math.ceil(retry_seconds)} s; a node that is in the run does so by itself."
+        return cls(reason, what, fix=fix, retry_seconds=retry_seconds)

@@ -115,6 +115,7 @@ async def said(asked):
     with pytest.raises(Refused) as caught:
         await asked
     assert caught.value.reason is Code.UNREACHABLE
+    assert caught.value.fix == "Try again in 1 s; a node that is in the run does so by itself."
     return caught.value.what
 
 
