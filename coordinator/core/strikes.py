@@ -179,7 +179,9 @@ def notice(trail: Trail, head: RoundNumber) -> str:
         return ""
     policy, until = POLICIES[found[-1].fault], aside_until(trail)
     aside = f"; it is left out until round {until}" if until > head else ""
-    return f"{said}: in round {found[-1].round} this node {policy.what} ({found[-1].reason}){aside}. {policy.advice}"
+    frozen = f"; its credit for {len(gone)} of its updates is frozen" if (gone := void(trail)) else ""
+    what = f"in round {found[-1].round} this node {policy.what} ({found[-1].reason}){aside}{frozen}"
+    return f"{said}: {what}. {policy.advice}"
 
 
 def _counts(trail: Trail) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ def test_credit_is_gone_for_the_contributions_that_a_strike_names_until_it_is_fo
     trail = judge((), Fault.TRAINED_WRONG, 3, void=("one", "two"))
     trail = judge(trail, Fault.TRAINED_WRONG, 50, void=("two", "three"))
     assert strikes.void(trail) == {"one", "two", "three"}
+    assert "; its credit for 3 of its updates is frozen. " in strikes.notice(trail, 10**6)
     assert strikes.void((*trail, order(Kind.BAN))) == {"one", "two", "three"}
     assert strikes.void((*trail, order(Kind.UNBAN))) == frozenset()
 
