@@ -25,6 +25,9 @@ UNARY_BYTES_MAX: Final = 1 << 16  # what the rendezvous answers with: one record
 CONNECT_SECONDS: Final = 10.0  # a TCP and TLS handshake across the world, twice over
 STALL_SECONDS: Final = 60.0  # a peer that takes no byte for so long is let go
 LAST_WORD_SECONDS: Final = 5.0  # for the caller to say that it has said all, after we have
+STREAMS_WAITING: Final = (
+    4096  # until they are looked at; Linux keeps no more. One more is dropped, whoever brings it
+)
 CALLS_PER_PEER_MAX: Final = 16  # at once: one stream for each group, a few parts, a burst of messages
 
 
@@ -82,6 +85,23 @@ class GuardedP2P(P2P):  # type: ignore[misc]
 
     async def ended(self) -> None:
         await self._child.wait()
+
+    async def shutdown(self) -> None:
+        await super().shutdown()
+        if self._child is not None:
+            await asyncio.gather(self._reader_task, return_exceptions=True)
+            await self._child.communicate()  # to the end of what it prints: its pipe would outlive the loop
+
+    def _start_listening(self) -> None:
+        """hivemind lets a hundred streams wait: strangers fill that while this process is busy for a moment."""
+        control = self._client.control
+        path = control.listen_maddr.value_for_protocol("unix")
+
+        async def listen() -> None:
+            async with await asyncio.start_unix_server(control._handler, path, backlog=STREAMS_WAITING):
+                await asyncio.Future()  # until it is cancelled
+
+        self._listen_task = asyncio.create_task(listen())
 
     async def reach(self, peer: PeerID) -> None:
         """Connect, unless we are: at the roster's addresses, then wherever the DHT says. One without any calls us."""

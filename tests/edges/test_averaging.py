@@ -1144,9 +1144,9 @@ async def test_a_killed_daemon_leaves_neither_engine_nor_p2pd(tmp_path):
         family = [engine, *engine.children()]
         assert len(family) == 2
         daemon.kill()
-        await daemon.wait()
         while any(map(alive, family)):
             await asyncio.sleep(0.05)
+        await daemon.communicate()  # the engine had its output as well, which is closed only now
     p2pd.sweep(tmp_path / "run")  # as the next start does
 
 

@@ -176,6 +176,31 @@ async def test_a_flood_of_streams_and_connections_by_strangers_costs_nobody_an_a
     assert all(now - then < FLAT_BYTES for then, now in zip(before, grown(engine), strict=True))
 
 
+async def test_streams_of_strangers_that_wait_to_be_looked_at_push_out_no_letter(swarm, engine, honest, caller):
+    """An engine that is busy for a second; hivemind would keep a hundred of these."""
+    stranger = await swarm.outsider("stranger")
+    stranger.roster = caller.roster
+    await stranger.reach(PeerID.from_base58(engine.peer))
+
+    async def knock():
+        for _ in range(15):
+            _, writer = await stream_to(stranger, engine, "rpc_part")
+            writer.close()
+
+    frozen = psutil.Process(engine.pid)
+    try:
+        frozen.suspend()
+        await asyncio.gather(*(knock() for _ in range(20)))
+        asking = [asyncio.create_task(send(honest, engine.peer)) for _ in range(5)]
+        await asyncio.sleep(0.5)  # so that they stand behind the streams
+        assert not any(each.done() for each in asking)
+        frozen.resume()
+        assert all(await asyncio.gather(*asking))
+    finally:
+        frozen.resume()
+        await stranger.shutdown()
+
+
 async def open_to(engine):
     host, port = engine.addresses[0].split("/")[2::2]
     return await Stranger.connect(host, int(port))

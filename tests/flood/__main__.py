@@ -132,7 +132,7 @@ async def _python(module: str, *words: str, cores: list[int], stdin: bool = Fals
     finally:
         if child.returncode is None:
             child.kill()
-        await child.wait()
+        await child.communicate()  # to the end of its output: what is left open outlives the loop
 
 
 def main() -> None:
