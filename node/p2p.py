@@ -25,9 +25,7 @@ UNARY_BYTES_MAX: Final = 1 << 16  # what the rendezvous answers with: one record
 CONNECT_SECONDS: Final = 10.0  # a TCP and TLS handshake across the world, twice over
 STALL_SECONDS: Final = 60.0  # a peer that takes no byte for so long is let go
 LAST_WORD_SECONDS: Final = 5.0  # for the caller to say that it has said all, after we have
-STREAMS_WAITING: Final = (
-    4096  # until they are looked at; Linux keeps no more. One more is dropped, whoever brings it
-)
+STREAMS_WAITING: Final = 4096  # until they are looked at; Linux keeps no more. One more is dropped, whoever brings it
 CALLS_PER_PEER_MAX: Final = 16  # at once: one stream for each group, a few parts, a burst of messages
 
 

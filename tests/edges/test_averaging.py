@@ -1022,7 +1022,7 @@ async def test_a_peer_is_not_looked_for_nearer_than_the_coordinator_is(swarm):
         for host in ("127.0.0.1", "127.0.0.2")
     ]
     ports = [door.sockets[0].getsockname()[1] for door in doors]
-    nobody = (await swarm.outsider("nobody")).peer_id
+    nobody = peer_id_of(Key.generate().public_bytes)
     names = tuple(
         each
         for port in ports
