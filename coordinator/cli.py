@@ -21,7 +21,7 @@ import typer
 
 from coordinator.accounts import SHORT_ID, ledger_facts, ledger_text, rollback_facts, rollback_text, verdict_text
 from coordinator.check import corpus_facts, corpus_rows, examine, plan_rows
-from coordinator.core.strikes import Kind, by_node, void
+from coordinator.core.strikes import Kind, by_node
 from coordinator.output import loss_text, rows_text, table_text, to_json, when_text
 from coordinator.reach import helper_command, listening, reachable
 from coordinator.serving import configure_log, serve
@@ -724,6 +724,7 @@ def _export(folder: RunFolder, spec: RunSpec, store: Store, to: Path, round_numb
         what = f"the run in {folder.path} was never started, so it has no model"
         raise Refused(Code.RUN_MISSING, what, fix="Run: barnraise-coordinator start")
     from coordinator.archive import rebuild
+    from coordinator.core.ledger import credited
     from coordinator.export import Contributor, Facts
     from coordinator.export import export as write
     from coordinator.tokenizer import Tokenizer, byte_tokenizer
@@ -731,12 +732,7 @@ def _export(folder: RunFolder, spec: RunSpec, store: Store, to: Path, round_numb
     manifest, blobs, corpus = signed.manifest, folder.open_blobs(), folder.corpus(store)
     state = rebuild(store, blobs, manifest, round_number)
     digest = state.digest()
-    credit: dict[Any, int] = {}
-    nothing = {node: void(trail) for node, trail in by_node(store.marks()).items()}
-    for entry in store.entries(0, state.round):
-        for each in entry.record.contributions:
-            if each.update not in nothing.get(each.node, ()):
-                credit[each.node] = credit.get(each.node, 0) + each.tokens
+    credit = credited(store.entries(0, state.round), by_node(store.marks()))
     names = store.names()
     ranked = sorted(credit.items(), key=lambda item: (-item[1], item[0]))
     measured = {row.round: row.heldout for row in store.history()}

@@ -772,11 +772,19 @@ class Coordinator:
 
     def _accuse(self, accusation: audits.Accusation) -> None:
         """What an audit has found is held against its author."""
-        found = accusation
-        self.submit(machine.Struck(found.node, found.fault, found.round, found.reason, found.evidence, found.void))
+        evidence = accusation.evidence, accusation.void
+        self._strike(accusation.node, accusation.fault, accusation.round, accusation.reason, *evidence)
 
-    def _strike(self, node: NodeId, fault: Fault, round_number: RoundNumber, reason: str, evidence: Digest) -> None:
-        self.submit(machine.Struck(node, fault, round_number, reason, evidence))
+    def _strike(
+        self,
+        node: NodeId,
+        fault: Fault,
+        round_number: RoundNumber,
+        reason: str,
+        evidence: Digest,
+        void: tuple[Digest, ...] = (),
+    ) -> None:
+        self.submit(machine.Struck(node, fault, round_number, reason, evidence, void))
 
     # the page
 

@@ -4,7 +4,7 @@
 
 Ends with 1 if a named test fails. A row that no test shows yet is counted and said, and fails nothing. "otherwise": its tests
 pass, and they show something else than the row asks for, which we mean to keep; why is said. Floods, lines and homes behind
-routers are among them: it takes about an hour, a machine with nothing else to do, and root for some.
+routers are among them: it takes longer than make test, a machine with nothing else to do, and root for some.
 """
 
 from __future__ import annotations

@@ -146,6 +146,16 @@ def balances(books: Books, now_ms: int = 0) -> tuple[Balance, ...]:
     return tuple(sorted(found, key=lambda each: (-each.tokens, each.node)))
 
 
+def credited(entries: Iterable[LogEntry], trails: Mapping[NodeId, Sequence[Mark]]) -> dict[NodeId, int]:
+    """Tokens per node in these records, without the contributions that audits found void."""
+    nothing = {node: void(trail) for node, trail in trails.items()}
+    sums: dict[NodeId, int] = {}
+    for each in (each for entry in entries for each in entry.record.contributions):
+        if each.update not in nothing.get(each.node, ()):
+            sums[each.node] = sums.get(each.node, 0) + each.tokens
+    return sums
+
+
 def first_wrong(books: Books) -> Finding | None:
     """The first row that is not what the log says; none when all are."""
     try:

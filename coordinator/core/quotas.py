@@ -35,7 +35,7 @@ STRANGERS_REFUSALS: Final = Rate(32, 0.1)  # the same before a session is open: 
 AWAY_SECONDS: Final = 30.0  # of whoever was hung up on: an honest node would keep its place in the roster meanwhile
 # One join is two connections (the first looks at the certificate) and one challenge; coming back is one of each.
 JOINS_OF_A_BLOCK: Final = Rate(64, 1)  # a laboratory behind one address starts at once, or is in within minutes
-JOINS: Final = Rate(64, 72)  # each takes seven turns (coordinator/turns.py); so many handshakes at once hold others up
+JOINS: Final = Rate(64, 72)  # each takes seven turns (coordinator/turns.py); more handshakes at once hold heartbeats up
 CONNECTIONS_OF_A_BLOCK: Final = Rate(2 * JOINS_OF_A_BLOCK.burst, 2 * JOINS_OF_A_BLOCK.per_second)
 CONNECTIONS: Final = Rate(2 * JOINS.burst, JOINS.per_second)
 KNOWN_BLOCKS_MAX: Final = 4096  # networks from which a member came lately

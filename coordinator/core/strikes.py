@@ -127,7 +127,7 @@ def judge(
     struck = sum(mark.kind is Kind.STRIKE for mark in recent)
     kind = Kind.WARNING if warned < policy.warnings else Kind.STRIKE
     aside = RoundNumber(head + ASIDE_ROUNDS[min(len(recent), len(ASIDE_ROUNDS) - 1)])
-    mark = Mark(node, kind, reason, By.COORDINATOR, now_ms, round_number, fault, evidence, None, aside, void)
+    mark = Mark(node, kind, reason, By.COORDINATOR, now_ms, round_number, fault, evidence, aside_until=aside, void=void)
     if kind is Kind.WARNING or struck + 1 < policy.strikes or shut(trail, now_ms) is not None:
         return (mark,)
     return mark, Mark(node, Kind.BAN, f"it {policy.what} ({reason})", By.COORDINATOR, now_ms, head, fault, evidence)

@@ -134,7 +134,7 @@ def test_programs_are_seen_by_their_names_while_they_run(tmp_path):
 
 def test_a_machine_is_as_hot_as_its_hottest_processor_or_gpu(tmp_path, monkeypatch):
     """nvidia-smi as its manual says it: a line for each GPU, and [N/A] where one does not tell."""
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PATH", str(tmp_path))  # and not the one of this machine
 
     def sensor(*degrees):
         return [SimpleNamespace(current=each, high=None, critical=None) for each in degrees]
